@@ -1,0 +1,48 @@
+# make demo   everything on small images, ten minutes
+# make test   the tests
+# Both make the environment first where it is missing: tools/setup_env.sh
+
+VENV ?= .venv
+VENV_MODERN ?= .venv-modern
+# what depends on torch; the rest of the tests is the same on both sets
+MODERN_TESTS = tests/test_factorization tests/test_layers \
+	tests/test_planning tests/test_models tests/test_hooks
+SOURCES = mmbasis tools tests configs setup.py
+# two processes with one thread each are faster than one with two
+THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+# on a busy machine, threads that spin while they wait make the demo four times
+# as long (821 s against 192 s): hence OMP_WAIT_POLICY below
+
+.PHONY: help env env-modern demo test test-modern lint format clean
+
+help:
+	@echo 'make demo | test | test-modern | lint | format | env | clean'
+
+env:
+	@VENV=$(VENV) tools/setup_env.sh main
+
+env-modern:
+	@VENV=$(VENV_MODERN) tools/setup_env.sh modern
+
+demo: env
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python tools/demo/run_demo.py $(ARGS)
+
+test: env
+	$(THREADS) $(VENV)/bin/python -m pytest tests $(ARGS)
+
+test-modern: env-modern
+	$(THREADS) $(VENV_MODERN)/bin/python -m pytest \
+		$(wildcard $(MODERN_TESTS)) $(ARGS)
+
+lint: env
+	VENV=$(VENV) tools/lint.sh $(SOURCES)
+
+format: env
+	$(VENV)/bin/isort $(SOURCES)
+	$(VENV)/bin/yapf -i -r $(SOURCES)
+	$(VENV)/bin/docformatter -i -r --wrap-descriptions 79 $(SOURCES)
+
+clean:
+	rm -rf build dist work_dirs/demo .pytest_cache mmbasis.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The checks of .pre-commit-config.yaml, without git hooks and without network;
+# runs them all, and fails when one did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+bin=${VENV:-.venv}/bin
+failed=()
+
+check() {
+  local name=$1; shift
+  echo "[lint] $name"
+  "$@" || failed+=("$name")
+}
+
+check flake8 "$bin/flake8" "$@"
+check isort "$bin/isort" --check-only --diff --quiet "$@"
+check yapf "$bin/yapf" --diff --recursive "$@"
+check codespell "$bin/codespell" "$@" README.md CHANGELOG.md Makefile \
+  requirements
+check docformatter "$bin/docformatter" --check --recursive \
+  --wrap-descriptions 79 "$@"
+check 'Python 3.8' "$bin/vermin" -t=3.8- --no-tips --violations --quiet "$@"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "[lint] failed: ${failed[*]}" >&2
+  exit 1
+fi
+echo '[lint] clean'
