@@ -1,0 +1,34 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import torch
+from torch import Tensor
+
+
+def _deviation(basis: Tensor) -> Tensor:
+    """``F F^T - I``, shape ``(G, Q, Q)``."""
+    gram = basis @ basis.mT
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram - identity
+
+
+def orthogonality_penalty(basis: Tensor) -> Tensor:
+    """Soft orthogonality, ``||F F^T - I||_F^2``, differentiable.
+
+    Args:
+        basis (Tensor): Shape ``(G, Q, D)``.
+
+    Returns:
+        Tensor: A scalar, zero if and only if the rows are orthonormal.
+    """
+    return _deviation(basis).square().sum()
+
+
+def orthogonality_error(basis: Tensor) -> Tensor:
+    """Largest entry of ``|F F^T - I|``.
+
+    Args:
+        basis (Tensor): Shape ``(G, Q, D)``.
+
+    Returns:
+        Tensor: A scalar; of the order of rounding for orthonormal rows.
+    """
+    return _deviation(basis).abs().max()

@@ -1,0 +1,107 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Spectrum:
+    """Eigenvalues and eigenvectors of a layer's outputs, largest first.
+
+    Args:
+        values (Tensor): Eigenvalues, float64, shape ``(G, R)``, not negative,
+            in falling order in each group.
+        vectors (Tensor): Orthonormal columns, float64, shape ``(G, P, R)``.
+    """
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """Energy of each direction, summed over groups, shape ``(R, )``."""
+        return self.values.sum(0)
+
+    def rank_for_energy(self, threshold: float) -> int:
+        """The smallest rank whose cumulative energy reaches a threshold.
+
+        The rank rule of Tayyab et al., ICIP 2021.
+
+        Args:
+            threshold (float): Fraction of the energy, in ``(0, 1]``.
+
+        Returns:
+            int: A rank in ``[1, R]``; 1 where all energy is zero.
+        """
+        cumulative = self.energy.cumsum(0)
+        # a hair below, so that threshold 1 is reached in spite of rounding
+        target = threshold * cumulative[-1] * (1 - 1e-12)
+        rank = int(torch.searchsorted(cumulative, target)) + 1
+        return min(rank, len(cumulative))
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    """Make the largest entry of each column positive, for reproducibility."""
+    largest = vectors.abs().argmax(dim=-2, keepdim=True)
+    signs = vectors.gather(-2, largest).sign()
+    return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def spectrum_of_moment(moment: Tensor,
+                       matrix: Optional[Tensor] = None) -> Spectrum:
+    """Eigendecomposition of a symmetric, positive semi-definite moment.
+
+    Args:
+        moment (Tensor): Shape ``(G, P, P)``: for example the covariance of a
+            layer's outputs.
+        matrix (Tensor, optional): The layer's weights ``H``, shape
+            ``(G, P, D)``. Where ``D < P`` all outputs lie in the range of
+            ``H``, and so do the vectors then: with all of them nothing is
+            lost, even of inputs that the moment knows nothing of.
+
+    Returns:
+        Spectrum: With ``R = P``, or ``min(P, D)`` where ``H`` is given.
+    """
+    moment = moment.double()
+    if matrix is not None and matrix.shape[-1] < matrix.shape[-2]:
+        orthonormal = torch.linalg.qr(matrix.double())[0]
+        spectrum = spectrum_of_moment(orthonormal.mT @ moment @ orthonormal)
+        return Spectrum(spectrum.values,
+                        _fix_signs(orthonormal @ spectrum.vectors))
+    values, vectors = torch.linalg.eigh(moment)
+    return Spectrum(values.flip(-1).clamp_min(0), _fix_signs(vectors.flip(-1)))
+
+
+def spectrum_of_factor(matrix: Tensor,
+                       input_moment: Optional[Tensor] = None) -> Spectrum:
+    """Spectrum of ``H C H^T`` from its factors.
+
+    Without ``input_moment`` (``C = I``) the vectors are the left singular
+    vectors of ``H`` and the values its squared singular values. Whichever of
+    a ``P x P`` and a ``D x D`` matrix is smaller is decomposed.
+
+    Args:
+        matrix (Tensor): ``H``, shape ``(G, P, D)``.
+        input_moment (Tensor, optional): ``C``, the second moment (or the
+            covariance) of the layer's input, shape ``(G, D, D)``.
+
+    Returns:
+        Spectrum: With ``R = min(P, D)``.
+    """
+    matrix = matrix.double()
+    rows, in_size = matrix.shape[-2:]
+    if rows <= in_size:
+        return spectrum_of_moment(_sandwich(matrix, input_moment))
+    # H = Q R: the eigenvectors lie in the range of H, and Q keeps those of
+    # the small problem orthonormal, also where eigenvalues are zero
+    orthonormal, small = torch.linalg.qr(matrix)
+    spectrum = spectrum_of_moment(_sandwich(small, input_moment))
+    return Spectrum(spectrum.values,
+                    _fix_signs(orthonormal @ spectrum.vectors))
+
+
+def _sandwich(matrix: Tensor, moment: Optional[Tensor]) -> Tensor:
+    """``H C H^T``, or ``H H^T`` without ``C``."""
+    inner = matrix if moment is None else matrix @ moment.double()
+    return inner @ matrix.mT

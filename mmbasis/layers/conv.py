@@ -1,0 +1,89 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+from typing import Tuple
+
+import torch.nn as nn
+from mmcv.cnn.bricks import (Conv2dAdaptivePadding, ConvTranspose2d,
+                             ConvTranspose3d)
+from mmcv.cnn.bricks.wrappers import Conv2d, Conv3d
+from torch import Tensor
+
+from .base import BasisLayer
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class BasisConv(BasisLayer):
+    """A convolution (1d, 2d or 3d, grouped or not) as basis and coefficients.
+
+    The basis keeps kernel, stride, padding, ``padding_mode``, dilation and
+    groups. See :class:`BasisLayer` for the arguments.
+    """
+    dense_types = (*_CONVS, Conv2d, Conv3d, Conv2dAdaptivePadding)
+
+    @staticmethod
+    def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
+        weight = dense.weight
+        return (dense.groups, weight.shape[0] // dense.groups,
+                weight[0].numel())
+
+    @staticmethod
+    def to_matrix(dense: nn.Module) -> Tensor:
+        return dense.weight.reshape(dense.groups, -1, dense.weight[0].numel())
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
+        return matrix.reshape(-1, *like.weight.shape[1:])
+
+    @staticmethod
+    def _narrowed(dense: nn.Module, channels: int) -> dict:
+        return dict(out_channels=channels)
+
+    @staticmethod
+    def channel_axis(dense: nn.Module) -> int:
+        return 1 - dense.weight.dim()
+
+    def _build_norm(self, channels: int) -> nn.Module:
+        return _NORMS[self.basis.weight.dim() - 3](channels)
+
+    @staticmethod
+    def _build_coefficients(dense: nn.Module, channels: int,
+                            bias: bool) -> nn.Module:
+        conv = _CONVS[dense.weight.dim() - 3]
+        return conv(
+            channels, dense.out_channels, 1, groups=dense.groups, bias=bias)
+
+
+class BasisConvTranspose(BasisConv):
+    """A transposed convolution (1d, 2d or 3d) as basis and coefficients.
+
+    The basis is a transposed convolution of the same geometry, the
+    coefficients are a 1x1 convolution at the output's resolution. See
+    :class:`BasisLayer` for the arguments.
+    """
+    dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+                   ConvTranspose2d, ConvTranspose3d)
+
+    # weights are (C, P / G, *kernel), the groups being blocks of C
+    @staticmethod
+    def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
+        out_per_group = dense.weight.shape[1]
+        return (dense.groups, out_per_group,
+                dense.weight.numel() // dense.groups // out_per_group)
+
+    @staticmethod
+    def to_matrix(dense: nn.Module) -> Tensor:
+        weight = dense.weight
+        blocks = weight.reshape(dense.groups, -1, *weight.shape[1:])
+        return blocks.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
+        groups, rows, _ = matrix.shape
+        kernel = like.weight.shape[2:]
+        blocks = matrix.reshape(groups, rows, -1, *kernel)
+        return blocks.transpose(1, 2).reshape(-1, rows, *kernel)
+
+    @staticmethod
+    def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
+        return x.numel() // dense.in_channels

@@ -1,0 +1,58 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Which layers can be represented by a basis, and why others cannot."""
+from typing import Optional, Type
+
+import torch.nn as nn
+from torch.nn.modules.conv import _ConvNd
+
+from .base import BasisLayer
+from .conv import BasisConv, BasisConvTranspose
+from .linear import BasisLinear
+
+_KINDS = (BasisConv, BasisConvTranspose, BasisLinear)
+_DENSE_TYPES = {
+    dense_type: kind
+    for kind in _KINDS
+    for dense_type in kind.dense_types
+}
+
+
+def basis_layer_type(module: nn.Module) -> Optional[Type[BasisLayer]]:
+    """The basis layer class for a dense layer, or None.
+
+    A subclass counts as its parent as long as it computes what its parent
+    does, that is, overrides neither ``forward`` nor ``_conv_forward``.
+    """
+    for cls in type(module).__mro__:
+        if cls in _DENSE_TYPES:
+            return _DENSE_TYPES[cls]
+        if {'forward', '_conv_forward'} & set(vars(cls)):
+            return None
+    return None
+
+
+def why_not(module: nn.Module) -> Optional[str]:
+    """Why a linear or convolution layer cannot be represented by a basis.
+
+    Args:
+        module (nn.Module): Any module.
+
+    Returns:
+        str | None: None where it can; an empty string where the module is not
+        a linear or convolution layer at all.
+    """
+    kind = basis_layer_type(module)
+    if kind is None:
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            return (f'{type(module).__name__} computes its output in a way '
+                    'of its own')
+        return ''
+    if not isinstance(module._parameters.get('weight'), nn.Parameter):
+        return 'its weight is computed (weight or spectral norm)'
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return 'its weight is not initialised yet (lazy module)'
+    if kind.matrix_shape(module)[1] == 1:
+        if kind.matrix_shape(module)[0] > 1:
+            return 'depthwise: one output channel per group'
+        return 'one output channel'
+    return None
