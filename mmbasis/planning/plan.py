@@ -1,0 +1,230 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, List, Sequence
+
+from ..utils.io import write_atomically
+from ..version import __version__
+from .layers import LayerInfo
+
+#: Raised when a reader of an older version could misread a plan.
+PLAN_VERSION = 1
+
+
+@dataclass
+class LayerPlan:
+    """How one layer is represented.
+
+    Args:
+        rank (int): Basis filters per group.
+        full_rank (int): The rank at which nothing is lost.
+        kind (str): Class name of the basis layer.
+        shape (list[int]): Shape of the dense weights.
+        bias (bool): Whether the coefficients have a bias.
+        energy (float): Fraction of the layer's energy that is kept.
+        macs (list[float]): Multiply-accumulates of one image, before and
+            after.
+        params (list[int]): Parameters, before and after.
+    """
+    rank: int
+    full_rank: int
+    kind: str
+    shape: List[int]
+    bias: bool
+    energy: float
+    macs: List[float]
+    params: List[int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError('the plan has a layer whose rank is no positive '
+                             f'integer: {self.rank!r}')
+        for key in ('shape', 'macs', 'params'):
+            if not isinstance(getattr(self, key), (list, tuple)):
+                raise ValueError(f'the plan has a layer whose {key} is no '
+                                 f'list: {getattr(self, key)!r}')
+
+
+@dataclass
+class DensePlan:
+    """A layer that stays as it is.
+
+    Args:
+        reason (str): Why.
+        compressible (bool): Whether it was the planner's choice: such layers
+            count towards the budget.
+        shape (list[int]): Shape of the weights.
+        macs (float): Multiply-accumulates of one image.
+        params (int): Parameters.
+        bias (bool): Whether it got a bias that the architecture does not
+            give it: it was merged from a basis layer that had one.
+    """
+    reason: str
+    compressible: bool
+    shape: List[int]
+    macs: float
+    params: int
+    bias: bool = False
+
+
+@dataclass
+class CompressionPlan:
+    """What becomes of each layer of one model: plain data, JSON on disk.
+
+    Args:
+        layers (dict[str, LayerPlan]): By layer name, in order of definition.
+        dense (dict[str, DensePlan]): The layers that stay as they are.
+        norm (bool): Whether a batch normalisation stands between basis and
+            coefficients. Defaults to False.
+        planner (dict): The configuration of the planner, for the record.
+    """
+    layers: Dict[str, LayerPlan]
+    dense: Dict[str, DensePlan] = field(default_factory=dict)
+    norm: bool = False
+    planner: Dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_ranks(cls,
+                   layers: Sequence[LayerInfo],
+                   ranks: Dict[str, int],
+                   reasons: Dict[str, str],
+                   *,
+                   norm: bool = False,
+                   bias: bool = False,
+                   planner: Dict[str, Any]) -> 'CompressionPlan':
+        """Write a planner's decision down with its costs.
+
+        Args:
+            layers (Sequence[LayerInfo]): All layers of the model, calibrated.
+            ranks (dict[str, int]): Ranks of the layers to be represented.
+            reasons (dict[str, str]): Why the other compressible ones stay.
+            norm (bool): See :class:`CompressionPlan`.
+            bias (bool): Give every layer's coefficients a bias.
+            planner (dict): Configuration of the planner.
+        """
+        plan = cls({}, {}, norm, planner)
+        for layer in layers:
+            if layer.name not in ranks:
+                plan.dense[layer.name] = DensePlan(
+                    layer.reason or reasons[layer.name], layer.compressible,
+                    list(layer.module.weight.shape), layer.macs(),
+                    layer.params())
+                continue
+            rank = ranks[layer.name]
+            energy = layer.spectrum.energy
+            total = float(energy.sum())
+            kept = float(energy[:rank].sum()) / total if total > 0 else 1.
+            has_bias = bias or layer.module.bias is not None
+            plan.layers[layer.name] = LayerPlan(
+                rank, layer.full_rank, layer.kind.__name__,
+                list(layer.module.weight.shape), has_bias, round(kept, 6),
+                [layer.macs(), layer.macs(rank)],
+                [layer.params(),
+                 layer.params(rank, has_bias, norm)])
+        return plan
+
+    # ------------------------------------------------------------ totals
+    def totals(self, convs_only: bool = False) -> Dict[str, Dict[str, float]]:
+        """MACs and parameters of the layers that the budget counts.
+
+        Args:
+            convs_only (bool): Count all convolutions, also those that had to
+                stay dense, and nothing else. Defaults to False.
+
+        Returns:
+            dict: ``{'macs': {'before', 'after'}, 'params': {…}}``.
+        """
+        rows = [(p.shape, p.macs, p.params) for p in self.layers.values()]
+        rows += [(p.shape, [p.macs] * 2, [p.params] * 2)
+                 for p in self.dense.values() if convs_only or p.compressible]
+        pairs = [row[1:] for row in rows if not convs_only or len(row[0]) > 2]
+        macs, params = zip(*pairs) if pairs else ([], [])
+        return {
+            key:
+            dict(
+                before=sum(v[0] for v in values),
+                after=sum(v[1] for v in values))
+            for key, values in (('macs', macs), ('params', params))
+        }
+
+    # -------------------------------------------------------- plain data
+    def to_dict(self) -> Dict[str, Any]:
+        """The plan as plain types, as it stands in checkpoints and JSON."""
+        return dict(
+            version=PLAN_VERSION,
+            mmbasis=__version__,
+            planner=self.planner,
+            norm=self.norm,
+            totals=self.totals(),
+            layers={
+                k: asdict(v)
+                for k, v in self.layers.items()
+            },
+            dense={
+                k: asdict(v)
+                for k, v in self.dense.items()
+            })
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> 'CompressionPlan':
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If the data are no plan, or of a newer version.
+        """
+        if not isinstance(data, dict) or 'layers' not in data:
+            raise ValueError('this is not a compression plan: a mapping with '
+                             '"version" and "layers" is expected')
+        version = data.get('version')
+        if not isinstance(version, int) or version > PLAN_VERSION:
+            raise ValueError(
+                f'the plan has version {version!r}, this mmbasis '
+                f'({__version__}) reads up to {PLAN_VERSION}: upgrade mmbasis')
+        try:
+            return cls({
+                k: LayerPlan(**v)
+                for k, v in data['layers'].items()
+            }, {
+                k: DensePlan(**v)
+                for k, v in data.get('dense', {}).items()
+            }, bool(data.get('norm', False)), dict(data.get('planner', {})))
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f'the plan has a malformed layer: {error}') from None
+
+    def dumps(self) -> str:
+        """JSON with one line per layer, so that plans can be read and compared
+        line by line."""
+        data = self.to_dict()
+        blocks = []
+        for key, value in data.items():
+            if key in ('layers', 'dense') and value:
+                rows = (f'    {json.dumps(k)}: {json.dumps(v)}'
+                        for k, v in value.items())
+                text = '{\n' + ',\n'.join(rows) + '\n  }'
+            else:
+                text = json.dumps(value)
+            blocks.append(f'  {json.dumps(key)}: {text}')
+        return '{\n' + ',\n'.join(blocks) + '\n}\n'
+
+    def save(self, path: str) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_atomically(path, self.dumps())
+
+    @classmethod
+    def load(cls, path: str) -> 'CompressionPlan':
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no plan, or one of a newer version.
+        """
+        with open(path, encoding='utf-8') as file:
+            try:
+                data = json.load(file)
+            except ValueError as error:
+                raise ValueError(f'{path} is not JSON: {error}') from None
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from None

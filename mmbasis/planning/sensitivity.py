@@ -1,0 +1,170 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What dropping a direction of a layer's output costs, in units of the
+loss."""
+from typing import Any, List, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from .calibration import evaluation, sample_positions
+from .layers import LayerInfo
+
+#: Labels are drawn from softened predictions: on its training images a
+#: network is so sure of itself that its gradients all but vanish.
+TEMPERATURE = 2.
+
+
+class UnknownLossError(ValueError):
+    """The model has no loss that is known here."""
+
+
+class GradientRecorder:
+    """Second moments of the loss' gradients at layers' outputs.
+
+    Args:
+        layers (Sequence[LayerInfo]): With spectra. What is accumulated is
+            ``E[(u_i^T g)^2]`` for each direction ``u_i`` of the spectrum:
+            the diagonal of ``U^T G U``, not ``G``.
+    """
+
+    def __init__(self, layers: Sequence[LayerInfo]) -> None:
+        self.layers = [x for x in layers if x.compressible]
+        self.vectors = {
+            x.name: x.spectrum.vectors.float()
+            for x in self.layers
+        }
+        self.squares = {
+            x.name: torch.zeros_like(x.spectrum.energy)
+            for x in self.layers
+        }
+        self.counts = {x.name: 0 for x in self.layers}
+        self._handles: List[Any] = []
+
+    def __enter__(self) -> 'GradientRecorder':
+        for layer in self.layers:
+
+            def hook(module, args, output, layer=layer):
+                if output.requires_grad:
+                    output.register_hook(lambda g: self._add(layer, g))
+
+            self._handles.append(layer.module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _add(self, layer: LayerInfo, gradient: Tensor) -> None:
+        axis = layer.kind.channel_axis(layer.module)
+        samples = sample_positions(gradient, axis, layer.matrix_shape[0])
+        along = self.vectors[layer.name].mT @ samples
+        self.squares[layer.name] += along.square().sum((0, 2))
+        self.counts[layer.name] += samples.shape[-1]
+
+    def finish(self) -> None:
+        """Sum over processes and write ``sensitivity`` into the layers."""
+        for layer in self.layers:
+            squares = self.squares[layer.name]
+            count = squares.new_tensor(float(self.counts[layer.name]))
+            if get_world_size() > 1:
+                all_reduce(squares)
+                all_reduce(count)
+            mean = squares / count.clamp_min(1)
+            groups = layer.matrix_shape[0]
+            # positions add up: an error stands at each of them
+            layer.sensitivity = (
+                layer.spectrum.energy * mean / groups * layer.out_positions)
+
+
+def _sampled_labels(logits: Tensor, batch: int) -> Tensor:
+    """Draw labels from predictions, the same for an image however images are
+    spread over processes.
+
+    Args:
+        logits (Tensor): Shape ``(N, classes)``.
+        batch (int): Index of the batch, seed of its random numbers.
+
+    Returns:
+        Tensor: Shape ``(N, )``.
+    """
+    rank, world = get_rank(), get_world_size()
+    generator = torch.Generator().manual_seed(batch)
+    uniform = torch.rand(len(logits) * world, 1, generator=generator)
+    cumulative = (logits.detach() / TEMPERATURE).softmax(-1).cumsum(-1)
+    labels = (cumulative < uniform[rank::world].to(cumulative)).sum(-1)
+    return labels.clamp_max(logits.shape[-1] - 1)
+
+
+def total_loss(model: nn.Module, inputs: Any, samples: Any,
+               batch: int) -> Tensor:
+    """The loss of a batch, summed over its images.
+
+    Classifiers are asked for labels of their own: that makes the gradients'
+    second moment the Fisher information of the model. Any other MMEngine
+    model gives its training loss.
+    """
+    is_engine = hasattr(model, 'parse_losses')
+    if is_engine:
+        outputs = model(inputs, samples, mode='tensor')
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
+        outputs = outputs[0]
+    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        labels = _sampled_labels(outputs, batch)
+        return F.cross_entropy(outputs, labels, reduction='sum')
+    if not is_engine:
+        raise UnknownLossError(
+            'loss-aware planning needs an MMEngine model, whose training loss '
+            'is known, or a plain classifier, which puts out one tensor of '
+            'shape (images, classes): set loss_aware=False')
+    losses = model(inputs, samples, mode='loss')
+    return model.parse_losses(losses)[0] * len(inputs)
+
+
+def _prepare(model: nn.Module, data: Any) -> Tuple[Tensor, Any]:
+    """Inputs that take gradients (even layers behind frozen ones must get
+    theirs), and data samples."""
+    if hasattr(model, 'data_preprocessor'):
+        data = model.data_preprocessor(data, False)
+    elif not isinstance(data, dict):
+        data = data[0] if isinstance(data, (tuple, list)) else data
+        data = dict(inputs=data)
+    inputs = data['inputs'].detach().clone().requires_grad_()
+    return inputs, data.get('data_samples')
+
+
+def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
+                     batches: Sequence[Any]) -> None:
+    """Fill in ``sensitivity``: the increase of the loss by dropping each
+    direction of each layer's output.
+
+    To second order, dropping direction ``u_i`` of an output ``y`` changes
+    the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is
+    taken as the product of the two expectations and summed over positions.
+
+    Args:
+        model (nn.Module): The dense model.
+        layers (Sequence[LayerInfo]): Its layers, calibrated with spectra.
+        batches (Sequence): Batches with annotations, as in training.
+
+    Raises:
+        UnknownLossError: If the model has no loss that is known here.
+    """
+    logger = MMLogger.get_current_instance()
+    with evaluation(model), GradientRecorder(layers) as recorder:
+        with torch.enable_grad():
+            for index, data in enumerate(batches):
+                inputs, samples = _prepare(model, data)
+                # in-place layers may not change a leaf
+                loss = total_loss(model, inputs + 0, samples, index)
+                # with respect to the inputs alone: no gradient of a weight
+                # is computed
+                torch.autograd.grad(loss, inputs)
+                logger.info('Sensitivity: batch %d/%d', index + 1,
+                            len(batches))
+    recorder.finish()

@@ -1,0 +1,144 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import pytest
+import torch
+import torch.nn as nn
+from mmcv.cnn import ConvModule
+
+from mmbasis.layers import BasisConv, BasisConvTranspose, BasisLinear
+from mmbasis.planning import check_finite, find_layers
+from mmbasis.planning.layers import choose_layers
+
+
+class Net(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.stem = ConvModule(3, 8, 3, norm_cfg=dict(type='BN'))
+        self.blocks = nn.Sequential(
+            nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1),
+            nn.ConvTranspose2d(12, 6, 2))
+        self.head = nn.ModuleDict(dict(fc=nn.Linear(6, 10)))
+
+
+def reasons(model, **kwargs):
+    layers = find_layers(model)
+    choose_layers(model, layers, **kwargs)
+    return {layer.name: layer.reason for layer in layers}
+
+
+def test_names_kinds_and_reasons():
+    layers = find_layers(Net())
+    assert [(layer.name, layer.kind) for layer in layers] == [
+        ('stem.conv', BasisConv),
+        ('blocks.0', BasisConv),
+        ('blocks.1', BasisConv),
+        ('blocks.2', BasisConvTranspose),
+        ('head.fc', BasisLinear),
+    ]
+    assert 'depthwise' in layers[1].reason
+    assert all(layer.compressible for i, layer in enumerate(layers) if i != 1)
+
+
+def test_shared_layer_is_listed_once():
+    model = Net()
+    model.again = model.blocks[1]
+    layers = find_layers(model)
+    assert [layer.name for layer in layers].count('blocks.1') == 1
+    assert 'again' not in [layer.name for layer in layers]
+    assert all(layer.compressible for layer in layers
+               if layer.name == 'blocks.1')
+
+
+def test_tied_weights_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 6))
+    model[2].weight = model[0].weight
+    layers = find_layers(model)
+    assert layers[0].reason == 'shares its parameters with 2'
+    assert layers[1].reason == ''
+    assert layers[2].reason == 'shares its parameters with 0'
+
+
+def test_tied_to_a_module_of_another_kind():
+    model = nn.ModuleDict(
+        dict(words=nn.Embedding(10, 6), scores=nn.Linear(6, 10, bias=False)))
+    model.scores.weight = model.words.weight
+    layer, = find_layers(model)
+    assert layer.reason == 'shares its parameters with words'
+
+
+def test_tied_bias():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Conv2d(4, 6, 1))
+    model[1].bias = model[0].bias
+    assert [layer.compressible for layer in find_layers(model)] == [False] * 2
+
+
+def test_basis_layers_are_not_looked_into():
+    model = nn.Sequential(BasisConv(nn.Conv2d(4, 6, 3), 2), nn.Conv2d(6, 6, 3))
+    assert [layer.name for layer in find_layers(model)] == ['1']
+
+
+# ---------------------------------------------------------------- patterns
+def test_prediction_layers_stay_dense_by_default():
+    assert reasons(Net())['head.fc'] == 'prediction layer'
+    assert reasons(Net(), prediction_layers=True)['head.fc'] == ''
+
+
+def test_include_by_regular_expression():
+    found = reasons(Net(), include=[r'blocks\.\d', 'stem.*'])
+    assert found['stem.conv'] == found['blocks.1'] == found['blocks.2'] == ''
+    assert 'depthwise' in found['blocks.0']
+    assert found['head.fc'] == 'not included'
+
+
+def test_a_pattern_must_match_the_whole_name():
+    with pytest.raises(ValueError, match="include: the pattern 'blocks'"):
+        reasons(Net(), include=['blocks'])
+
+
+@pytest.mark.parametrize('pattern, left_out', [
+    ('ConvModule', ['stem.conv']),
+    ('ConvTranspose2d', ['blocks.2']),
+    ('Sequential', ['blocks.1', 'blocks.2']),
+    ('Linear', ['head.fc']),
+    (r'.*\.conv', ['stem.conv']),
+])
+def test_exclude_by_name_or_class(pattern, left_out):
+    found = reasons(Net(), exclude=[pattern], prediction_layers=True)
+    named = [k for k, v in found.items() if v == f'excluded by {pattern!r}']
+    assert named == left_out
+
+
+def test_exclude_wins_over_include():
+    found = reasons(Net(), include=['blocks.*'], exclude=['.*2'])
+    assert found['blocks.1'] == '' and 'excluded' in found['blocks.2']
+
+
+@pytest.mark.parametrize('key', ['include', 'exclude'])
+def test_pattern_without_match(key):
+    with pytest.raises(ValueError) as error:
+        reasons(Net(), **{key: ['stem.*', 'neck.*']})
+    assert f"{key}: the pattern 'neck.*' matches none" in str(error.value)
+    assert 'stem.conv' in str(error.value)
+
+
+def test_pattern_that_is_no_regular_expression():
+    with pytest.raises(ValueError, match='not a regular expression'):
+        reasons(Net(), exclude=['blocks(['])
+
+
+# ------------------------------------------------------------------ checks
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_broken_weights_are_named(value):
+    model = Net()
+    check_finite(find_layers(model))
+    with torch.no_grad():
+        model.blocks[1].weight[3, 2] = value
+    with pytest.raises(ValueError, match=r'NaN or infinite in blocks\.1'):
+        check_finite(find_layers(model))
+
+
+def test_lazy_layers_do_no_harm():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LazyConv2d(6, 3))
+    layers = find_layers(model)
+    check_finite(layers)
+    assert 'lazy' in layers[1].reason

@@ -1,0 +1,241 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Latency tables, and plans made with them."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from mmbasis.factorization import spectrum_of_factor
+from mmbasis.planning import BudgetPlanner, find_layers
+from mmbasis.planning.latency import LatencyTable
+
+#: ms by rank, None is dense; conv '0' is slow at low ranks, '2' pays
+TIMES = {
+    '0': {
+        None: 1.,
+        4: 1.2,
+        8: 1.1,
+        12: 1.3
+    },
+    '2': {
+        None: 4.,
+        4: 1.,
+        8: 2.,
+        12: 1.9,
+        16: 3.,
+        20: 3.98
+    },
+}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1))
+
+
+def entries(model, uses=1):
+    """Entries as tools/latency_table.py and the benchmark write them: a
+    layer's median contains what feeds it."""
+    rows = [
+        dict(id='carrier', role='carrier', median_ms=.5, noise_ms=0.),
+        dict(id='model', role='model', median_ms=7., noise_ms=0.)
+    ]
+    modules = dict(model.named_modules())
+    for name, times in TIMES.items():
+        for rank, ms in times.items():
+            rows.append(
+                dict(
+                    id=f'{name}/{rank}',
+                    role='layer',
+                    group=name,
+                    carrier='carrier',
+                    rank=rank,
+                    kind='BasisConv',
+                    weight_shape=list(modules[name].weight.shape),
+                    uses={name: uses},
+                    median_ms=ms + .5,
+                    noise_ms=.05))
+    return rows
+
+
+@pytest.fixture
+def write(model, tmp_path):
+    """Function that writes a table, with changes, and returns its path."""
+
+    def write(**changes):
+        data = dict(
+            schema='mmbasis.latency_table',
+            version=1,
+            status='complete',
+            device=dict(board='Jetson AGX Xavier', cpu='ARMv8'),
+            backend='tensorrt',
+            precision='fp16',
+            entries=entries(model))
+        data.update(changes)
+        path = tmp_path / 'table.json'
+        path.write_text(json.dumps(data))
+        return str(path)
+
+    return write
+
+
+def analyzed(model):
+    layers = find_layers(model)
+    for layer in layers:
+        layer.weight_positions = layer.out_positions = 64
+        matrix = layer.kind.to_matrix(layer.module).detach()
+        layer.spectrum = spectrum_of_factor(matrix)
+    return layers
+
+
+def plan(model, **options):
+    planner = BudgetPlanner(data_aware=False, **options)
+    layers = analyzed(model)
+    planner.select(model, layers)
+    return planner.plan(layers)
+
+
+# --------------------------------------------------------------- the table
+def test_costs(write):
+    table = LatencyTable.load(write())
+    assert table.cost('2', None) == pytest.approx(4)
+    assert table.cost('2', 4) == pytest.approx(1)
+    assert table.measured_ranks('2') == [4, 8, 12, 16, 20]
+    assert table.rest() == pytest.approx(2)
+
+
+def test_interpolation_never_invents_a_speed_up(write):
+    table = LatencyTable.load(write())
+    costs = [table.cost('2', rank) for rank in range(1, 33)]
+    assert np.all(np.diff(costs) >= 0)
+    # rank 12 was measured faster than 8: that is noise
+    assert table.cost('2', 12) == table.cost('2', 8) == pytest.approx(2)
+    # between two measured ranks, that of the higher one
+    assert table.cost('2', 5) == table.cost('2', 8)
+    assert table.cost('2', 13) == table.cost('2', 16)
+    # past the last one nothing is known to be faster than dense
+    assert table.cost('2', 21) == pytest.approx(4)
+    # within noise is not faster
+    assert table.is_faster('2', 16) and not table.is_faster('2', 20)
+    assert not any(table.is_faster('0', rank) for rank in range(1, 13))
+
+
+def test_a_layer_that_is_used_twice_costs_twice(write, model):
+    table = LatencyTable.load(write(entries=entries(model, uses=2)))
+    assert table.cost('2', 4) == pytest.approx(2)
+    assert table.noise('2') == pytest.approx(.1)
+
+
+def test_prediction_of_the_whole_model(write, model):
+    table = LatencyTable.load(write())
+    assert table.predict({}) == pytest.approx(7)
+    assert table.predict({'2': 4}) == pytest.approx(4)
+    # where the layers take longer alone than all of the model
+    rows = [x for x in entries(model) if x['id'] != 'model']
+    rows.append(dict(id='model', median_ms=2.5, noise_ms=0.))
+    table = LatencyTable.load(write(entries=rows))
+    assert table.predict({}) == pytest.approx(2.5)
+    assert table.predict({'2': 4}) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('changes, text', [
+    (dict(schema='other'), 'no latency table'),
+    (dict(version=2), 'version 2'),
+    (dict(status='partial'), 'goes on where it stopped'),
+    (dict(entries=[dict(id='a', role='layer')]), 'malformed'),
+    (dict(entries=3), 'malformed'),
+])
+def test_bad_tables(write, changes, text):
+    with pytest.raises(ValueError, match=text):
+        LatencyTable.load(write(**changes))
+
+
+def test_not_json(tmp_path):
+    (tmp_path / 'x.json').write_text('{')
+    with pytest.raises(ValueError, match='is not JSON'):
+        LatencyTable.load(str(tmp_path / 'x.json'))
+    with pytest.raises(FileNotFoundError):
+        LatencyTable.load(str(tmp_path / 'y.json'))
+
+
+@pytest.mark.parametrize('target, text', [
+    (dict(device='Orin'), "device 'Jetson AGX Xavier', not 'Orin'"),
+    (dict(precision='fp32'), "precision 'fp16', not 'fp32'"),
+    (dict(backend='onnxruntime'), "backend 'tensorrt', not 'onnxruntime'"),
+])
+def test_table_of_another_target(write, model, target, text):
+    path = write()
+    with pytest.raises(ValueError, match=text):
+        LatencyTable.load(path, **target)
+    with pytest.raises(ValueError, match=text):
+        BudgetPlanner(latency=.8, table=dict(path=path, **target))
+    LatencyTable.load(path, device='xavier', precision='fp16')
+
+
+# ------------------------------------------------------------------- plans
+def test_keeps_dense_what_would_not_get_faster(write, model):
+    result = plan(model, latency=.9, table=write())
+    assert set(result.layers) == {'2'}
+    assert 'faster' in result.dense['0'].reason
+    assert 'latency table' in result.dense['0'].reason
+
+
+@pytest.mark.parametrize('fraction, rank', [(.6, 4), (.75, 12), (.9, 16)])
+def test_budget_is_of_the_whole_model(write, model, fraction, rank):
+    path = write()
+    result = plan(model, latency=fraction, table=path)
+    assert result.layers['2'].rank == rank
+    table = LatencyTable.load(path)
+    ranks = {k: v.rank for k, v in result.layers.items()}
+    assert table.predict(ranks) <= fraction * 7 + 1e-9
+
+
+def test_respects_rounding(write, model):
+    result = plan(model, latency=.9, table=write(), round_to=8)
+    assert result.layers['2'].rank % 8 == 0
+    result = plan(model, latency=.75, table=write(), round_to=8)
+    assert result.layers['2'].rank == 8
+
+
+def test_overrides_must_be_faster_too(write, model):
+    result = plan(model, latency=.9, table=write(), overrides={'0': 8, '2': 4})
+    assert '0' in result.dense and result.layers['2'].rank == 4
+
+
+def test_budget_that_cannot_be_met(write, model):
+    with pytest.raises(ValueError, match='latency=0.2 cannot be met'):
+        plan(model, latency=.2, table=write())
+
+
+def test_table_of_another_model(write):
+    other = nn.Sequential(
+        nn.Conv2d(3, 16, 5), nn.ReLU(), nn.Conv2d(16, 32, 3),
+        nn.Conv2d(32, 8, 3))
+    with pytest.raises(ValueError, match='another model.*0 has weights'):
+        plan(other, latency=.5, table=write())
+
+
+def test_the_plan_says_what_it_was_made_for(write, model):
+    path = write()
+    record = plan(model, latency=.75, table=path).to_dict()['planner']
+    assert record['table'] == dict(
+        path=path,
+        device='Jetson AGX Xavier',
+        backend='tensorrt',
+        precision='fp16')
+    json.dumps(record)
+
+
+@pytest.mark.parametrize('options', [
+    dict(latency=.5),
+    dict(latency=.5, macs=.5),
+    dict(macs=.5, table='table.json'),
+])
+def test_latency_and_table_belong_together(options):
+    with pytest.raises(ValueError, match='latency with its table'):
+        BudgetPlanner(**options)

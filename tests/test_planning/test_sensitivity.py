@@ -1,0 +1,120 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mmbasis.planning import (BudgetPlanner, UnknownLossError, calibrate,
+                              find_layers, record_gradients)
+from mmbasis.planning.sensitivity import _sampled_labels
+from tests.toy import ToyNet
+
+
+class Classifier(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def analyzed(model, batches):
+    layers = find_layers(model)
+    calibrate(model, layers, batches)
+    record_gradients(model, layers, batches)
+    return {layer.name: layer for layer in layers}
+
+
+def test_against_gradients_computed_directly():
+    torch.manual_seed(0)
+    model, x = Classifier(), torch.randn(16, 3, 6, 6)
+    layer = analyzed(model, [x])['conv']
+    y = model.conv(x).detach().requires_grad_()
+    logits = model.fc(y.mean((2, 3)))
+    loss = F.cross_entropy(logits, _sampled_labels(logits, 0), reduction='sum')
+    gradient, = torch.autograd.grad(loss, y)
+    along = torch.einsum('pr,npxy->nrxy', layer.spectrum.vectors[0].float(),
+                         gradient)
+    # summed over the positions of an image
+    expected = layer.spectrum.energy * along.square().sum((2, 3)).mean(0)
+    torch.testing.assert_close(
+        layer.sensitivity, expected.double(), rtol=1e-4, atol=1e-12)
+
+
+def test_unused_direction_costs_nothing():
+    """Channels that the loss does not depend on are worth nothing, whatever
+    their energy."""
+    torch.manual_seed(0)
+    model = Classifier()
+    model.fc.weight.data[:, :4] = 0
+    model.conv.weight.data[:4] *= 10
+    layer = analyzed(model, [torch.randn(16, 3, 6, 6)])['conv']
+    vectors = layer.spectrum.vectors[0]
+    unused = vectors[4:].square().sum(0) < .05
+    energy = layer.spectrum.energy
+    assert energy[unused].sum() > .9 * energy.sum()
+    assert layer.sensitivity[unused].sum() < .1 * layer.sensitivity.sum()
+
+
+def test_batch_split_and_seed(monkeypatch):
+    """The same images give the same result, and labels follow the images
+    through any split over processes."""
+    torch.manual_seed(0)
+    model, x = Classifier(), torch.randn(16, 3, 6, 6)
+    a, b = (analyzed(model, [x])['conv'].sensitivity for _ in range(2))
+    assert torch.equal(a, b)
+    logits = torch.randn(12, 5)
+    whole = _sampled_labels(logits, 3)
+    monkeypatch.setattr('mmbasis.planning.sensitivity.get_world_size',
+                        lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(
+            'mmbasis.planning.sensitivity.get_rank', lambda rank=rank: rank)
+        assert torch.equal(_sampled_labels(logits[rank::2], 3), whole[rank::2])
+
+
+def test_training_loss_of_an_engine_model():
+    """A model that puts out no logits is asked for its loss; frozen layers are
+    no obstacle."""
+
+    class Regressor(ToyNet):
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            out = super().forward(inputs)
+            if mode == 'loss':
+                return dict(loss=(out - 1).square().mean())
+            return (out, out) if mode == 'tensor' else list(out)
+
+    torch.manual_seed(0)
+    model = Regressor(frozen=True)
+    layers = analyzed(
+        model,
+        [dict(inputs=torch.rand(4, 3, 8, 8), data_samples=torch.zeros(4))])
+    assert all(x.sensitivity.sum() > 0 for x in layers.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_unknown_loss():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(UnknownLossError, match='loss_aware=False'):
+        analyzed(model, [torch.rand(2, 3, 8, 8)])
+
+
+def test_planner_spends_where_the_loss_is():
+    """With equal spectra and costs the layer that the loss feels keeps the
+    higher rank."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        dict(
+            a=nn.Conv2d(8, 16, 3, padding=1), b=nn.Conv2d(8, 16, 3,
+                                                          padding=1)))
+    model.b.load_state_dict(model.a.state_dict())
+    model.forward = lambda x: (model.a(x) + .01 * model.b(x)).mean((2, 3))
+    layers = analyzed(model, [torch.randn(8, 8, 6, 6)])
+    planner = BudgetPlanner(macs=.4)
+    planner.select(model, list(layers.values()))
+    plan = planner.plan(list(layers.values()))
+    assert plan.layers['a'].rank > 2 * plan.layers['b'].rank
