@@ -1,0 +1,23 @@
+# The cost of the paper's network, with ranks that the loss chooses, layers
+# that make up for each other, and the dense network as teacher.
+_base_ = 'resnet56_cifar10.py'
+
+# trained by resnet56_cifar10.py, or converted from the authors' weights by
+# tools/model_converters/resnet56_cifar.py
+dense = '{{$MMBASIS_DATA:data}}/resnet56_cifar10.pth'
+load_from = dense
+
+custom_hooks = [
+    dict(
+        type='mmbasis.BasisCompressionHook',
+        planner=dict(type='BudgetPlanner', macs=0.359),
+        # 512 images
+        calibration=dict(num_batches=4),
+        distillation=dict(checkpoint=dense)),
+    dict(type='mmbasis.SpectrumHook'),
+]
+
+optim_wrapper = dict(optimizer=dict(lr=0.01, nesterov=True))
+param_scheduler = dict(
+    _delete_=True, type='CosineAnnealingLR', T_max=120, by_epoch=True)
+train_cfg = dict(max_epochs=120)

@@ -1,0 +1,16 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Compression of convolutional networks by basis filters and spectral fine-
+tuning, for the OpenMMLab ecosystem.
+
+Importing the package registers everything.
+"""
+from . import compat, datasets, hooks, models, optim
+from .compression import compress
+from .models import load_compressed
+from .planning import CompressionPlan
+from .version import __version__
+
+__all__ = [
+    'compat', 'datasets', 'hooks', 'models', 'optim', 'compress',
+    'load_compressed', 'CompressionPlan', '__version__'
+]

@@ -1,0 +1,137 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Differences between versions of the libraries: the only file that asks for
+versions."""
+import functools
+import inspect
+import pickle
+import sys
+from typing import Any, Iterable, List, Tuple
+
+import numpy as np
+import torch
+import torch.onnx
+from mmengine.logging import HistoryBuffer
+
+
+def _history_attribute(owner: Any, name: str) -> Any:
+    """``getattr`` as MMEngine's checkpoints need it, and for nothing else: in
+    a pickle the built-in one would open the door to any code."""
+    if owner is not HistoryBuffer:
+        raise pickle.UnpicklingError(
+            f'this checkpoint asks for {name!r} of {owner!r}, which MMEngine '
+            'never does: do not trust it')
+    return getattr(owner, name)
+
+
+def _allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)``, the default since torch 2.6, read
+    what MMEngine saves for resuming: histories, arrays and numbers of
+    numpy."""
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return
+    scalar = np.float64(0).__reduce__()[0]
+    array = np.zeros(0).__reduce__()[0]
+    allowed = [HistoryBuffer, np.ndarray, np.dtype]
+    allowed += {type(np.dtype(code)) for code in 'fdeilLqQbBhH?'}
+    allowed.append((_history_attribute, 'builtins.getattr'))
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        allowed += [(scalar, f'{module}.scalar'),
+                    (array, f'{module}._reconstruct')]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def _keep_tracing_exporter() -> None:
+    """Make the tracing exporter the default of ``torch.onnx.export`` again.
+
+    Since torch 2.9 the default is ``dynamo=True``; MMDeploy calls it without
+    that argument, and its rewriters only work while a model is traced.
+    """
+    export = torch.onnx.export
+    default = inspect.signature(export).parameters.get('dynamo')
+    if default is None or default.default is False:
+        return
+
+    @functools.wraps(export)
+    def export_by_tracing(*args, **kwargs):
+        kwargs.setdefault('dynamo', False)
+        return export(*args, **kwargs)
+
+    torch.onnx.export = export_by_tracing
+
+
+def repair_partition() -> None:
+    """Let MMDeploy cut graphs with onnx >= 1.17.
+
+    MMDeploy replaces a private method of onnx' extractor by one of its own;
+    that method has other arguments since onnx 1.17, where onnx' own is as
+    fast.
+    """
+    from mmdeploy.core.optimizers import extractor
+    from onnx.utils import Extractor
+    name = '_dfs_search_reachable_nodes'
+    own = getattr(Extractor, name, None)
+    theirs = getattr(extractor, f'{name}_fast', None)
+    if own is None or theirs is None:
+        return
+    if len(inspect.signature(own).parameters) != len(
+            inspect.signature(theirs).parameters):
+        setattr(extractor, f'{name}_fast', own)
+
+
+def repair_static_methods() -> None:
+    """Have MMDeploy give static methods back that it rewrote.
+
+    Its rewriter restores a static method as a plain function, which then
+    takes the object for its first argument: Swin no longer runs in a process
+    that has exported anything.
+    """
+    from mmdeploy.core.rewriters.function_rewriter import FunctionRewriter
+    enter, leave = FunctionRewriter.enter, FunctionRewriter.exit
+    if getattr(enter, 'keeps_static_methods', False):
+        return
+
+    @functools.wraps(enter)
+    def enter_noting(self, *args, **kwargs):
+        self.static_methods = _static_methods(self._registry._rewrite_records)
+        return enter(self, *args, **kwargs)
+
+    @functools.wraps(leave)
+    def leave_restoring(self):
+        leave(self)
+        for owner, name, method in self.static_methods:
+            setattr(owner, name, method)
+
+    enter_noting.keeps_static_methods = True
+    FunctionRewriter.enter = enter_noting
+    FunctionRewriter.exit = leave_restoring
+
+
+def _static_methods(paths: Iterable[str]) -> List[Tuple[type, str, Any]]:
+    """Class, name and method of the static methods among dotted names."""
+    found = []
+    for path in paths:
+        place, _, name = path.rpartition('.')
+        module, _, owner = place.rpartition('.')
+        cls = getattr(sys.modules.get(module), owner, None)
+        method = vars(cls).get(name) if isinstance(cls, type) else None
+        if isinstance(method, staticmethod):
+            found.append((cls, name, method))
+    return found
+
+
+def repair_ssd_head() -> None:
+    """Give MMDetection 3.3.0's ``SSDHead`` the attribute ``loss_cls``, which
+    its own prediction asks for and the class does not set."""
+    from mmdet.models.dense_heads import SSDHead
+    if not hasattr(SSDHead, 'loss_cls'):
+        SSDHead.loss_cls = None
+
+
+def max_onnx_opset() -> int:
+    """The newest ONNX opset that the tracing exporter of this torch writes."""
+    from torch.onnx import _constants
+    return _constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
+
+
+_allow_mmengine_checkpoints()
+_keep_tracing_exporter()

@@ -1,0 +1,110 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Checkpoints as data: they carry the plan and can be read without pickle."""
+import os
+from typing import Any, Dict, Optional
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import (_load_checkpoint, get_state_dict,
+                                        weights_to_cpu)
+
+from ..planning import CompressionPlan
+
+#: where the plan stands in ``checkpoint['meta']``
+META_KEY = 'mmbasis'
+_HISTORY = ('_log_history', '_count_history')
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Read a checkpoint: a local file, or anything else that MMEngine reads.
+
+    Args:
+        path (str): A path or URL.
+
+    Returns:
+        dict: The checkpoint, tensors on the CPU. A file that holds a bare
+        state dict is returned as ``dict(state_dict=…)``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds no weights.
+    """
+    if '://' not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    try:
+        checkpoint = _load_checkpoint(path, map_location='cpu')
+    except Exception as error:
+        raise ValueError(f'checkpoint {path} cannot be read, it may be '
+                         f'truncated: {error}') from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'checkpoint {path} holds a '
+                         f'{type(checkpoint).__name__}, not weights')
+    if 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    return checkpoint
+
+
+def plan_of(checkpoint: Dict[str, Any]) -> Optional[CompressionPlan]:
+    """The plan in a checkpoint, None if it is of a dense model.
+
+    Raises:
+        ValueError: If the plan is malformed or of a newer version.
+    """
+    data = (checkpoint.get('meta') or {}).get(META_KEY)
+    return None if data is None else CompressionPlan.from_dict(data)
+
+
+def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
+                    meta: Dict[str, Any]) -> None:
+    """Write the weights of a compressed model with its plan, whole or not at
+    all.
+
+    Args:
+        model (nn.Module): The compressed model.
+        plan (CompressionPlan): Its plan.
+        path (str): The file to write.
+        meta (dict): Further entries of ``meta``: plain types.
+    """
+    checkpoint = dict(
+        meta={
+            **meta, META_KEY: plan.to_dict()
+        },
+        state_dict=weights_to_cpu(get_state_dict(model)))
+    temporary = f'{path}.tmp{os.getpid()}'
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def to_plain(value: Any) -> Any:
+    """Copy nested containers with plain types in place of NumPy's and of
+    MMEngine's log histories, so that ``torch.load(weights_only=True)`` reads
+    them.
+
+    :func:`from_plain` is the inverse for the histories.
+    """
+    if isinstance(value, HistoryBuffer):
+        return {
+            '__history__': [to_plain(getattr(value, k)) for k in _HISTORY],
+            'max_length': value.max_length
+        }
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_plain(v) for v in value)
+    return value
+
+
+def from_plain(value: Any) -> Any:
+    """Turn plain log histories back into MMEngine's."""
+    if isinstance(value, dict):
+        if '__history__' in value:
+            return HistoryBuffer(
+                *value['__history__'], max_length=value['max_length'])
+        return {k: from_plain(v) for k, v in value.items()}
+    return value

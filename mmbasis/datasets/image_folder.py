@@ -1,0 +1,106 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import os
+import os.path as osp
+from typing import List
+
+from mmengine.dataset import BaseDataset
+
+from mmbasis.registry import DATASETS
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
+
+
+@DATASETS.register_module()
+class ImageFolder(BaseDataset):
+    """Images in one folder per class: ``data_root/<class>/*.jpg``.
+
+    The layout, the order of classes (sorted folder names) and the samples
+    (``img_path``, ``gt_label``) are those of mmpretrain's
+    ``CustomDataset``. In addition it can keep a part of the training images
+    aside, since whatever is chosen (ranks, recalibration, the epoch that is
+    kept) must not be chosen on the test images, and it says how to get the
+    images when they are missing.
+
+    Args:
+        data_root (str): Folder that holds one folder per class.
+        part (str): ``'all'`` images; or ``'holdout'``, the part kept aside;
+            or ``'train'``, the rest. The part is spread evenly over the
+            sorted files of each class, so it is the same on every machine.
+            Defaults to ``'all'``.
+        holdout (float): Fraction kept aside, between 0 and 1. Defaults to
+            0.1.
+        hint (str): How to get the images; ends the error for a missing
+            folder. Defaults to ''.
+        **kwargs: Other arguments of :class:`mmengine.dataset.BaseDataset`,
+            such as ``pipeline`` and ``test_mode``.
+
+    Raises:
+        FileNotFoundError: If the folder is missing or holds no images.
+        ValueError: If ``part`` or ``holdout`` is out of range.
+    """
+
+    def __init__(self,
+                 data_root: str,
+                 part: str = 'all',
+                 holdout: float = 0.1,
+                 hint: str = '',
+                 **kwargs) -> None:
+        if part not in ('all', 'train', 'holdout'):
+            raise ValueError(f"part of ImageFolder must be 'all', 'train' or "
+                             f"'holdout', but got {part!r}")
+        if not 0 < holdout < 1:
+            raise ValueError(f'holdout of ImageFolder is a fraction between '
+                             f'0 and 1, but got {holdout!r}')
+        self.part = part
+        self.holdout = holdout
+        self.hint = hint
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> List[dict]:
+        """List the images and their labels.
+
+        Returns:
+            list[dict]: ``img_path`` (str) and ``gt_label`` (int) of each.
+        """
+        if not osp.isdir(self.data_root):
+            raise self._missing('there is no such folder')
+        classes = sorted(
+            entry.name for entry in os.scandir(self.data_root)
+            if entry.is_dir())
+        self._metainfo.setdefault('classes', tuple(classes))
+        if len(self._metainfo['classes']) != len(classes):
+            raise ValueError(
+                f"metainfo names {len(self._metainfo['classes'])} classes, "
+                f'but {self.data_root} holds {len(classes)} folders: '
+                f'{", ".join(classes)}')
+        data_list = []
+        for label, name in enumerate(classes):
+            folder = osp.join(self.data_root, name)
+            files = sorted(
+                entry.name for entry in os.scandir(folder)
+                if entry.name.lower().endswith(EXTENSIONS))
+            data_list += [
+                dict(img_path=osp.join(folder, file), gt_label=label)
+                for i, file in enumerate(files) if self._wanted(i)
+            ]
+        if not data_list:
+            raise self._missing('it holds no images')
+        return data_list
+
+    def _wanted(self, index: int) -> bool:
+        """Whether the file at this place of its class is in our part."""
+        if self.part == 'all':
+            return True
+        # true once in every 1 / holdout files
+        held = int((index + 1) * self.holdout) > int(index * self.holdout)
+        return held == (self.part == 'holdout')
+
+    def _missing(self, found: str) -> FileNotFoundError:
+        root = os.environ.get('MMBASIS_DATA')
+        where = (f'MMBASIS_DATA is {root}'
+                 if root else "MMBASIS_DATA is not set, so it is 'data'")
+        return FileNotFoundError(
+            f'No images in {osp.abspath(self.data_root)}: {found}. Expected '
+            f'one folder of images per class there. The configs look below '
+            f'the folder that the environment variable MMBASIS_DATA names '
+            f'({where}). {self.hint}'.rstrip())

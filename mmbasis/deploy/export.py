@@ -1,0 +1,213 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Export through MMDeploy's own API, with the mistakes named first."""
+import copy
+import os
+import os.path as osp
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from ..compat import max_onnx_opset, repair_static_methods
+from ..compression import load_weights, plan_of, read_checkpoint
+from ..models import standalone_config
+from ..utils import load_config
+
+#: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads
+MIN_OPSET, MAX_OPSET = 11, 17
+_WRAPPERS = ('architecture.', 'module.', 'student.', 'teacher.')
+
+
+class Deployment:
+    """A model, a deploy config, and MMDeploy's task between them.
+
+    Args:
+        deploy_cfg (str | Config): Deploy config, such as those below
+            ``configs/deploy``.
+        model_cfg (str | Config): The stand-alone config of a compressed model
+            (``compressed.py``), or the config of a dense one. A dense config
+            with a compressed checkpoint is completed with the plan that the
+            checkpoint carries.
+        checkpoint (str): The weights.
+
+    Raises:
+        KeyError: If the deploy config lacks a part.
+        ValueError: If its opset is not supported.
+        RuntimeError: If config and checkpoint do not belong together.
+    """
+
+    def __init__(self, deploy_cfg: Union[str, Config],
+                 model_cfg: Union[str, Config], checkpoint: str) -> None:
+        from mmdeploy.codebase import get_codebase_class, import_codebase
+        from mmdeploy.utils import get_codebase
+        repair_static_methods()
+        self.deploy_cfg = _read_deploy_cfg(deploy_cfg)
+        if isinstance(model_cfg, str):
+            model_cfg = load_config(model_cfg)
+        content = read_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
+        self.model_cfg = _matching_cfg(model_cfg, content, checkpoint)
+        # as MMDeploy's build_task_processor, which refuses to export for
+        # TensorRT where there is no GPU
+        codebase = get_codebase(self.deploy_cfg)
+        import_codebase(codebase,
+                        self.deploy_cfg.codebase_config.get('module', []))
+        self.task = get_codebase_class(codebase).build_task_processor(
+            self.model_cfg, self.deploy_cfg, 'cpu')
+        #: what the export is compared with: nothing folded, nothing rewritten
+        self.model = MODELS.build(self.model_cfg.model)
+        # MMDeploy itself loads without strictness
+        load_weights(self.model, content, checkpoint)
+        self.model.eval()
+
+    @property
+    def backend(self) -> str:
+        """Name of the back end: ``'onnxruntime'``, ``'tensorrt'`` …"""
+        return self.deploy_cfg.backend_config.type
+
+    @property
+    def is_detector(self) -> bool:
+        return self.deploy_cfg.codebase_config.task == 'ObjectDetection'
+
+    @property
+    def partition(self) -> Optional[str]:
+        """``'single_stage'`` or ``'two_stage'`` where the graph ends before
+        non-maximum suppression."""
+        config = self.deploy_cfg.get('partition_config') or {}
+        return config.get('type') if config.get('apply_marks') else None
+
+    def create_input(self, image: Any) -> tuple:
+        """Batch of one image (or of several) through the test pipeline.
+
+        Returns:
+            tuple: Data with ``data_samples``, and the input ``(N, 3, H, W)``.
+
+        Raises:
+            ValueError: If its size is not that of the deploy config.
+        """
+        size = self.deploy_cfg.onnx_config.get('input_shape')
+        data, inputs = self.task.create_input(image, size,
+                                              self.model.data_preprocessor)
+        height, width = inputs.shape[-2:]
+        if size is not None and (width, height) != tuple(size):
+            raise ValueError(
+                f'onnx_config.input_shape of the deploy config is {size[0]}x'
+                f"{size[1]} (width x height), but the model's test pipeline "
+                f'makes images of {width}x{height}: choose a deploy config of '
+                'that size, or change test_pipeline (and pad_size_divisor)')
+        return data, inputs
+
+    def export(self, image: Any, work_dir: str) -> List[str]:
+        """Write the ONNX files.
+
+        Args:
+            image (str | ndarray): An image to trace the model with.
+            work_dir (str): Where the files go.
+
+        Returns:
+            list[str]: One file, or two for a two-stage detector that is cut
+            before non-maximum suppression.
+        """
+        from mmdeploy.apis import extract_model, get_predefined_partition_cfg
+        whole = osp.join(work_dir, self.deploy_cfg.onnx_config.save_file)
+        self._export_whole(image, whole)
+        if self.partition is None:
+            return [whole]
+        files = []
+        parts = self.deploy_cfg.partition_config.get('partition_cfg')
+        for part in parts or get_predefined_partition_cfg(
+                self.deploy_cfg, self.partition):
+            path = osp.join(work_dir, part['save_file'])
+            extract_model(
+                whole,
+                part['start'],
+                part['end'],
+                dynamic_axes=self._axes(part['dynamic_axes']),
+                save_file=path)
+            files.append(path)
+        # full of marks, which nothing runs
+        os.remove(whole)
+        return files
+
+    def _export_whole(self, image: Any, path: str) -> None:
+        """MMDeploy's ``torch2onnx`` without its check of the device."""
+        from mmdeploy.apis.core.pipeline_manager import no_mp
+        from mmdeploy.apis.onnx import export
+        from mmdeploy.core.optimizers import reset_mark_function_count
+        data, inputs = self.create_input(image)
+        onnx = self.deploy_cfg.onnx_config
+        os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
+        # an earlier export in this process counted on
+        reset_mark_function_count()
+        with no_mp():
+            export(
+                self.task.build_pytorch_model(self.checkpoint),
+                inputs,
+                output_path_prefix=osp.splitext(path)[0],
+                backend=self.backend,
+                input_metas=dict(
+                    data_samples=data['data_samples'], mode='predict'),
+                context_info=dict(deploy_cfg=copy.deepcopy(self.deploy_cfg)),
+                input_names=onnx.input_names,
+                output_names=onnx.output_names,
+                opset_version=onnx.opset_version,
+                dynamic_axes=onnx.get('dynamic_axes'),
+                keep_initializers_as_inputs=onnx.get(
+                    'keep_initializers_as_inputs', False),
+                optimize=onnx.get('optimize', False))
+
+    def _axes(self, axes: Dict[str, dict]) -> Dict[str, dict]:
+        """The dynamic axes of a part: of its input, only what the deploy
+        config allows."""
+        dynamic = self.deploy_cfg.onnx_config.get('dynamic_axes') or {}
+        if dynamic or 'input' not in axes:
+            return axes
+        if self.partition == 'single_stage':
+            return {}
+        return {k: v for k, v in axes.items() if k != 'input'}
+
+
+def _read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
+    name = 'the deploy config'
+    if isinstance(deploy_cfg, str):
+        name = deploy_cfg
+        deploy_cfg = Config.fromfile(deploy_cfg)
+    for key in ('onnx_config', 'codebase_config', 'backend_config'):
+        if deploy_cfg.get(key) is None:
+            raise KeyError(f'{name} has no {key!r}: found '
+                           f'{sorted(deploy_cfg.keys())}; see configs/deploy')
+    opset = deploy_cfg.onnx_config.get('opset_version', MIN_OPSET)
+    newest = min(MAX_OPSET, max_onnx_opset())
+    if not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
+        raise ValueError(
+            f'{name}: onnx_config.opset_version is {opset!r}, supported are '
+            f"{MIN_OPSET} to {newest} (MMDeploy's rewriters, this torch's "
+            'exporter and TensorRT 8.5)')
+    return deploy_cfg
+
+
+def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
+    """The stand-alone config for a checkpoint."""
+    keys: Sequence[str] = list(content['state_dict'])
+    prefix = next((p for p in _WRAPPERS if keys and keys[0].startswith(p)), '')
+    if prefix:
+        raise RuntimeError(
+            f'{path} is the checkpoint of a wrapper: its keys start with '
+            f'{prefix!r} ({keys[0]}). Deployment takes the bare model: a '
+            'checkpoint that tools/compress.py or BasisCompressionHook wrote')
+    if cfg.get('model') is None:
+        raise KeyError(f"the model config has no 'model': found "
+                       f'{sorted(cfg.keys())}')
+    plan = plan_of(content)
+    if plan is None and cfg.model.get('plan') is not None:
+        raise RuntimeError(
+            f'{path} is a dense checkpoint, but the config is of a compressed '
+            'model: give the compressed.pth that belongs to it')
+    if plan is not None and cfg.model.get('plan') is None:
+        cfg = standalone_config(cfg, plan, path)
+    elif cfg.model.type == 'mmbasis.BasisModel':
+        raise RuntimeError(
+            'the config is of the training wrapper mmbasis.BasisModel and the '
+            f'checkpoint {path} carries no plan: deployment takes the bare '
+            'model, compressed by tools/compress.py, or dense')
+    return cfg

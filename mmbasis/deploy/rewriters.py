@@ -1,0 +1,123 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What MMDeploy's rewriters of detectors lack.
+
+MMDeploy imports this file where a deploy config names it in
+``codebase_config.module``.
+"""
+from typing import List, Optional, Tuple, Union
+
+import torch
+from mmdeploy.codebase.mmdet.deploy import get_post_processing_params
+from mmdeploy.core import FUNCTION_REWRITER
+from mmdeploy.mmcv.ops import multiclass_nms
+from mmdeploy.utils import cfg_apply_marks
+from torch import Tensor
+
+from ..compat import repair_partition
+
+repair_partition()
+
+
+@FUNCTION_REWRITER.register_rewriter(
+    'mmdeploy.codebase.mmdet.deploy.utils.gather_topk', backend='tensorrt')
+def gather_topk__plain(
+        *inputs: Optional[Tensor],
+        inds: Tensor,
+        batch_size: int,
+        is_batched: bool = True) -> Union[Optional[Tensor], List]:
+    """Pick the best candidates with ONNX's own operators.
+
+    MMDeploy's TensorRT version puts out its plugin ``GatherTopk``. That one
+    is kept where non-maximum suppression, another plugin, is in the graph.
+
+    Args:
+        *inputs (Tensor, optional): Shape ``(N, boxes, ...)``, or
+            ``(1, boxes, ...)`` where ``is_batched`` is False.
+        inds (Tensor): Indices of the boxes to keep, ``(N, K)``.
+        batch_size (int): ``N``.
+        is_batched (bool): Whether every image has its own values.
+
+    Returns:
+        Tensor | list[Tensor]: ``(N, K, ...)``, one for each input.
+    """
+    ctx = FUNCTION_REWRITER.get_context()
+    if ctx.cfg.get('partition_config') is None:
+        return ctx.origin_func(
+            *inputs, inds=inds, batch_size=batch_size, is_batched=is_batched)
+    outputs: List[Optional[Tensor]] = []
+    for x in inputs:
+        if x is None:
+            outputs.append(None)
+        elif is_batched:
+            index = inds.reshape(*inds.shape, *[1] * (x.dim() - 2))
+            index = index.expand(*inds.shape, *x.shape[2:])
+            outputs.append(torch.gather(x, 1, index))
+        else:
+            outputs.append(x[0][inds])
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+@FUNCTION_REWRITER.register_rewriter(
+    'mmdet.models.dense_heads.rtmdet_head.RTMDetHead.predict_by_feat',
+    backend='tensorrt')
+@FUNCTION_REWRITER.register_rewriter(
+    'mmdet.models.dense_heads.rtmdet_head.RTMDetHead.predict_by_feat',
+    backend='onnxruntime')
+def rtmdet_head__predict_by_feat(self,
+                                 cls_scores: List[Tensor],
+                                 bbox_preds: List[Tensor],
+                                 batch_img_metas: Optional[List[dict]] = None,
+                                 **_) -> Tuple[Tensor, Tensor]:
+    """Decode RTMDet's boxes as MMDetection does.
+
+    MMDeploy's own rewriter does not end the boxes at the image's border, so
+    that non-maximum suppression there decides differently.
+
+    Args:
+        cls_scores (list[Tensor]): Of each level, ``(N, classes, H, W)``.
+        bbox_preds (list[Tensor]): Distances in pixels, ``(N, 4, H, W)``.
+        batch_img_metas (list[dict]): With ``img_shape``, (height, width).
+
+    Returns:
+        tuple[Tensor]: Detections ``(N, K, 5)`` and labels ``(N, K)``.
+    """
+    cfg, ctx = self.test_cfg, FUNCTION_REWRITER.get_context()
+    scores, distances = [
+        torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1)
+        for levels in (cls_scores, bbox_preds)
+    ]
+    points = torch.cat(
+        self.prior_generator.grid_priors([x.shape[2:] for x in cls_scores],
+                                         device=scores.device))
+    boxes = self.bbox_coder.decode(points[None, :, :2], distances,
+                                   batch_img_metas[0]['img_shape'])
+    params = get_post_processing_params(ctx.cfg)
+    return multiclass_nms(
+        boxes,
+        scores.sigmoid(),
+        params.max_output_boxes_per_class,
+        nms_type=cfg.nms.get('type', 'nms'),
+        iou_threshold=cfg.nms.get('iou_threshold', params.iou_threshold),
+        score_threshold=cfg.get('score_thr', params.score_threshold),
+        pre_top_k=params.pre_top_k,
+        keep_top_k=cfg.get('max_per_img', params.keep_top_k))
+
+
+@FUNCTION_REWRITER.register_rewriter(
+    'mmdeploy.core.optimizers.function_marker.Mark.symbolic',
+    backend='tensorrt')
+@FUNCTION_REWRITER.register_rewriter(
+    'mmdeploy.core.optimizers.function_marker.Mark.symbolic',
+    backend='onnxruntime')
+def mark_symbolic__typed(g, x, *args):
+    """A mark whose output has the type and shape of its input.
+
+    MMDeploy's has none, so behind the mark on the network's input no shape is
+    known; SSD's poolings, which round up, cannot be exported then.
+    """
+    ctx = FUNCTION_REWRITER.get_context()
+    if not cfg_apply_marks(ctx.cfg):
+        return x
+    marked = ctx.origin_func(g, x, *args)
+    marked.setType(x.type())
+    return marked

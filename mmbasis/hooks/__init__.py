@@ -1,0 +1,10 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+from .compression_hook import BasisCompressionHook
+from .epoch_seed_hook import EpochSeedHook
+from .orthogonality_hook import OrthogonalityHook
+from .spectrum_hook import SpectrumHook
+
+__all__ = [
+    'BasisCompressionHook', 'EpochSeedHook', 'OrthogonalityHook',
+    'SpectrumHook'
+]

@@ -1,0 +1,218 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import copy
+from typing import Any, Dict, Iterable, Optional
+
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ..compression import META_KEY, from_plain, log_plan, plan_of, to_plain
+from ..models.basis_model import BasisModel, PlanLike, as_plan
+from ..registry import HOOKS
+from ..utils.runner import calibration_dataloader
+
+DATA_BATCH = Optional[Any]
+
+
+@HOOKS.register_module()
+class BasisCompressionHook(Hook):
+    """Compress the model of a run before its first iteration, and keep it
+    compressed through saving, loading and resuming.
+
+    The hook wraps the model in :class:`~mmbasis.models.BasisModel` (unless
+    the config does), so the rest of the config stays as it is:
+
+    - at the start of training the dense weights (``load_from``) are
+      compressed, then optimizer, schedulers, the distributed wrapper and
+      EMA's average are built anew from the config for the new parameters;
+    - every checkpoint carries the plan in its ``meta`` and can be read by
+      ``torch.load(weights_only=True)``;
+    - on ``resume``, in testing and when training starts from a compressed
+      checkpoint, the model takes the structure that the checkpoint's plan
+      describes.
+
+    Examples:
+        >>> custom_hooks = [
+        >>>     dict(type='mmbasis.BasisCompressionHook',
+        >>>          planner=dict(type='BudgetPlanner', macs=0.5))
+        >>> ]
+
+    Args:
+        planner (dict, optional): Config of the planner. Not with ``plan``, or
+            where the config's model is a ``BasisModel`` that says it.
+        plan (str | dict, optional): A plan to follow instead.
+        calibration (dict, optional): ``num_batches`` (default 8) and
+            ``dataloader``, the config of a data loader; by default that of
+            training is used, reshuffled and with the transforms of testing.
+        reconstruction (str, optional): ``'local'`` or ``'sequential'``, see
+            :func:`mmbasis.compress`.
+        norm (bool): See :class:`~mmbasis.models.BasisModel`.
+        orthogonality (dict, optional): See there, too.
+        distillation (dict, optional): See there, too.
+
+    Raises:
+        ValueError: If the arguments contradict each other.
+    """
+
+    # before EMAHook copies the model, and before anything is saved or loaded
+    priority = 'VERY_HIGH'
+
+    def __init__(self,
+                 planner: Optional[dict] = None,
+                 plan: Optional[PlanLike] = None,
+                 calibration: Optional[dict] = None,
+                 reconstruction: Optional[str] = None,
+                 norm: bool = False,
+                 orthogonality: Optional[dict] = None,
+                 distillation: Optional[dict] = None) -> None:
+        if planner is not None and plan is not None:
+            raise ValueError('BasisCompressionHook takes a planner or a plan, '
+                             'not both')
+        calibration = dict(calibration or {})
+        self.num_batches = calibration.pop('num_batches', 8)
+        self.dataloader_cfg = calibration.pop('dataloader', None)
+        if calibration:
+            raise ValueError('calibration takes num_batches and dataloader, '
+                             f'but got {sorted(calibration)}')
+        self.reconstruction = reconstruction
+        self.planner = planner
+        self.plan = None if plan is None else as_plan(plan)
+        self.wrapper_cfg: Dict[str, Any] = dict(
+            norm=norm, orthogonality=orthogonality, distillation=distillation)
+
+    # ------------------------------------------------------------ the model
+    def before_run(self, runner: Runner) -> None:
+        """Wrap the model, before EMA copies it and weights are loaded."""
+        model = _bare(runner)
+        if isinstance(model, BasisModel):
+            if self.planner is not None or self.plan is not None or any(
+                    self.wrapper_cfg.values()):
+                raise ValueError(
+                    'planner, plan, norm, orthogonality or distillation is '
+                    'given to BasisCompressionHook, but the model is a '
+                    'BasisModel: give them there')
+            self.planner = model.planner
+        else:
+            model = BasisModel(model, **self.wrapper_cfg)
+            self._set_model(runner, model)
+        if runner._load_from is not None or (
+                runner._resume and find_latest_checkpoint(runner.work_dir)):
+            model.has_weights = True
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Take the structure of a compressed checkpoint, before its weights
+        are copied into the model.
+
+        Raises:
+            RuntimeError: If a run is to be resumed from a dense checkpoint,
+                or the plan differs from that of the model.
+        """
+        checkpoint.update({
+            k: from_plain(checkpoint[k])
+            for k in ('message_hub', ) if k in checkpoint
+        })
+        model = _bare(runner)
+        plan = plan_of(checkpoint)
+        if plan is None:
+            if runner._resume:
+                raise RuntimeError(
+                    'this run cannot be resumed from a dense checkpoint: it '
+                    'carries no compression plan. To start from dense '
+                    'weights use load_from without resume; to resume the '
+                    'latest checkpoint of work_dir, resume without load_from')
+            return
+        if model.plan is None:
+            model.apply_plan(plan, project=False)
+            self._rebuild(runner, model)
+
+    def before_train(self, runner: Runner) -> None:
+        """Compress the dense weights, unless the model is compressed.
+
+        Raises:
+            RuntimeError: If there is neither a plan nor a planner.
+        """
+        model = _bare(runner)
+        if model.plan is not None:
+            log_plan(model.plan)
+            return
+        if not model.has_weights:
+            runner.logger.warning(
+                'The model to be compressed has random weights: give the '
+                'trained ones as load_from')
+        planner = self.plan or copy.deepcopy(self.planner)
+        if planner is None:
+            raise RuntimeError(
+                'BasisCompressionHook has nothing to do: give it a planner or '
+                'a plan, or start from a compressed checkpoint')
+        model.compress(planner, self._dataloader(runner), self.num_batches,
+                       self.reconstruction)
+        self._rebuild(runner, model)
+        if is_model_wrapper(runner.model):
+            runner._maybe_compile('train_step')
+
+    def before_test(self, runner: Runner) -> None:
+        """Refuse to test a dense model under a compression config."""
+        if _bare(runner).plan is None:
+            raise RuntimeError(
+                'the checkpoint under test is dense, but this config '
+                'compresses: give a checkpoint that mmbasis wrote, or test '
+                'the dense one with its own config')
+
+    before_val = before_test
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Put the plan into ``meta`` and everything into plain types."""
+        plan = _bare(runner).plan
+        if plan is not None:
+            checkpoint['meta'][META_KEY] = plan.to_dict()
+        for key in ('meta', 'message_hub', 'param_schedulers'):
+            if key in checkpoint:
+                checkpoint[key] = to_plain(checkpoint[key])
+
+    # ------------------------------------------------------------- helpers
+    def _dataloader(self, runner: Runner) -> Iterable:
+        """Calibration batches."""
+        if self.dataloader_cfg is not None:
+            return Runner.build_dataloader(
+                copy.deepcopy(self.dataloader_cfg), seed=runner.seed)
+        return calibration_dataloader(runner.cfg, runner.seed)
+
+    @staticmethod
+    def _set_model(runner: Runner, model: BasisModel) -> None:
+        """Give the runner a model, wrapped as its config says."""
+        runner.model = runner.wrap_model(
+            copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), model)
+
+    def _rebuild(self, runner: Runner, model: BasisModel) -> None:
+        """Build anew what holds the parameters of the dense layers."""
+        self._set_model(runner, model)
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.before_run(runner)
+        if not isinstance(runner.optim_wrapper, OptimWrapper):
+            return  # testing
+        if runner.cfg.get('optim_wrapper') is None:
+            raise RuntimeError('the optimizer must be built anew for the '
+                               'compressed model, but the runner was not '
+                               'built from a config')
+        runner.optim_wrapper = runner.build_optim_wrapper(
+            copy.deepcopy(runner.cfg.optim_wrapper))
+        # the runner refuses to scale under schedulers, which are stale anyway
+        runner.param_schedulers = None
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if runner.cfg.get('param_scheduler') is not None:
+            runner.param_schedulers = runner.build_param_scheduler(
+                copy.deepcopy(runner.cfg.param_scheduler))
+        runner.optim_wrapper.initialize_count_status(
+            runner.model, runner.train_loop.iter, runner.train_loop.max_iters)
+        print_log(
+            'Optimizer and parameter schedulers are built anew for the '
+            'compressed model', 'current')
+
+
+def _bare(runner: Runner) -> Any:
+    """The model without the distributed wrapper."""
+    model = runner.model
+    return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,150 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Bare compressed models for test, inference and deployment."""
+import copy
+from types import MethodType
+from typing import Any, Union
+
+import torch.nn as nn
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import init_default_scope
+
+from ..compat import repair_ssd_head
+from ..compression import (apply_plan, basis_layers, get_plan, load_weights,
+                           plan_of, read_checkpoint)
+from ..planning import CompressionPlan
+from ..registry import MODELS
+from .basis_model import PlanLike, as_plan
+
+
+def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
+    """Build a model and give it the structure that a plan describes.
+
+    The result is of the architecture's own class. Its weights are those of a
+    model before training: load a checkpoint into it.
+
+    Args:
+        architecture (dict): Config of the dense model.
+        plan (str | dict | CompressionPlan): The plan.
+
+    Returns:
+        nn.Module: The compressed model.
+    """
+    model = MMENGINE_MODELS.build(_without_pretrained(architecture))
+    if type(getattr(model, 'bbox_head', None)).__name__ == 'SSDHead':
+        repair_ssd_head()
+    apply_plan(model, as_plan(plan), project=False)
+    if get_plan(model).norm:
+        _add_switch_to_deploy(model)
+    return model
+
+
+# ``type='mmbasis.X'`` ends here
+MODELS.build_compressed = build_compressed
+
+
+def _without_pretrained(config: Any) -> Any:
+    """Drop initialisation from pretrained weights: those are dense, and the
+    checkpoint of the compressed model comes after them anyway."""
+    if isinstance(config, dict):
+        return type(config)((k, _without_pretrained(v))
+                            for k, v in config.items()
+                            if not _is_pretrained(k, v))
+    if isinstance(config, (list, tuple)):
+        return type(config)(_without_pretrained(v) for v in config)
+    return config
+
+
+def _is_pretrained(key: str, value: Any) -> bool:
+    return key == 'init_cfg' and isinstance(
+        value, dict) and value.get('type') == 'Pretrained'
+
+
+def _add_switch_to_deploy(model: nn.Module) -> None:
+    """Let MMDeploy and mmpretrain fold the normalisations in the middle."""
+
+    def switch_to_deploy(self: nn.Module) -> None:
+        for _, layer in basis_layers(self):
+            layer.fold_norm()
+        if hasattr(type(self), 'switch_to_deploy'):
+            type(self).switch_to_deploy(self)
+
+    model.__dict__['switch_to_deploy'] = MethodType(switch_to_deploy, model)
+
+
+def standalone_config(cfg: Config, plan: CompressionPlan,
+                      checkpoint: str) -> Config:
+    """The config of a compressed model: for test, inference, deployment and
+    further training, with any tool of the ecosystem.
+
+    Args:
+        cfg (Config): The config of the dense model, not changed.
+        plan (CompressionPlan): The plan.
+        checkpoint (str): The compressed weights, which training starts from.
+
+    Returns:
+        Config: Whose model is built by :func:`build_compressed`.
+    """
+    cfg = copy.deepcopy(cfg)
+    model = dense_architecture(cfg)
+    model.type = f'mmbasis.{model.type}'
+    model.plan = plan.to_dict()
+    cfg.model = model
+    imports = cfg.get('custom_imports') or dict(imports=[])
+    names = imports['imports']
+    names = [names] if isinstance(names, str) else list(names)
+    if 'mmbasis' not in names:
+        names.append('mmbasis')
+    cfg.custom_imports = dict(imports=names, allow_failed_imports=False)
+    hooks = [
+        hook for hook in cfg.get('custom_hooks') or []
+        if hook['type'] != 'mmbasis.BasisCompressionHook'
+    ]
+    # keeps the plan in the checkpoints of further training
+    cfg.custom_hooks = hooks + [dict(type='mmbasis.BasisCompressionHook')]
+    cfg.load_from, cfg.resume = checkpoint, False
+    return cfg
+
+
+def dense_architecture(cfg: Config) -> ConfigDict:
+    """The config of the dense model, whichever way a config spells it."""
+    model = ConfigDict(copy.deepcopy(cfg.model))
+    if model.type == 'mmbasis.BasisModel':
+        preprocessor = model.get('data_preprocessor')
+        model = model.architecture
+        if preprocessor is not None:
+            model.setdefault('data_preprocessor', preprocessor)
+    if model.pop('plan', None) is not None:
+        model.type = model.type[len('mmbasis.'):]
+    return model
+
+
+def load_compressed(config: Union[str, Config],
+                    checkpoint: str,
+                    device: str = 'cpu') -> nn.Module:
+    """Build a compressed model from a config and a checkpoint.
+
+    Args:
+        config (str | Config): The dense config that the checkpoint was
+            compressed from, or the one that was written beside it.
+        checkpoint (str): A checkpoint that mmbasis wrote.
+        device (str): Defaults to ``'cpu'``.
+
+    Returns:
+        nn.Module: The bare model in evaluation mode.
+
+    Raises:
+        ValueError: If the checkpoint carries no plan.
+        RuntimeError: If the weights do not fit.
+    """
+    from ..utils import load_config
+    cfg = load_config(config) if isinstance(config, str) else config
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    content = read_checkpoint(checkpoint)
+    plan = plan_of(content)
+    if plan is None:
+        raise ValueError(f'{checkpoint} carries no compression plan: it is of '
+                         'a dense model, or not written by mmbasis')
+    model = build_compressed(dense_architecture(cfg), plan)
+    load_weights(model, content, checkpoint)
+    return model.to(device).eval()

@@ -1,0 +1,40 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Registries of mmbasis: children of MMEngine's, in the scope ``mmbasis``."""
+from typing import Any, Callable, Optional, Union
+
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import Registry
+
+
+class CompressedModels(Registry):
+    """MMEngine's ``MODELS`` for the scope ``mmbasis``.
+
+    ``type='mmbasis.X'`` with a ``plan`` builds model ``X`` of whatever
+    OpenMMLab library and compresses it: ``dict(type='mmbasis.RetinaNet',
+    plan=…, backbone=…, …)``. The config keeps the entries that MMDeploy and
+    the inferencers look for at the top of ``model``, and what is built is a
+    plain ``RetinaNet`` with basis layers.
+    """
+
+    #: ``(architecture, plan) -> model``; the module that defines it sets it
+    build_compressed: Callable[[dict, Any], Any]
+
+    def get(self, key: str) -> Optional[Union[type, Callable]]:
+        if key in self._module_dict or self.split_scope_key(key)[0]:
+            return super().get(key)
+
+        def build(plan: Any, **architecture):
+            return self.build_compressed(dict(type=key, **architecture), plan)
+
+        return build
+
+
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmbasis')
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmbasis')
+MODELS = CompressedModels('model', parent=MMENGINE_MODELS, scope='mmbasis')
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmbasis')
+PLANNERS = Registry('planner', scope='mmbasis')

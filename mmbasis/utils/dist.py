@@ -1,0 +1,42 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import os
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+
+
+def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
+    """Join the processes over gloo where there is no GPU.
+
+    MMEngine's own start of distributed training selects a CUDA device
+    whatever the backend is, which fails without one; it leaves a process
+    group that already stands alone. With a GPU, or without a launcher, this
+    does nothing.
+
+    Args:
+        launcher (str): The tools' ``--launcher``. Only ``'pytorch'``
+            (``torchrun``, which sets ``RANK``, ``WORLD_SIZE`` ...) can run
+            on CPUs.
+        cfg (Config, optional): Config of the runner. Gets a model wrapper
+            that names no CUDA device, as MMEngine's default does, unless it
+            has one. Defaults to None.
+
+    Raises:
+        RuntimeError: If the process was not started by ``torchrun``.
+    """
+    if launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    if 'RANK' not in os.environ:
+        raise RuntimeError(
+            'launcher is pytorch, but RANK is not set: start the tool with '
+            'torchrun --nproc_per_node=N tools/train.py ... '
+            '--launcher pytorch')
+    dist.init_process_group('gloo')
+    if cfg is not None and cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False))

@@ -1,0 +1,4 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+from .plots import plot_curves, plot_ranks, plot_spectra
+
+__all__ = ['plot_curves', 'plot_ranks', 'plot_spectra']

@@ -1,0 +1,98 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Pictures of spectra and plans."""
+import os
+from typing import Dict, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..planning import CompressionPlan, LayerInfo
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure outside pyplot: no window, no global state."""
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str) -> None:
+    """Write a PNG, whole or not at all."""
+    temporary = f'{path}.tmp{os.getpid()}'
+    figure.savefig(temporary, dpi=120, format='png')
+    os.replace(temporary, path)
+
+
+def plot_spectra(layers: Sequence[LayerInfo], plan: CompressionPlan,
+                 path: str) -> None:
+    """Draw what each rank would lose, with the ranks that were chosen.
+
+    Args:
+        layers (Sequence[LayerInfo]): With spectra.
+        plan (CompressionPlan): The plan; the layers in it are drawn.
+        path (str): PNG to write.
+    """
+    shown = [layer for layer in layers if layer.name in plan.layers]
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    colors = matplotlib.colormaps['viridis']
+    for index, layer in enumerate(shown):
+        energy = layer.spectrum.energy.cpu().numpy()
+        lost = 1 - np.cumsum(energy) / max(energy.sum(), 1e-300)
+        lost = np.maximum(np.concatenate([[1.], lost]), 1e-6)
+        fraction = np.arange(len(lost)) / (len(lost) - 1)
+        color = colors(index / max(len(shown) - 1, 1))
+        axes.plot(fraction, lost, color=color, linewidth=.8)
+        rank = plan.layers[layer.name].rank
+        axes.plot(fraction[rank], lost[rank], 'o', color=color, markersize=4)
+    axes.set(
+        yscale='log',
+        xlabel='rank / full rank',
+        ylabel='energy lost',
+        title='Spectra (dark: first layers, bright: last) and chosen ranks')
+    axes.grid(alpha=.3)
+    _save(figure, path)
+
+
+def plot_ranks(plan: CompressionPlan, path: str) -> None:
+    """Draw rank and full rank of each layer, and its MACs before and after.
+
+    Args:
+        plan (CompressionPlan): The plan.
+        path (str): PNG to write.
+    """
+    names = list(plan.layers)
+    entries = list(plan.layers.values())
+    x = np.arange(len(names))
+    figure = _figure(max(6, .18 * len(names)), 6)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.bar(x, [e.full_rank for e in entries], color='lightgray')
+    top.bar(x, [e.rank for e in entries], color='tab:blue')
+    top.set(ylabel='basis filters', title='Rank (blue) of full rank (gray)')
+    bottom.bar(x, [e.macs[0] / 1e6 for e in entries], color='lightgray')
+    bottom.bar(x, [e.macs[1] / 1e6 for e in entries], color='tab:orange')
+    bottom.set(ylabel='MACs / M', title='MACs before (gray) and after')
+    bottom.set_xticks(x, names, rotation=90, fontsize=6)
+    _save(figure, path)
+
+
+def plot_curves(curves: Dict[str, Dict[float, float]], path: str, xlabel: str,
+                ylabel: str) -> None:
+    """Draw one curve per method, accuracy against cost for example.
+
+    Args:
+        curves (dict[str, dict[float, float]]): y by x, by method.
+        path (str): PNG to write.
+        xlabel (str): What x is.
+        ylabel (str): What y is.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot(list(points), list(points.values()), 'o-', label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)

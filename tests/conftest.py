@@ -1,0 +1,68 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def repo_root():
+    """Folder of the repository: configs and tools lie below it."""
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+    """Folder of the files that are too large for the repository."""
+    path = ROOT.parent / 'shared' / 'data'
+    if not path.is_dir():
+        pytest.skip(f'{path} is absent: weights and images cannot be had')
+    return path
+
+
+@pytest.fixture(scope='session')
+def cifar10_root(shared_data, request):
+    """Folder with ``train/<class>/*.jpg`` (50 000 images) and ``test`` (10
+    000).
+
+    It lies in pytest's cache, unpacked by whichever process comes first.
+    """
+    folder = Path(request.config.cache.mkdir('cifar10'))
+    target = folder / 'images'
+    with FileLock(folder / 'lock'):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                with tarfile.open(shared_data / 'cifar10_jpeg.tar.xz') as file:
+                    file.extractall(temporary)
+                # as a whole, so that an interruption leaves no half
+                os.rename(temporary, target)
+                os.mkdir(temporary)
+    return target
+
+
+@pytest.fixture
+def cifar10_subset(cifar10_root, tmp_path):
+    """Function that links some images of every class into a new folder.
+
+    ``cifar10_subset(train=20, test=100)`` gives a folder for
+    ``MMBASIS_DATA`` with 20 training and 100 test images of each class,
+    evenly spaced over the sorted files.
+    """
+
+    def link(**per_class):
+        for split, count in per_class.items():
+            for folder in sorted((cifar10_root / split).iterdir()):
+                files = sorted(folder.iterdir())
+                target = tmp_path / 'data' / 'cifar10' / split / folder.name
+                target.mkdir(parents=True)
+                for i in range(count):
+                    file = files[i * len(files) // count]
+                    (target / file.name).symlink_to(file)
+        return tmp_path / 'data'
+
+    return link

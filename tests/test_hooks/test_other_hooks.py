@@ -1,0 +1,68 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import json
+
+import pytest
+import torch
+
+from mmbasis.compression import basis_layers
+from tests.toy import dense_checkpoint, run, toy_cfg
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return dense_checkpoint(tmp_path / 'dense.pth')
+
+
+def largest_error(runner):
+    return max(layer.orthogonality_error
+               for _, layer in basis_layers(runner.model))
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_retraction_keeps_the_basis_orthonormal(tmp_path, dense, by_epoch):
+    cfg = toy_cfg(tmp_path / 'plain', dense)
+    drifted = run(cfg)
+    cfg.work_dir = str(tmp_path / 'retracted')
+    cfg.custom_hooks.append(
+        dict(type='mmbasis.OrthogonalityHook', by_epoch=by_epoch))
+    assert largest_error(run(cfg)) < 1e-5 < 1e-3 < largest_error(drifted)
+
+
+def test_retraction_keeps_the_function(tmp_path, dense):
+    runner = run(toy_cfg(tmp_path / 'run', dense))
+    model = runner.model.eval()
+    x = torch.rand(4, 3, 8, 8)
+    before = model(x)
+    for _, layer in basis_layers(model):
+        layer.retract()
+    torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+
+
+def test_penalty_pulls_towards_orthonormality(tmp_path, dense):
+    errors = []
+    for weight in (0., 1.):
+        cfg = toy_cfg(
+            tmp_path / f'run{weight}',
+            dense,
+            dict(
+                planner=dict(type='BudgetPlanner', macs=.5),
+                orthogonality=dict(weight=weight)),
+            epochs=4)
+        errors.append(largest_error(run(cfg)))
+    assert errors[1] < .5 * errors[0]
+
+
+def test_spectrum_goes_to_the_visualizer(tmp_path, dense):
+    cfg = toy_cfg(tmp_path / 'run', dense)
+    cfg.custom_hooks.append(dict(type='mmbasis.SpectrumHook'))
+    cfg.visualizer = dict(
+        type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+    runner = run(cfg)
+    file, = (tmp_path / 'run').glob('*/vis_data/scalars.json')
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if 'orthogonality/max' in row]
+    assert [row['step'] for row in rows] == [1, 2]
+    assert rows[1]['orthogonality/max'] == pytest.approx(
+        largest_error(runner), rel=.01)
+    for name, _ in basis_layers(runner.model):
+        assert 0 < rows[0][f'spectrum/{name}'] <= 1

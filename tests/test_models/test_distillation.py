@@ -1,0 +1,115 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import copy
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+
+from mmbasis.models import BasisModel
+from mmbasis.models.distillation import kl_divergence, normalized_mse
+from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
+
+TERMS = [
+    dict(module='fc', type='kl', weight=.7, temperature=4.),
+    dict(module='conv2', type='mse', weight=.5)
+]
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return dense_checkpoint(tmp_path / 'dense.pth')
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return torch.rand(8, 3, 8, 8), torch.arange(8) % 4
+
+
+def model(dense, **distillation):
+    net = ToyNet()
+    net.load_state_dict(torch.load(dense)['state_dict'])
+    distillation = dict(dict(checkpoint=dense, terms=TERMS), **distillation)
+    return BasisModel(net, distillation=distillation)
+
+
+def test_no_loss_between_equals(dense, batch):
+    losses = model(dense).eval()(*batch, mode='loss')
+    assert losses['loss_distill_fc'] < 1e-6
+    assert losses['loss_distill_conv2'] < 1e-6
+    plain = ToyNet().eval()
+    plain.load_state_dict(torch.load(dense)['state_dict'])
+    expected = .3 * plain(*batch, mode='loss')['loss']
+    torch.testing.assert_close(losses['loss'], expected)
+
+
+def test_gradient_reaches_the_student_alone(dense, batch):
+    student = model(dense, task_weight=0.)
+    student.fc.weight.data += .1 * torch.randn_like(student.fc.weight)
+    losses = student.eval()(*batch, mode='loss')
+    losses['loss_distill_fc'].backward()
+    assert student.fc.weight.grad.abs().sum() > 0
+    teacher = student.distillation.teacher
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_teacher_is_not_part_of_the_model(dense):
+    with_teacher, bare = model(dense), ToyNet()
+    assert list(with_teacher.state_dict()) == list(bare.state_dict())
+    assert len(list(with_teacher.parameters())) == len(list(bare.parameters()))
+    twin = copy.deepcopy(with_teacher)
+    assert twin.distillation is with_teacher.distillation
+    with_teacher.train()
+    assert not with_teacher.distillation.teacher.training
+
+
+def test_losses():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 6, 5)
+    p, q = (b / 3).softmax(1), (a / 3).softmax(1)
+    expected = 9 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(kl_divergence(a, b, 3.), expected)
+    x = torch.randn(4, 3, 5, 5)
+    scale = torch.tensor([1., 10., 100.]).view(1, 3, 1, 1)
+    torch.testing.assert_close(
+        normalized_mse(scale * (x + .1), scale * x),
+        normalized_mse(x + .1, x),
+        rtol=1e-3,
+        atol=1e-5)
+
+
+def test_run_and_resume(tmp_path, dense):
+    """Terms are logged, the teacher is never saved, and a resumed run is the
+    uninterrupted one."""
+    hook = dict(
+        planner=dict(type='BudgetPlanner', macs=.5),
+        distillation=dict(checkpoint=dense, terms=TERMS))
+    cfg = toy_cfg(tmp_path / 'run', dense, hook)
+    cfg.custom_hooks.append(dict(type='EMAHook'))
+    whole = run(cfg)
+    scalars = whole.message_hub.log_scalars
+    assert 'train/loss_distill_fc' in scalars
+    assert 'train/loss_distill_conv2' in scalars
+    saved = torch.load(tmp_path / 'run' / 'epoch_1.pth', weights_only=True)
+    assert not any('teacher' in key for key in saved['state_dict'])
+    assert any(isinstance(h, EMAHook) for h in whole.hooks)
+
+    cfg.merge_from_dict(
+        dict(
+            resume=True,
+            load_from=str(tmp_path / 'run' / 'epoch_1.pth'),
+            work_dir=str(tmp_path / 'resumed')))
+    resumed = run(cfg)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('terms, message', [
+    ([dict(module='nothing', type='mse')], "no module 'nothing'"),
+    ([dict(module='fc', type='mae')], "type='kl'"),
+    ([dict(module='fc', type='mse', temperature=2.)], 'term of distillation'),
+    (None, 'no head.fc, neck or backbone'),
+])
+def test_bad_terms(dense, terms, message):
+    with pytest.raises(ValueError, match=message):
+        model(dense, terms=terms)

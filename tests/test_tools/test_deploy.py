@@ -1,0 +1,175 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""The command lines: latency table, compression by it, deployment."""
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip('onnxruntime')
+pytest.importorskip('mmdeploy')
+
+CONFIG = """
+_base_ = ['{root}/configs/mmpretrain/resnet56_cifar10.py']
+model = dict(backbone=dict(depth=8), head=dict(num_classes=2))
+train_dataloader = dict(
+    batch_size=4, num_workers=0, dataset=dict(data_root='{data}'))
+val_dataloader = dict(
+    batch_size=4, num_workers=0, dataset=dict(data_root='{data}'))
+test_dataloader = val_dataloader
+"""
+
+
+def tool(root, name, *args, status=0):
+    """Run a tool; what it printed."""
+    result = subprocess.run(
+        [sys.executable,
+         str(root / 'tools' / name), *map(str, args)],
+        env=dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS='1'),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True)
+    assert result.returncode == status, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def workspace(repo_root, tmp_path_factory):
+    """Folder with images, a config and dense weights."""
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    import mmbasis  # noqa: F401
+    folder = tmp_path_factory.mktemp('deploy')
+    random = np.random.RandomState(0)
+    for index in range(8):
+        target = folder / 'images' / 'ab'[index % 2]
+        target.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(
+            str(target / f'{index}.png'),
+            random.randint(0, 256, (32, 32, 3), dtype=np.uint8))
+    text = CONFIG.format(root=repo_root, data=folder / 'images')
+    (folder / 'dense.py').write_text(text)
+    cfg = Config.fromfile(str(folder / 'dense.py'))
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(dict(cfg.model))
+    torch.save(dict(state_dict=model.state_dict()), folder / 'dense.pth')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def table(repo_root, workspace):
+    tool(repo_root, 'latency_table.py', 'export', workspace / 'dense.py',
+         workspace / 'dense.pth', '--input-shape', '1x3x32x32', '--out',
+         workspace / 'layers', '--ranks', 2, '--round-to', 4)
+    args = ('latency_table.py', 'measure', workspace / 'layers', '--out',
+            workspace / 'table.json', '--backend', 'onnxruntime', '--threads',
+            1, '--seconds', .02, '--rounds', 2)
+    tool(repo_root, *args)
+    before = (workspace / 'table.json').read_text()
+    # a second time there is nothing left to do
+    tool(repo_root, *args)
+    after = json.loads((workspace / 'table.json').read_text())
+    assert after['entries'] == json.loads(before)['entries']
+    return workspace / 'table.json'
+
+
+def test_table_and_budget(repo_root, workspace, table):
+    data = json.loads(table.read_text())
+    groups = {x['group'] for x in data['entries'] if x.get('role') == 'layer'}
+    # layers that differ in nothing share their models
+    uses = [
+        x['uses'] for x in data['entries']
+        if x.get('role') == 'layer' and x['rank'] is None
+    ]
+    assert len(groups) == len(uses) < sum(len(x) for x in uses)
+    assert data['device'] and data['backend'] == 'onnxruntime'
+    assert 'whole model' in tool(repo_root, 'latency_table.py', 'show', table)
+    tool(repo_root, 'compress.py', workspace / 'dense.py',
+         workspace / 'dense.pth', '--latency', 1., '--table', table,
+         '--work-dir', workspace / 'fast', '--calib-batches', 1)
+    plan = json.loads((workspace / 'fast' / 'plan.json').read_text())
+    assert plan['planner']['table']['precision'] == 'fp32'
+    # measured elsewhere, refused
+    out = tool(
+        repo_root,
+        'latency_table.py',
+        'measure',
+        workspace / 'layers',
+        '--out',
+        table,
+        '--backend',
+        'onnxruntime',
+        '--rounds',
+        3,
+        '--seconds',
+        .02,
+        status=1)
+    assert 'measured differently' in out
+
+
+@pytest.fixture(scope='module')
+def compressed(repo_root, workspace):
+    tool(repo_root, 'compress.py', workspace / 'dense.py',
+         workspace / 'dense.pth', '--macs', .5, '--work-dir',
+         workspace / 'half', '--calib-batches', 1)
+    return workspace / 'half'
+
+
+def deploy(repo_root, compressed, images, out, *more, **kwargs):
+    name = 'classification_onnxruntime_static-32x32.py'
+    return tool(repo_root, 'deploy.py', repo_root / 'configs/deploy' / name,
+                compressed / 'compressed.py', compressed / 'compressed.pth',
+                *images, '--work-dir', out, *more, **kwargs)
+
+
+def test_deploy(repo_root, workspace, table, compressed, tmp_path):
+    images = sorted((workspace / 'images' / 'a').iterdir())[:2]
+    out = deploy(repo_root, compressed, images, tmp_path, '--evaluate',
+                 '--int8', '--calib-images', 8, '--merge', 'auto', '--table',
+                 table)
+    assert 'TensorRT 8.5, end2end.onnx: all operators supported' in out
+    assert 'trtexec --onnx=end2end.onnx' in out
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['comparison']['agrees']
+    assert len(report['comparison']['images']) == 2
+    assert 'accuracy/top1' in report['metrics']
+    assert 'accuracy/top1' in report['int8']['metrics']
+    # sixteen channels never gain on a CPU
+    assert isinstance(report['merged'], dict)
+    assert report['files'][str(tmp_path /
+                               'end2end.onnx')] > 4 * .8 * report['params']
+
+
+def test_calibration_for_tensorrt(repo_root, workspace, compressed, tmp_path):
+    pytest.importorskip('h5py')
+    image = next((workspace / 'images' / 'a').iterdir())
+    name = 'classification_tensorrt-int8_static-32x32.py'
+    out = tool(repo_root, 'deploy.py', repo_root / 'configs/deploy' / name,
+               compressed / 'compressed.py', compressed / 'compressed.pth',
+               image, '--work-dir', tmp_path, '--calib-images', 4)
+    assert '--int8' in out and (tmp_path / 'calib_data.h5').is_file()
+
+
+def test_difference_is_a_failure(repo_root, workspace, compressed, tmp_path):
+    """Other weights in the file than in the model."""
+    sys.path.insert(0, str(repo_root / 'tools'))
+    try:
+        import deploy as module
+    finally:
+        sys.path.pop(0)
+    from mmbasis.deploy import Deployment
+    config = repo_root / 'configs/deploy' / (
+        'classification_onnxruntime_static-32x32.py')
+    image = str(next((workspace / 'images' / 'a').iterdir()))
+    deployment = Deployment(
+        str(config), str(compressed / 'compressed.py'),
+        str(compressed / 'compressed.pth'))
+    files = deployment.export(image, str(tmp_path))
+    assert module.compare_all(deployment, files, [image])['agrees']
+    deployment.model.head.fc.weight.data.mul_(3)
+    assert not module.compare_all(deployment, files, [image])['agrees']

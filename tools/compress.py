@@ -1,0 +1,179 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Compress a trained model in one shot, without training.
+
+Writes into the work directory: plan.json, report.json, compressed.pth,
+compressed.py (a config of its own for test, inference, deployment and further
+training) and plots.
+"""
+import argparse
+import itertools
+import json
+import os.path as osp
+
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner, set_random_seed
+from mmengine.utils import mkdir_or_exist
+from rich.console import Console
+from rich.table import Table
+
+from mmbasis.compression import (analyze, apply_with_data, as_planner,
+                                 check_reconstruction, load_weights, log_plan,
+                                 model_complexity, read_checkpoint,
+                                 save_checkpoint)
+from mmbasis.models import dense_architecture, standalone_config
+from mmbasis.planning import BasePlanner, CompressionPlan
+from mmbasis.utils import load_config
+from mmbasis.utils.io import write_atomically
+from mmbasis.utils.runner import calibration_dataloader, evaluate
+from mmbasis.visualization import plot_ranks, plot_spectra
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the dense model')
+    parser.add_argument('checkpoint', help='its weights')
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument('--macs', type=float, help='fraction of the MACs to keep')
+    how.add_argument(
+        '--params', type=float, help='fraction of the parameters to keep')
+    how.add_argument(
+        '--energy',
+        type=float,
+        help='fraction of the energy to keep in each layer (the rule of the '
+        'paper: from the weights alone)')
+    how.add_argument(
+        '--latency',
+        type=float,
+        help='fraction of the latency to keep, by --table')
+    how.add_argument('--plan', help='a plan.json to follow')
+    parser.add_argument(
+        '--table', help='latency table of the device: latency_table.py')
+    parser.add_argument(
+        '--calib-batches',
+        type=int,
+        default=8,
+        help='batches of the training loader for the statistics (default 8)')
+    parser.add_argument(
+        '--round-to', type=int, default=1, help='ranks are multiples of this')
+    parser.add_argument(
+        '--reconstruction',
+        choices=['local', 'sequential'],
+        help='fit each layer on its own, or to the outputs of the dense '
+        'network in spite of the layers before it (default, except with '
+        '--energy)')
+    parser.add_argument(
+        '--evaluate',
+        action='store_true',
+        help='run the test evaluator before and after')
+    parser.add_argument('--work-dir', help='where the results go')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    args = parser.parse_args()
+    if args.calib_batches < 1:
+        parser.error('--calib-batches must be at least 1')
+    if (args.latency is None) != (args.table is None):
+        parser.error('--latency and --table belong together')
+    return args
+
+
+def make_planner(args: argparse.Namespace) -> BasePlanner:
+    """The planner that the arguments ask for."""
+    if args.plan is not None:
+        return as_planner(CompressionPlan.load(args.plan))
+    if args.energy is not None:
+        config = dict(type='EnergyPlanner', threshold=args.energy)
+    else:
+        config = dict(
+            type='BudgetPlanner',
+            macs=args.macs,
+            params=args.params,
+            latency=args.latency,
+            table=args.table)
+    return as_planner(dict(config, round_to=args.round_to))
+
+
+def print_report(report: dict) -> None:
+    """Show the report as a table."""
+    table = Table('', 'before', 'after', 'kept')
+    rows = {k: v for k, v in report.items() if isinstance(v, dict)}
+    for key, value in rows.pop('metrics', {}).get('before', {}).items():
+        after = report['metrics']['after'][key]
+        table.add_row(key, f'{value:.4g}', f'{after:.4g}', '')
+    for key in ('macs', 'conv_macs', 'params'):
+        before, after = (report[key][k] for k in ('before', 'after'))
+        table.add_row(key, f'{before / 1e6:.3f} M', f'{after / 1e6:.3f} M',
+                      f'{after / before:.2%}' if before else '')
+    Console().print(table)
+
+
+def main() -> None:
+    """Compress, evaluate if asked to, and write everything down."""
+    args = parse_args()
+    planner = make_planner(args)
+    cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    mkdir_or_exist(cfg.work_dir)
+    MMLogger.get_instance('mmbasis', logger_name='mmbasis')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    set_random_seed(args.seed)
+    model = MODELS.build(dense_architecture(cfg))
+    load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+    model.eval()
+
+    loader = calibration_dataloader(cfg, args.seed)
+    example = next(
+        iter(
+            Runner.build_dataloader(
+                dict(cfg.test_dataloader, batch_size=1), seed=0)))
+    before = model_complexity(model, example)
+    metrics = dict(before=evaluate(cfg, model)) if args.evaluate else {}
+
+    batches = list(itertools.islice(loader, args.calib_batches))
+    layers = analyze(model, planner, batches)
+    plan = planner.plan(layers, bias=planner.data_aware)
+    apply_with_data(model, plan, layers, batches,
+                    check_reconstruction(args.reconstruction, planner))
+    log_plan(plan)
+    after = model_complexity(model, example)
+    report = dict(
+        config=args.config,
+        checkpoint=args.checkpoint,
+        planner=plan.planner,
+        uncounted=after['uncounted'],
+        compressible=plan.totals(),
+        conv_macs=plan.totals(convs_only=True)['macs'],
+        **{
+            key: dict(before=before[key], after=after[key])
+            for key in ('macs', 'params')
+        })
+    if args.evaluate:
+        metrics['after'] = evaluate(cfg, model)
+        report['metrics'] = metrics
+
+    def path(name):
+        return osp.abspath(osp.join(cfg.work_dir, name))
+
+    plan.save(path('plan.json'))
+    save_checkpoint(model, plan, path('compressed.pth'),
+                    dict(dataset_meta=dataset_meta(loader)))
+    standalone = standalone_config(cfg, plan, path('compressed.pth'))
+    write_atomically(path('compressed.py'), standalone.pretty_text)
+    plot_spectra(layers, plan, path('spectra.png'))
+    plot_ranks(plan, path('ranks.png'))
+    write_atomically(path('report.json'), json.dumps(report, indent=2))
+    print_report(report)
+    Console().print(f'Written to {cfg.work_dir}: plan.json, report.json, '
+                    'compressed.pth, compressed.py, spectra.png, ranks.png')
+
+
+def dataset_meta(loader) -> dict:
+    """Meta information of a loader's dataset: class names, palette."""
+    return dict(getattr(loader.dataset, 'metainfo', {}))
+
+
+if __name__ == '__main__':
+    main()
