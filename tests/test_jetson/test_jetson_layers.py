@@ -1,0 +1,102 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Latency tables."""
+import json
+
+import jetson_helpers as helpers
+import pytest
+from jetson.layers import read_index
+from jetson.util import BenchError
+
+pytest.importorskip('onnxruntime')
+ARGS = [
+    '--backend', 'onnxruntime', '--threads', '1', '--seconds', '0.05',
+    '--min-count', '5'
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / 'layers'
+    path.mkdir()
+    entries = []
+    for i, channels in enumerate((4, 32, 8)):
+        helpers.conv_model(path / ('%d.onnx' % i), channels, 32)
+        entries.append(
+            dict(
+                id='conv/%d' % channels,
+                onnx='%d.onnx' % i,
+                input_shape=[1, 3, 32, 32],
+                rank=channels,
+                extra=dict(stage=i)))
+    (path / 'index.json').write_text(
+        json.dumps(dict(version=1, entries=entries)))
+    return path
+
+
+def measure(folder, out, *more):
+    return helpers.program('layers', folder, '--out', out,
+                           *(ARGS + list(more)))
+
+
+def test_table(folder, tmp_path):
+    status, out, err = measure(folder, tmp_path / 't.json')
+    assert status == 0, err
+    table = json.loads((tmp_path / 't.json').read_text())
+    assert table['version'] == 1 and table['status'] == 'complete'
+    assert table['backend'] == 'onnxruntime'
+    assert table['precision'] == 'fp32' and table['device']['cores'] > 0
+    assert [e['id']
+            for e in table['entries']] == ['conv/4', 'conv/32', 'conv/8']
+    assert table['entries'][1]['extra'] == dict(stage=1)
+    for e in table['entries']:
+        assert e['median_ms'] > 0 and e['noise_ms'] >= 0
+    assert table['entries'][1]['median_ms'] > table['entries'][0]['median_ms']
+    assert 'left]' in err and 'conv/32' in out
+
+
+def test_only_what_is_missing_is_measured_again(folder, tmp_path):
+    out = tmp_path / 't.json'
+    assert measure(folder, out)[0] == 0
+    table = json.loads(out.read_text())
+    first = table['entries'][0]['median_ms']
+    # As if stopped after one entry; and one model has changed since.
+    table.update(status='partial', entries=table['entries'][:2])
+    out.write_text(json.dumps(table))
+    helpers.conv_model(folder / '1.onnx', 24, 32)
+    status, _, err = measure(folder, out)
+    assert status == 0
+    assert '2 of 3' in err and '3 of 3' in err
+    table = json.loads(out.read_text())
+    assert len(table['entries']) == 3
+    assert table['entries'][0]['median_ms'] == first
+
+
+def test_other_conditions_are_refused(folder, tmp_path):
+    out = tmp_path / 't.json'
+    assert measure(folder, out)[0] == 0
+    before = out.read_text()
+    status, _, err = measure(folder, out, '--rounds', '2')
+    assert status == 1 and 'measured differently: protocol' in err
+    assert out.read_text() == before
+
+
+def test_bad_indices(folder):
+    index = json.loads((folder / 'index.json').read_text())
+    for change, message in ((dict(version=2),
+                             '"version": 1'), (dict(entries=[]), 'no entries'),
+                            (dict(entries=[dict(id=1)]), "no 'onnx'"),
+                            (dict(entries=[dict(id=1, onnx='gone.onnx')]),
+                             'is missing'),
+                            (dict(entries=index['entries'][:1] * 2),
+                             'stands twice')):
+        (folder / 'index.json').write_text(json.dumps(dict(index, **change)))
+        with pytest.raises(BenchError, match=message):
+            read_index(str(folder))
+
+
+def test_entry_that_does_not_run_keeps_the_rest(folder, tmp_path):
+    (folder / '1.onnx').write_text('no model')
+    status, _, err = measure(folder, tmp_path / 't.json')
+    assert status == 1 and "entry 'conv/32'" in err
+    table = json.loads((tmp_path / 't.json').read_text())
+    assert table['status'] == 'partial' and len(table['entries']) == 1

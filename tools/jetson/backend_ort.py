@@ -1,0 +1,81 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""ONNX Runtime: on any computer; with its CUDA or TensorRT provider too."""
+import numpy as np
+
+from .backends import Session
+from .inputs import make_input, resolve_shape
+from .util import BenchError
+
+_TYPES = {
+    'tensor(float)': np.float32,
+    'tensor(float16)': np.float16,
+    'tensor(double)': np.float64,
+    'tensor(int64)': np.int64,
+    'tensor(int32)': np.int32,
+    'tensor(uint8)': np.uint8,
+    'tensor(int8)': np.int8,
+    'tensor(bool)': np.bool_,
+}
+
+
+class OrtSession(Session):
+    """One ``InferenceSession`` with fixed inputs."""
+
+    def __init__(self, session, feeds, info):
+        super().__init__({k: v.shape for k, v in feeds.items()}, info)
+        self._run = session.run
+        self._feeds = feeds
+
+    def infer(self):
+        """Runs the model once; outputs are numpy arrays."""
+        return self._run(None, self._feeds)
+
+    def close(self):
+        """Drops the session."""
+        self._run = None
+
+
+def load(path, options):
+    """Loads an ONNX file.
+
+    Args:
+        path (str): the file; run in the precision in which it is stored.
+        options (Options): ``shapes``, ``images`` and ``threads`` are used.
+
+    Raises:
+        BenchError: another precision is asked for, or the file is bad.
+    """
+    import onnxruntime as ort
+    if options.precision != 'fp32':
+        raise BenchError(
+            'ONNX Runtime runs a file as it is stored and cannot turn it '
+            'into {}: export such a file, or use TensorRT'.format(
+                options.precision))
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads:
+        settings.intra_op_num_threads = options.threads
+    # TensorRT inside ONNX Runtime would build engines without a cache: the
+    # TensorRT back end is the way to that.
+    providers = [
+        p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider')
+        if p in ort.get_available_providers()
+    ]
+    try:
+        session = ort.InferenceSession(path, settings, providers=providers)
+    except Exception as e:  # its errors have no common class
+        raise BenchError('ONNX Runtime cannot load {}: {}'.format(path, e))
+    feeds = {}
+    for i in session.get_inputs():
+        if i.type not in _TYPES:
+            raise BenchError(
+                'input {} has type {}, which is not supported'.format(
+                    i.name, i.type))
+        shape = resolve_shape(i.name, i.shape, options.shapes)
+        feeds[i.name] = make_input(i.name, shape, _TYPES[i.type],
+                                   options.images)
+    info = dict(
+        version=ort.__version__,
+        providers=session.get_providers(),
+        threads=options.threads)
+    return OrtSession(session, feeds, info)

@@ -1,0 +1,193 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Back ends: what runs a model, behind one small interface.
+
+    session = open_session('auto', 'model.onnx', Options(precision='fp16'))
+    session.warm_up()
+    window = session.window(min_seconds=10, min_count=50)
+    session.close()
+
+A latency is always that of a whole inference: input from host memory, output
+in host memory, nothing overlapped with the next one.
+"""
+import importlib
+import os
+
+from .timing import timed_window, warm_up
+from .util import BenchError, find_tool, holding_signals
+
+PRECISIONS = ('fp32', 'fp16', 'int8')
+_MODULES = {
+    'tensorrt': '.backend_tensorrt',
+    'trtexec': '.backend_trtexec',
+    'onnxruntime': '.backend_ort',
+    'torch': '.backend_torch',
+}
+NAMES = tuple(_MODULES)
+
+
+class Options:
+    """What a back end is to do; the same for all models of a run.
+
+    Args:
+        precision (str): ``'fp32'``, ``'fp16'`` or ``'int8'``: for engines
+            that are built here. ONNX Runtime runs a file as it is stored.
+        shapes (dict): see ``inputs.parse_shapes``.
+        images (str | None): folder of images for the input, and for the
+            calibration of int8.
+        plugins (list[str]): shared libraries with TensorRT plugins.
+        cache (str): folder of built engines.
+        threads (int | None): threads of CPU back ends.
+        workspace_mib (int): memory that TensorRT may use to choose kernels.
+        sysroot (str): where to look for ``trtexec``.
+    """
+
+    def __init__(self,
+                 precision='fp32',
+                 shapes=None,
+                 images=None,
+                 plugins=(),
+                 cache='engines',
+                 threads=None,
+                 workspace_mib=1024,
+                 sysroot='/'):
+        if precision not in PRECISIONS:
+            raise BenchError('precision {!r}: choose from {}'.format(
+                precision, ', '.join(PRECISIONS)))
+        self.precision = precision
+        self.shapes = shapes or {}
+        self.images = images
+        self.plugins = list(plugins)
+        self.cache = cache
+        self.threads = threads
+        self.workspace_mib = workspace_mib
+        self.sysroot = sysroot
+
+
+class Session:
+    """A loaded model; back ends fill in ``infer`` and ``close``.
+
+    Attributes:
+        inputs (dict[str, tuple[int]]): shapes.
+        info (dict): versions and settings, for the record.
+    """
+
+    def __init__(self, inputs, info):
+        self.inputs = inputs
+        self.info = info
+
+    @property
+    def batch(self):
+        """Images per inference: the first size of the first input."""
+        shape = list(self.inputs.values())[0]
+        return shape[0] if shape else 1
+
+    def infer(self):
+        """Runs one inference and waits for its result."""
+        raise NotImplementedError
+
+    def warm_up(self, min_seconds=1.0, max_seconds=60.0):
+        """Warms up; see ``timing.warm_up``."""
+        return warm_up(self.infer, min_seconds, max_seconds)
+
+    def window(self, min_seconds, min_count):
+        """Runs one timed window.
+
+        Returns:
+            dict: ``start``, ``end`` (s of CLOCK_MONOTONIC), ``latencies`` (s
+            per inference; None where only ``latency_ms`` is known),
+            ``count`` of inferences, ``notes`` (list of str).
+        """
+        start, end, latencies = timed_window(self.infer, min_seconds,
+                                             min_count)
+        return dict(
+            start=start,
+            end=end,
+            latencies=latencies,
+            count=len(latencies),
+            notes=[])
+
+    def close(self):
+        """Frees what the session holds."""
+
+
+def choose_backend(path, sysroot='/'):
+    """Chooses the best back end for a file.
+
+    Args:
+        path (str): ``.onnx``, ``.engine``/``.plan``/``.trt``, or TorchScript
+            ``.pt``/``.pth``/``.ts``.
+        sysroot (str): root of the system, for ``trtexec``.
+
+    Returns:
+        tuple[str, str]: name, and why the better ones were passed over.
+
+    Raises:
+        BenchError: nothing here runs such a file.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in ('.pt', '.pth', '.ts'):
+        order = ['torch']
+    elif suffix in ('.engine', '.plan', '.trt'):
+        order = ['tensorrt', 'trtexec']
+    elif suffix == '.onnx':
+        order = ['tensorrt', 'trtexec', 'onnxruntime']
+    else:
+        raise BenchError(
+            '{}: expected .onnx, .engine or TorchScript .pt'.format(path))
+    reasons = []
+    for name in order:
+        reason = why_not(name, sysroot)
+        if reason is None:
+            return name, '; '.join(reasons)
+        reasons.append('{}: {}'.format(name, reason))
+    raise BenchError('no back end for {} here. {}'.format(
+        path, '; '.join(reasons)))
+
+
+def why_not(name, sysroot='/'):
+    """Returns why a back end cannot be used here, or None if it can."""
+    if name == 'trtexec':
+        return None if find_tool('trtexec', sysroot) else \
+            'not in PATH nor /usr/src/tensorrt/bin'
+    if name == 'tensorrt':
+        from .cudart import find_library
+        if find_library() is None:
+            return 'libcudart is not found (set LD_LIBRARY_PATH to the ' \
+                   'lib64 folder of CUDA)'
+    try:
+        with holding_signals():
+            importlib.import_module(name)
+    except Exception as e:  # a broken installation raises anything
+        return '{}: {}'.format(type(e).__name__, e)
+    return None
+
+
+def open_session(name, path, options):
+    """Loads a model.
+
+    Args:
+        name (str): one of ``NAMES``, or ``'auto'``.
+        path (str): the file.
+        options (Options): see there.
+
+    Returns:
+        Session: ready to run; ``info['backend']`` names the back end.
+
+    Raises:
+        BenchError: the file or the back end does not work; says why.
+    """
+    if not os.path.isfile(path):
+        raise BenchError('model {}: no such file'.format(path))
+    passed_over = ''
+    if name == 'auto':
+        name, passed_over = choose_backend(path, options.sysroot)
+    reason = why_not(name, options.sysroot)
+    if reason:
+        raise BenchError('back end {} cannot be used here: {}'.format(
+            name, reason))
+    with holding_signals():
+        module = importlib.import_module(_MODULES[name], __package__)
+    session = module.load(path, options)
+    session.info.update(
+        backend=name, precision=options.precision, passed_over=passed_over)
+    return session

@@ -1,0 +1,240 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Latency tables: times many small models, for planning by real latency.
+
+Input: a folder with ``index.json``::
+
+    {"version": 1,
+     "entries": [{"id": "conv1/rank8", "onnx": "conv1_rank8.onnx",
+                  "input_shape": [1, 16, 32, 32], ...}]}
+
+``id`` is unique; ``onnx`` is relative to the folder; ``input_shape`` may be
+left out if the file has fixed sizes. All other keys are carried through.
+
+Output, a JSON table::
+
+    {"schema": "mmbasis.latency_table", "version": 1, "status": "complete",
+     "device": {...}, "backend": "tensorrt", "engine_version": "8.5",
+     "precision": "fp16", "protocol": {...}, "flags": [...],
+     "entries": [{...keys of the index..., "onnx_sha256": "...",
+                  "median_ms": 0.41, "noise_ms": 0.003, "count": 900}]}
+
+``median_ms`` is the median over all latencies; ``noise_ms`` half the range
+of the medians of the rounds: two entries that differ by less are equal. The
+table is written after every entry; a second call does only what is missing.
+"""
+import os
+
+from . import device
+from .backends import open_session
+from .stats import quantile
+from .util import (BenchError, Progress, duration_text, now, read_json, sha256,
+                   write_json)
+
+SCHEMA = 'mmbasis.latency_table'
+VERSION = 1
+
+
+def read_index(folder):
+    """Reads and checks ``index.json``.
+
+    Args:
+        folder (str): see the module.
+
+    Returns:
+        list[dict]: the entries.
+
+    Raises:
+        BenchError: another version, a missing key or file, or an id twice.
+    """
+    path = os.path.join(folder, 'index.json')
+    index = read_json(path, 'index of layers')
+    if not isinstance(index, dict) or index.get('version') != 1:
+        raise BenchError(
+            '{}: expected an object with "version": 1'.format(path))
+    seen = set()
+    for entry in index.get('entries', []):
+        for key in ('id', 'onnx'):
+            if key not in entry:
+                raise BenchError('{}: an entry has no {!r}: {}'.format(
+                    path, key, entry))
+        if entry['id'] in seen:
+            raise BenchError('{}: id {!r} stands twice'.format(
+                path, entry['id']))
+        seen.add(entry['id'])
+        if not os.path.isfile(os.path.join(folder, entry['onnx'])):
+            raise BenchError('{}: {} is missing'.format(path, entry['onnx']))
+    if not seen:
+        raise BenchError('{} has no entries'.format(path))
+    return index['entries']
+
+
+def _identity(table):
+    """What must be equal for entries to stand in one table."""
+    info = table['device']
+    return dict(
+        board=info['board'] or info['cpu'],
+        l4t=info['l4t'],
+        mode=info['mode'],
+        backend=table['backend'],
+        engine_version=table['engine_version'],
+        precision=table['precision'],
+        protocol=table['protocol'])
+
+
+def _resume(path, table):
+    """Returns the finished entries of an earlier table by id and hash."""
+    if not os.path.exists(path):
+        return {}
+    old = read_json(path, 'latency table')
+    if old.get('schema') != SCHEMA or old.get('version') != VERSION:
+        raise BenchError('{} is not a latency table of version {}: move it '
+                         'away or choose another --out'.format(path, VERSION))
+    mine, theirs = _identity(table), _identity(old)
+    other = [
+        '{} {} instead of {}'.format(k, theirs[k], mine[k]) for k in mine
+        if mine[k] != theirs[k]
+    ]
+    if other:
+        raise BenchError('{} was measured differently: {}. Choose another '
+                         '--out'.format(path, '; '.join(other)))
+    table['flags'] += old['flags']
+    return {(e['id'], e['onnx_sha256']): e for e in old['entries']}
+
+
+def measure_table(folder,
+                  out,
+                  backend,
+                  options,
+                  rounds=3,
+                  seconds=0.3,
+                  min_count=20,
+                  sysroot='/',
+                  listener=None):
+    """Measures all entries of an index.
+
+    Args:
+        folder (str): with ``index.json``.
+        out (str): the table; an earlier one is continued.
+        backend (str), options (backends.Options): see ``open_session``; the
+            shape of an entry comes before ``options.shapes``.
+        rounds (int): timed windows per entry.
+        seconds (float), min_count (int): least length of each window.
+        sysroot (str), listener (callable): see ``protocol.Run``.
+
+    Returns:
+        dict: the table, also in ``out``.
+
+    Raises:
+        BenchError: a bad index, an entry that does not run, or an earlier
+        table of other conditions.
+    """
+    entries = read_index(folder)
+    state = device.snapshot(sysroot)
+    protocol = dict(rounds=rounds, seconds=seconds, min_count=min_count)
+    table, done = None, {}
+    tell = _teller(len(entries), listener)
+    for i, entry in enumerate(entries):
+        path = os.path.join(folder, entry['onnx'])
+        key = (entry['id'], sha256(path))
+        if key not in done:
+            tell(i, entry['id'])
+            session = _open(entry, path, backend, options)
+            try:
+                if table is None:
+                    table = _new_table(sysroot, state, session, protocol)
+                    done = _resume(out, table)
+                if key not in done:
+                    done[key] = dict(
+                        entry,
+                        onnx_sha256=key[1],
+                        **measure(session, **protocol))
+            finally:
+                session.close()
+        table['entries'].append(done[key])
+        _write(out, table, done)
+    table['flags'] += [
+        dict(code=c, text=t)
+        for c, t in device.changes(state, device.snapshot(sysroot))
+    ]
+    table['status'] = 'complete'
+    write_json(out, table)
+    return table
+
+
+def _write(out, table, done):
+    """Writes the table with the entries that are still to be visited."""
+    have = {e['id'] for e in table['entries']}
+    rest = [e for e in done.values() if e['id'] not in have]
+    write_json(out, dict(table, entries=table['entries'] + rest))
+
+
+def _teller(total, listener):
+    """Returns a call that announces an entry and the time that is left."""
+    progress, start, told = Progress(None, listener), now(), []
+
+    def tell(i, name):
+        left = ''
+        if told:
+            each = (now() - start) / len(told)
+            left = '  [about {} left]'.format(
+                duration_text(each * (total - i)))
+        told.append(name)
+        progress.step('{} of {}: {}{}'.format(i + 1, total, name, left))
+
+    return tell
+
+
+def _open(entry, path, backend, options):
+    shape = entry.get('input_shape')
+    own = type(options)(**dict(
+        vars(options), shapes={'': tuple(shape)} if shape else options.shapes))
+    try:
+        return open_session(backend, path, own)
+    except BenchError as e:
+        raise BenchError('entry {!r}: {}'.format(entry['id'], e))
+
+
+def _new_table(sysroot, state, session, protocol):
+    info = dict(
+        device.describe(sysroot), mode=state['mode'][0], gpu=state['gpu'])
+    return dict(
+        schema=SCHEMA,
+        version=VERSION,
+        status='partial',
+        device=info,
+        backend=session.info['backend'],
+        engine_version=session.info['version'],
+        precision=session.info['precision'],
+        protocol=protocol,
+        flags=[],
+        entries=[])
+
+
+def measure(session, rounds, seconds, min_count):
+    """Times a session for a table.
+
+    Args:
+        session (backends.Session): loaded.
+        rounds (int): timed windows.
+        seconds (float), min_count (int): least length of each.
+
+    Returns:
+        dict: ``median_ms``, ``noise_ms`` (half the range of the rounds'
+        medians), ``count``, ``settled``.
+    """
+    warm = session.warm_up(min(seconds, 0.5), 10 * max(seconds, 0.5))
+    medians, everything, count = [], [], 0
+    for _ in range(rounds):
+        window = session.window(seconds, min_count)
+        count += window['count']
+        if window['latencies']:
+            ordered = sorted(s * 1e3 for s in window['latencies'])
+            everything += ordered
+            medians.append(quantile(ordered, .5))
+        else:
+            medians.append(window['latency_ms']['p50'])
+    return dict(
+        median_ms=quantile(sorted(everything or medians), .5),
+        noise_ms=(max(medians) - min(medians)) / 2,
+        count=count,
+        settled=warm['settled'])

@@ -1,0 +1,192 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Builds TensorRT engines from ONNX, with the interfaces of 7.1 to 10.
+
+The generations are told apart by what they can do, not by their number:
+``max_workspace_size`` gave way to ``set_memory_pool_limit`` in 8.4, and
+``build_engine`` to ``build_serialized_network`` in 8.0.
+"""
+import ctypes
+import hashlib
+import json
+import os
+import platform
+
+import numpy as np
+
+from .inputs import make_input, resolve_shape
+from .util import BenchError, read_text, sha256
+
+
+def load_plugins(trt, logger, paths):
+    """Loads plugin libraries and registers all plugins.
+
+    Raises:
+        BenchError: a library does not load; the linker's text says why.
+    """
+    for path in paths:
+        try:
+            ctypes.CDLL(os.path.abspath(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError as e:
+            raise BenchError('cannot load the plugin library {}: {}'.format(
+                path, e))
+    trt.init_libnvinfer_plugins(logger, '')
+
+
+def cache_path(trt, path, options):
+    """Returns the file name of the engine for a model.
+
+    The name is a hash of the content of the model (and of ``MODEL.data``,
+    where large weights are kept), of the plugins, of all that steers the
+    build, and of TensorRT and board, for which alone an engine is made.
+    """
+    parts = [sha256(path)]
+    for extra in [path + '.data'] + options.plugins:
+        if os.path.isfile(extra):
+            parts.append(sha256(extra))
+    parts.append([
+        trt.__version__, options.precision, options.workspace_mib,
+        sorted((k, list(v)) for k, v in options.shapes.items()),
+        options.precision == 'int8' and options.images,
+        platform.node(),
+        read_text('/proc/device-tree/model')
+    ])
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join(options.cache,
+                        '{}-{}-{}.engine'.format(stem, options.precision, key))
+
+
+def build(trt, logger, path, options):
+    """Builds a serialized engine.
+
+    Args:
+        trt (module): ``tensorrt``.
+        logger: a TensorRT logger.
+        path (str): ONNX file.
+        options (Options): precision, shapes, images, workspace.
+
+    Returns:
+        bytes-like: the engine.
+
+    Raises:
+        BenchError: the file does not parse, or no engine results.
+    """
+    builder = trt.Builder(logger)
+    # From TensorRT 10 on every network has an explicit batch.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, 'EXPLICIT_BATCH', None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    with open(path, 'rb') as f:
+        data = f.read()
+    # parse(data) alone would look for external weights in the wrong folder.
+    parsed = (
+        parser.parse(data, path)
+        if os.path.exists(path + '.data') else parser.parse(data))
+    if not parsed:
+        errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
+        raise BenchError('TensorRT cannot parse {}: {}'.format(
+            path, '; '.join(errors) or 'no reason given'))
+    config = builder.create_builder_config()
+    # TensorRT keeps no reference to the calibrator while it builds.
+    calibrator = _configure(trt, builder, network, config, options)
+    if hasattr(builder, 'build_serialized_network'):
+        engine = builder.build_serialized_network(network, config)
+    else:
+        engine = builder.build_engine(network, config)
+        engine = engine and engine.serialize()
+    if calibrator:
+        calibrator.free()
+    if engine is None:
+        raise BenchError('TensorRT could not build an engine from {}; its '
+                         'messages above say why'.format(path))
+    return engine
+
+
+def _configure(trt, builder, network, config, options):
+    """Sets memory, shapes and precision; returns the calibrator, or None."""
+    size = options.workspace_mib << 20
+    if hasattr(config, 'set_memory_pool_limit'):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
+    else:
+        config.max_workspace_size = size
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    shapes = {
+        i.name: resolve_shape(i.name, list(i.shape), options.shapes)
+        for i in inputs
+    }
+    profile = None
+    if any(-1 in tuple(i.shape) for i in inputs):
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    if options.precision == 'fp32':
+        return None
+    if not hasattr(trt.BuilderFlag, 'FP16'):
+        raise BenchError(
+            'TensorRT {} takes the precision from the file: '
+            'export the model in {} and leave out --precision'.format(
+                trt.__version__, options.precision))
+    # Beside int8 too: layers that int8 does not suit may be fp16.
+    config.set_flag(trt.BuilderFlag.FP16)
+    if options.precision == 'fp16':
+        return None
+    config.set_flag(trt.BuilderFlag.INT8)
+    if _is_quantized(network, trt):
+        return None
+    calibrator = _calibrator(trt, inputs, shapes, options)
+    config.int8_calibrator = calibrator
+    if profile is not None:
+        config.set_calibration_profile(profile)
+    return calibrator
+
+
+def _is_quantized(network, trt):
+    kind = getattr(trt.LayerType, 'QUANTIZE', None)
+    return kind is not None and any(
+        network.get_layer(i).type == kind for i in range(network.num_layers))
+
+
+def _calibrator(trt, inputs, shapes, options):
+    """One batch gives the value ranges: enough for timing, not accuracy."""
+    from .cudart import Cuda
+    cuda = Cuda()
+
+    class OneBatch(trt.IInt8EntropyCalibrator2):
+        """Hands over one batch of images, or of random numbers."""
+
+        def __init__(self):
+            trt.IInt8EntropyCalibrator2.__init__(self)
+            self._arrays, self._pointers = {}, {}
+            for i in inputs:
+                self._arrays[i.name] = make_input(
+                    i.name, shapes[i.name], np.dtype(trt.nptype(i.dtype)),
+                    options.images)
+
+        def get_batch_size(self):
+            return list(shapes.values())[0][0]
+
+        def get_batch(self, names):
+            if self._pointers:
+                return None
+            stream = cuda.stream()
+            for name in names:
+                data = self._arrays[name]
+                self._pointers[name] = cuda.malloc(data.nbytes)
+                cuda.to_device(self._pointers[name], data.ctypes.data,
+                               data.nbytes, stream)
+            cuda.synchronize(stream)
+            cuda.destroy_stream(stream)
+            return [self._pointers[n] for n in names]
+
+        def free(self):
+            for pointer in self._pointers.values():
+                cuda.free(pointer)
+
+        def read_calibration_cache(self):
+            return None
+
+        def write_calibration_cache(self, cache):
+            pass
+
+    return OneBatch()
