@@ -1,0 +1,2 @@
+_base_ = ['./onnx.py']
+codebase_config = dict(type='mmpretrain', task='Classification')

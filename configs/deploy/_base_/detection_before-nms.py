@@ -1,0 +1,5 @@
+# The graph ends at the boxes and scores that enter non-maximum suppression:
+# standard operators only, the device needs no plugin.
+_base_ = ['./detection.py']
+codebase_config = dict(model_type='single_stage')
+partition_config = dict(type='single_stage', apply_marks=True)

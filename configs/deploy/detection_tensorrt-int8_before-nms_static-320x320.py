@@ -1,0 +1,10 @@
+_base_ = ['./_base_/detection_before-nms.py', './_base_/tensorrt-int8.py']
+onnx_config = dict(input_shape=(320, 320))
+backend_config = dict(model_inputs=[
+    dict(
+        input_shapes=dict(
+            input=dict(
+                min_shape=[1, 3, 320, 320],
+                opt_shape=[1, 3, 320, 320],
+                max_shape=[1, 3, 320, 320])))
+])

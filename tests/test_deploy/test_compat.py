@@ -1,0 +1,51 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Differences between versions."""
+import inspect
+import io
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import MessageHub
+
+from mmbasis import compat
+
+
+def test_checkpoints_of_mmengine_load_safely():
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        pytest.skip('this torch loads them without a list of safe classes')
+    hub = MessageHub.get_instance('test_compat')
+    hub.update_scalar('train/loss', torch.tensor(1.5))
+    hub.update_info('best', np.float64(3))
+    file = io.BytesIO()
+    torch.save(dict(hub=hub.state_dict(), a=np.arange(3)), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    history = loaded['hub']['log_scalars']['train/loss']
+    assert history.current() == 1.5 and history.mean(1) == 1.5
+    assert loaded['a'].tolist() == [0, 1, 2]
+
+
+class Evil:
+
+    def __reduce__(self):
+        return getattr, (dict, 'fromkeys')
+
+
+def test_nothing_else_is_let_in():
+    file = io.BytesIO()
+    torch.save(dict(a=Evil()), file)
+    file.seek(0)
+    with pytest.raises(Exception, match='(?i)weights.only|Unsupported'):
+        torch.load(file, weights_only=True)
+
+
+def test_tracing_exporter_is_the_default(tmp_path):
+    conv = torch.nn.Conv2d(3, 4, 1)
+    path = str(tmp_path / 'conv.onnx')
+    # as MMDeploy calls it: without dynamo=False
+    torch.onnx.export(conv, (torch.rand(1, 3, 4, 4), ), path, opset_version=13)
+    onnx = pytest.importorskip('onnx')
+    assert onnx.load(path).opset_import[0].version == 13
+    assert 'args' in inspect.signature(torch.onnx.export).parameters
+    assert compat.max_onnx_opset() >= 17

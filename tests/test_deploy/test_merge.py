@@ -1,0 +1,82 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Back to dense where a latency table says so."""
+import json
+
+import pytest
+import torch
+
+from mmbasis.compression import plan_of, read_checkpoint
+from mmbasis.deploy import Deployment, merge_slow_layers
+
+CLS = 'classification_onnxruntime_static-32x32'
+
+
+def write_table(path, plan, slow, **changes):
+    """A table in which the layers ``slow`` do not get faster."""
+    rows = [dict(id='c', role='carrier', median_ms=0., noise_ms=0.)]
+    for name, entry in plan.layers.items():
+        for rank, ms in ((None, 1.), (entry.rank, 2. if name in slow else .5)):
+            rows.append(
+                dict(
+                    id=f'{name}/{rank}',
+                    role='layer',
+                    group=name,
+                    carrier='c',
+                    rank=rank,
+                    kind=entry.kind,
+                    weight_shape=entry.shape,
+                    uses={name: 1},
+                    median_ms=ms,
+                    noise_ms=0.))
+    data = dict(
+        schema='mmbasis.latency_table',
+        version=1,
+        status='complete',
+        device=dict(board='', cpu='some CPU'),
+        backend='onnxruntime',
+        precision='fp32',
+        entries=rows)
+    path.write_text(json.dumps(dict(data, **changes)))
+    return str(path)
+
+
+def test_slow_layers_are_merged(classifier, deploy_cfg, tmp_path):
+    slow = list(classifier.plan.layers)[:2]
+    table = write_table(tmp_path / 't.json', classifier.plan, slow)
+    cfg, checkpoint, merged = merge_slow_layers(
+        deploy_cfg(CLS), classifier.cfg, classifier.checkpoint, table,
+        str(tmp_path))
+    assert list(merged) == slow and merged[slow[0]]['basis_ms'] == 2.
+    plan = plan_of(read_checkpoint(checkpoint))
+    assert not set(slow) & set(plan.layers)
+    assert 'merged' in plan.dense[slow[0]].reason
+    assert set(plan.layers) == set(classifier.plan.layers) - set(slow)
+    # config and checkpoint are those of the same function
+    new = Deployment(deploy_cfg(CLS), cfg, checkpoint).model
+    old = Deployment(
+        deploy_cfg(CLS), classifier.config, classifier.checkpoint).model
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(
+            new(x, mode='tensor'), old(x, mode='tensor'), atol=1e-4)
+
+
+def test_nothing_to_merge(classifier, deploy_cfg, tmp_path):
+    table = write_table(tmp_path / 't.json', classifier.plan, ())
+    cfg, checkpoint, merged = merge_slow_layers(
+        deploy_cfg(CLS), classifier.cfg, classifier.checkpoint, table,
+        str(tmp_path))
+    assert merged == {} and checkpoint == classifier.checkpoint
+
+
+@pytest.mark.parametrize('changes, text', [
+    (dict(backend='tensorrt'), "backend 'tensorrt', not 'onnxruntime'"),
+    (dict(precision='fp16'), "precision 'fp16', not 'fp32'"),
+])
+def test_table_of_another_target(classifier, deploy_cfg, tmp_path, changes,
+                                 text):
+    table = write_table(tmp_path / 't.json', classifier.plan, (), **changes)
+    with pytest.raises(ValueError, match=text):
+        merge_slow_layers(
+            deploy_cfg(CLS), classifier.cfg, classifier.checkpoint, table,
+            str(tmp_path))

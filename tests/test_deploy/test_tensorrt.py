@@ -1,0 +1,96 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""The check against TensorRT's operators, and commands for the device."""
+import numpy as np
+import pytest
+
+from mmbasis.deploy import Deployment, check_tensorrt, trtexec_command
+
+onnx = pytest.importorskip('onnx')
+helper = onnx.helper
+
+
+def problems(tmp_path, nodes, opset=13, constants=(), domain=''):
+    """What is wrong with a graph of these nodes from x to y."""
+    value = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(nodes, 'graph', [
+        helper.make_tensor_value_info('x', value, [1, 3, 8, 8]),
+        helper.make_tensor_value_info('k', onnx.TensorProto.INT64, [1])
+    ], [helper.make_tensor_value_info('y', value, None)], [
+        onnx.numpy_helper.from_array(np.asarray(array), name)
+        for name, array in constants
+    ])
+    opsets = [helper.make_opsetid('', opset)]
+    if domain:
+        opsets.append(helper.make_opsetid(domain, 1))
+    path = str(tmp_path / 'graph.onnx')
+    onnx.save(helper.make_model(graph, opset_imports=opsets), path)
+    return check_tensorrt(path)
+
+
+def test_plain_operators_pass(tmp_path):
+    nodes = [
+        helper.make_node('Relu', ['x'], ['a']),
+        helper.make_node('TopK', ['a', 'five'], ['y', 'i'])
+    ]
+    constants = [('five', np.array([5]))]
+    assert problems(
+        tmp_path, nodes, constants=constants) == {
+            '8.5': [],
+            '10': []
+        }
+
+
+@pytest.mark.parametrize('node, text', [
+    (helper.make_node('TopK', ['x', 'k'],
+                      ['y', 'i']), 'K (at most 3840) must be'),
+    (helper.make_node('Resize', ['x', '', 's'], ['y'],
+                      mode='cubic'), "mode='cubic'"),
+    (helper.make_node('Unsqueeze', ['x', 'k'], ['y']), 'axes must be'),
+    (helper.make_node(
+        'MaxPool', ['x'], ['y'], kernel_shape=[2, 2],
+        dilations=[2, 2]), 'dilations'),
+    (helper.make_node('MaxPool', ['x'], ['y', 'i'],
+                      kernel_shape=[2, 2]), 'Indices'),
+    (helper.make_node('Unique', ['x'], ['y']), 'Unique: not supported'),
+])
+def test_restrictions(tmp_path, node, text):
+    constants = [('s', np.array([1., 1, 2, 2], np.float32))]
+    found = problems(tmp_path, [node], constants=constants)
+    for version in ('8.5', '10'):
+        assert len(found[version]) == 1 and text in found[version][0]
+
+
+def test_versions_differ(tmp_path):
+    node = helper.make_node('Gelu', ['x'], ['y'])
+    found = problems(tmp_path, [node], opset=20)
+    assert [x.split(':')[0] for x in found['8.5']] == ['opset 20', 'Gelu']
+    assert found['10'] == []
+
+
+def test_axes_of_slices_only_matter_to_the_old_one(tmp_path):
+    node = helper.make_node('Slice', ['x', 'a', 'b', 'k'], ['y'])
+    constants = [('a', np.array([0])), ('b', np.array([2]))]
+    found = problems(tmp_path, [node], constants=constants)
+    assert 'axes' in found['8.5'][0] and found['10'] == []
+
+
+def test_custom_operators_are_named(tmp_path):
+    node = helper.make_node('Magic', ['x'], ['y'], domain='mmdeploy')
+    found = problems(tmp_path, [node], domain='mmdeploy')
+    assert 'mmdeploy::Magic: a custom operator' in found['10'][0]
+
+
+def test_commands_for_the_device(classifier, deploy_cfg):
+
+    def command(name):
+        deployment = Deployment(
+            deploy_cfg(name), classifier.config, classifier.checkpoint)
+        return trtexec_command(deployment, '/somewhere/end2end.onnx')
+
+    assert command('classification_tensorrt-fp16_static-32x32') == (
+        'trtexec --onnx=end2end.onnx --saveEngine=end2end.engine --fp16')
+    assert command('classification_tensorrt-int8_dynamic-batch-224x224') == (
+        'trtexec --onnx=end2end.onnx --saveEngine=end2end.engine --fp16 '
+        '--int8 --minShapes=input:1x3x224x224 --optShapes=input:4x3x224x224 '
+        '--maxShapes=input:64x3x224x224')
+    assert '--fp16' not in command('classification_tensorrt_static-32x32')

@@ -1,0 +1,169 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Latency tables: what each layer costs at each rank, in milliseconds.
+
+    # small models of every distinct layer, and an index
+    python tools/latency_table.py export CONFIG CHECKPOINT \\
+        --input-shape 1x3x224x224 --out layers
+    # here; or on a Jetson: jetson_bench.py layers layers --out table.json
+    python tools/latency_table.py measure layers --out table.json --threads 2
+    # plan with it
+    python tools/compress.py CONFIG CHECKPOINT --latency 0.5 \\
+        --table table.json
+"""
+import argparse
+import os.path as osp
+import sys
+import warnings
+
+import torch
+from mmengine.config import DictAction
+from mmengine.registry import MODELS, init_default_scope
+from rich.console import Console
+from rich.table import Table
+
+from mmbasis.compression import load_weights, read_checkpoint
+from mmbasis.deploy.layer_models import LayerModels, layer_shapes, rank_grid
+from mmbasis.models import dense_architecture
+from mmbasis.planning.latency import LatencyTable
+from mmbasis.utils import load_config
+
+# the benchmark of the Jetson tool
+sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
+
+
+def _shape(text: str) -> tuple:
+    try:
+        shape = tuple(int(x) for x in text.split('x'))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no shape such as 1x3x224x224')
+    return shape
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    export = commands.add_parser('export', help='write the models')
+    export.add_argument('config', help='config of the dense model')
+    export.add_argument('checkpoint', help='its weights')
+    export.add_argument(
+        '--input-shape',
+        type=_shape,
+        required=True,
+        help='of the deployed network, such as 1x3x224x224')
+    export.add_argument('--out', required=True, help='folder')
+    export.add_argument(
+        '--ranks', type=int, default=8, help='per layer (default 8)')
+    export.add_argument(
+        '--round-to', type=int, default=8, help='multiples of this (default)')
+    export.add_argument(
+        '--torchscript',
+        action='store_true',
+        help='for the PyTorch back end, instead of ONNX')
+    export.add_argument('--cfg-options', nargs='+', action=DictAction)
+    measure = commands.add_parser('measure', help='time them')
+    measure.add_argument('folder', help='what export wrote')
+    measure.add_argument('--out', required=True, help='the table (JSON)')
+    measure.add_argument('--backend', default='auto')
+    measure.add_argument('--precision', default='fp32')
+    measure.add_argument('--threads', type=int, help='of CPU back ends')
+    measure.add_argument('--rounds', type=int, default=3)
+    measure.add_argument('--seconds', type=float, default=.3, help='per round')
+    show = commands.add_parser('show', help='print a table')
+    show.add_argument('table')
+    return parser.parse_args()
+
+
+def samples_for(cfg, shape: tuple):
+    """``data_samples`` that two-stage detectors ask for in every mode."""
+    if cfg.get('default_scope') != 'mmdet':
+        return None
+    from mmdet.structures import DetDataSample
+    size = tuple(shape[2:])
+    meta = dict(
+        img_shape=size,
+        ori_shape=size,
+        pad_shape=size,
+        batch_input_shape=size,
+        scale_factor=(1., 1.))
+    return [DetDataSample(metainfo=meta) for _ in range(shape[0])]
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the models and the index."""
+    warnings.filterwarnings('ignore')
+    cfg = load_config(args.config, args.cfg_options)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model = MODELS.build(dense_architecture(cfg))
+    load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+    model.eval()
+    samples = samples_for(cfg, args.input_shape)
+    inputs = torch.randn(*args.input_shape)
+    models = LayerModels(args.out, args.torchscript)
+    console = Console(stderr=True)
+    shapes = layer_shapes(model, inputs, samples)
+    for index, (layer, seen) in enumerate(shapes):
+        console.print(f'{index + 1} of {len(shapes)}: {layer.name}')
+        ranks = rank_grid(layer, args.ranks, args.round_to)
+        for shape, count in seen.items():
+            models.add_layer(layer, shape, count, ranks)
+    models.add_model(model, args.input_shape, samples)
+    models.write_index()
+    Console().print(f'{len(models.entries)} models of {len(shapes)} layers in '
+                    f'{args.out}')
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Time the models through the benchmark of the Jetson tool."""
+    from jetson.backends import Options
+    from jetson.layers import measure_table
+    from jetson.util import BenchError
+    console = Console(stderr=True)
+    try:
+        measure_table(
+            args.folder,
+            args.out,
+            args.backend,
+            Options(precision=args.precision, threads=args.threads),
+            rounds=args.rounds,
+            seconds=args.seconds,
+            listener=console.print)
+    except BenchError as error:
+        console.print(f'error: {error}', soft_wrap=True)
+        return 1
+    return 0
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print what each layer costs."""
+    table = LatencyTable.load(args.table)
+    console = Console()
+    console.print(f'{table.device_name}, {table.backend}, {table.precision}, '
+                  f'whole model {table.model_ms} ms, outside the layers '
+                  f'{table.rest():.3f} ms')
+    rows = Table('layer', 'dense, ms', 'noise, ms', 'ms at rank')
+    for name in table.curves:
+        rows.add_row(
+            name, f'{table.cost(name, None):.3f}', f'{table.noise(name):.3f}',
+            '  '.join(f'{r}: {table.cost(name, r):.3f}'
+                      for r in table.measured_ranks(name)))
+    console.print(rows)
+
+
+def main() -> int:
+    """Run one of the commands."""
+    args = parse_args()
+    return {
+        'export': export,
+        'measure': measure,
+        'show': show
+    }[args.command](args) or 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
