@@ -1,0 +1,177 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Compare ways of compressing ResNet-56 on CIFAR-10, without training.
+
+All start from the same weights and calibration images (from the training
+split) and are tested on the same test images at the same budgets. Results are
+written after each run; what is there already is not run again.
+
+    python tools/benchmarks/cifar_methods.py \
+        configs/mmpretrain/resnet56_cifar10.py resnet56.pth \
+        --out docs/results/cifar_no_training
+"""
+import argparse
+import copy
+import itertools
+import json
+import os
+import os.path as osp
+import platform
+from datetime import datetime
+
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import set_random_seed
+from rich.console import Console
+from rich.progress import track
+
+import mmbasis
+from mmbasis.compression import load_weights, read_checkpoint
+from mmbasis.planning import BudgetPlanner
+from mmbasis.utils import load_config
+from mmbasis.utils.io import write_atomically
+from mmbasis.utils.runner import calibration_dataloader, evaluate
+from mmbasis.visualization import plot_curves
+
+#: (name, planner, reconstruction); each adds one ingredient to the one before
+METHODS = {
+    'weights, equal energy (the paper)': (dict(data_aware=False,
+                                               equal=True), 'local'),
+    'weights, energy budget': (dict(data_aware=False), 'local'),
+    'data, energy budget (BALF)': (dict(loss_aware=False), 'local'),
+    'data, energy budget, sequential': (dict(loss_aware=False), 'sequential'),
+    'data, loss-aware budget': (dict(), 'local'),
+    'data, loss-aware budget, sequential': (dict(), 'sequential'),
+}
+
+
+class EqualEnergyPlanner(BudgetPlanner):
+    """The paper's rule at a given cost: the energy threshold, the same in all
+    layers, that just meets the budget."""
+
+    def _choose(self, layers, fixed):
+        budget = self.budget * sum(layer.macs() for layer in layers)
+
+        def ranks(threshold):
+            return [
+                min(x.spectrum.rank_for_energy(threshold),
+                    self._ranks(x)[-1]) for x in layers
+            ]
+
+        low, high = 0., 1.
+        for _ in range(50):
+            middle = (low + high) / 2
+            cost = sum(x.macs(int(r)) for x, r in zip(layers, ranks(middle)))
+            low, high = (middle, high) if cost <= budget else (low, middle)
+        return [int(r) for r in ranks(low)]
+
+
+def make_planner(settings: dict, budget: float):
+    settings = dict(settings)
+    kind = EqualEnergyPlanner if settings.pop('equal', 0) else BudgetPlanner
+    return kind(macs=budget, **settings)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--out', required=True, help='path without ending')
+    parser.add_argument(
+        '--budgets',
+        nargs='+',
+        type=float,
+        default=[.25, .359, .5, .6],
+        help='fractions of the MACs of all convolutions')
+    parser.add_argument('--images', type=int, default=512)
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--threads', type=int)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cfg = load_config(args.config)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+    path = f'{args.out}.json'
+    result = dict(runs=[])
+    if osp.isfile(path):
+        with open(path, encoding='utf-8') as file:
+            result = json.load(file)
+    result.update(
+        date=datetime.now().isoformat(timespec='seconds'),
+        machine=f'{platform.machine()}, {os.cpu_count()} cores',
+        versions=dict(mmbasis=mmbasis.__version__, torch=torch.__version__),
+        checkpoint=osp.basename(args.checkpoint),
+        images=args.images)
+    if 'dense' not in result:
+        result['dense'] = evaluate(cfg, copy.deepcopy(model))
+    done = {(r['method'], r['budget'], r['seed']) for r in result['runs']}
+    todo = [
+        key for key in itertools.product(METHODS, args.budgets, args.seeds)
+        if key not in done
+    ]
+    for name, budget, seed in track(todo, console=Console()):
+        set_random_seed(seed)
+        size = cfg.train_dataloader.batch_size
+        loader = calibration_dataloader(cfg, seed)
+        settings, way = METHODS[name]
+        compressed = copy.deepcopy(model)
+        plan = mmbasis.compress(
+            compressed,
+            make_planner(settings, budget),
+            loader,
+            args.images // size,
+            reconstruction=way)
+        macs = plan.totals(convs_only=True)['macs']
+        result['runs'].append(
+            dict(
+                method=name,
+                budget=budget,
+                seed=seed,
+                conv_macs=macs['after'] / macs['before'],
+                metrics=evaluate(cfg, compressed)))
+        write_atomically(path, json.dumps(result, indent=1) + '\n')
+    write_atomically(f'{args.out}.md', to_markdown(result))
+    plot_curves(
+        curves(result), f'{args.out}.png', 'MACs of convolutions kept',
+        'top-1 / %')
+
+
+def curves(result: dict) -> dict:
+    """Mean accuracy over seeds by method and budget."""
+    table = {}
+    for run in result['runs']:
+        row = table.setdefault(run['method'], {})
+        row.setdefault(run['budget'],
+                       []).append(run['metrics']['accuracy/top1'])
+    return {
+        name: {
+            b: sum(v) / len(v)
+            for b, v in sorted(row.items())
+        }
+        for name, row in table.items()
+    }
+
+
+def to_markdown(result: dict) -> str:
+    table = curves(result)
+    budgets = sorted({b for row in table.values() for b in row})
+    lines = [
+        '| method | ' + ' | '.join(f'{b:g}' for b in budgets) + ' |',
+        '|---' * (len(budgets) + 1) + '|'
+    ]
+    for name, row in table.items():
+        cells = (f'{row[b]:.2f}' if b in row else '' for b in budgets)
+        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    dense = result['dense']['accuracy/top1']
+    return '\n'.join(lines) + f'\n\nDense: {dense:.2f}.\n'
+
+
+if __name__ == '__main__':
+    main()

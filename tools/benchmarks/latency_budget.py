@@ -1,0 +1,244 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Does a budget in milliseconds give networks that are faster?
+
+Measures a latency table, plans at half the latency, and compares in one
+interleaved run of ONNX Runtime the dense model with plans of equal MACs: by
+latency, by MACs (BudgetPlanner, as it is and with ranks rounded) and by the
+paper's rule (EnergyPlanner, which does not round). The weights are random
+where no checkpoint is given: time does not depend on them, the ranks do.
+
+    python tools/benchmarks/latency_budget.py \\
+        mmpretrain::resnet/resnet50_8xb32_in1k.py \\
+        --input-shape 1x3x224x224 --work-dir work_dirs/latency/resnet50
+    python tools/benchmarks/latency_budget.py \\
+        mmdet::retinanet/retinanet_r18_fpn_1x_coco.py \\
+        --input-shape 1x3x320x320 --work-dir work_dirs/latency/retinanet
+"""
+import argparse
+import copy
+import json
+import os
+import os.path as osp
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import set_random_seed
+from rich.console import Console
+from rich.table import Table
+
+from mmbasis.compression import (analyze, apply_plan, as_planner, load_weights,
+                                 read_checkpoint)
+from mmbasis.deploy.layer_models import (LayerModels, RawOutputs, layer_shapes,
+                                         rank_grid)
+from mmbasis.models import dense_architecture
+from mmbasis.planning.latency import LatencyTable
+from mmbasis.utils import load_config
+from mmbasis.utils.io import write_atomically
+
+sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
+
+from latency_table import _shape, samples_for  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('--checkpoint', help='default: random weights')
+    parser.add_argument('--input-shape', type=_shape, required=True)
+    parser.add_argument('--work-dir', required=True)
+    parser.add_argument('--latency', type=float, default=.5)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--ranks', type=int, default=8)
+    parser.add_argument('--round-to', type=int, default=8)
+    parser.add_argument('--seconds', type=float, default=.3)
+    parser.add_argument('--repeats', type=int, default=40)
+    return parser.parse_args()
+
+
+def build_model(cfg, checkpoint):
+    """The dense model, in evaluation mode."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    set_random_seed(0)
+    model = MODELS.build(dense_architecture(cfg))
+    if checkpoint is not None:
+        load_weights(model, read_checkpoint(checkpoint), checkpoint)
+    return model.eval()
+
+
+def measure_layers(args, model, samples) -> LatencyTable:
+    """Export and measure the table; goes on where it stopped."""
+    from jetson.backends import Options
+    from jetson.layers import measure_table
+    folder = osp.join(args.work_dir, 'layers')
+    path = osp.join(args.work_dir, 'table.json')
+    if not osp.isfile(osp.join(folder, 'index.json')):
+        models = LayerModels(folder)
+        for layer, seen in layer_shapes(model, torch.randn(*args.input_shape),
+                                        samples):
+            ranks = rank_grid(layer, args.ranks, args.round_to)
+            for shape, count in seen.items():
+                models.add_layer(layer, shape, count, ranks)
+        models.add_model(model, args.input_shape, samples)
+        models.write_index()
+    measure_table(
+        folder,
+        path,
+        'onnxruntime',
+        Options(threads=args.threads),
+        seconds=args.seconds,
+        listener=Console(stderr=True).print)
+    return LatencyTable.load(path)
+
+
+class Plans:
+    """Plans of one model from its weights, by different planners."""
+
+    def __init__(self, model, batch) -> None:
+        self.model = model
+        self.batch = batch
+
+    def make(self, **planner):
+        """A plan; the model stays dense."""
+        planner = as_planner(dict(planner, data_aware=False))
+        return planner.plan(analyze(self.model, planner, [self.batch]))
+
+    def energy_at(self, macs: float):
+        """The plan of the paper's rule that keeps this fraction of MACs."""
+        low, high = .01, 1.
+        for _ in range(12):
+            middle = (low + high) / 2
+            plan = self.make(type='EnergyPlanner', threshold=middle)
+            low, high = (low, middle) if kept(plan) > macs else (middle, high)
+        return self.make(type='EnergyPlanner', threshold=low)
+
+
+def kept(plan) -> float:
+    """Fraction of the MACs of the compressible layers that a plan keeps."""
+    macs = plan.totals()['macs']
+    return macs['after'] / macs['before']
+
+
+def export(model, plan, samples, shape, path) -> None:
+    """Write the ONNX file of the model with a plan, None for dense."""
+    if plan is not None:
+        model = copy.deepcopy(model)
+        apply_plan(model, plan)
+    with torch.no_grad():
+        torch.onnx.export(
+            RawOutputs(model, samples).eval(), (torch.randn(*shape), ),
+            path,
+            input_names=['input'],
+            opset_version=13)
+
+
+def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
+    """Latencies in ms, one after the other in every repeat."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = {
+        name: onnxruntime.InferenceSession(path, options,
+                                           ['CPUExecutionProvider'])
+        for name, path in paths.items()
+    }
+    feed = dict(input=np.random.rand(*shape).astype(np.float32))
+    times = {name: [] for name in paths}
+    for repeat in range(repeats + 3):
+        for name, session in sessions.items():
+            session.run(None, feed)  # its own memory and caches first
+            start = time.perf_counter()
+            session.run(None, feed)
+            if repeat >= 3:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def batch_for(cfg, shape, samples) -> dict:
+    """A batch of noise, as the model's preprocessor takes it."""
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    if samples is None:
+        from mmpretrain.structures import DataSample
+        return dict(inputs=images, data_samples=[DataSample()] * shape[0])
+    return dict(inputs=list(images), data_samples=samples)
+
+
+def main() -> None:
+    """Measure, plan, compare, report."""
+    warnings.filterwarnings('ignore')
+    args = parse_args()
+    cfg = load_config(args.config, work_dir=args.work_dir)
+    os.makedirs(args.work_dir, exist_ok=True)
+    samples = samples_for(cfg, args.input_shape)
+    model = build_model(cfg, args.checkpoint)
+    before = os.getloadavg()
+    table = measure_layers(args, model, samples)
+    plans = Plans(model, batch_for(cfg, args.input_shape, samples))
+    chosen = dict(dense=None)
+    chosen['latency'] = plans.make(
+        type='BudgetPlanner',
+        latency=args.latency,
+        table=table.path,
+        round_to=args.round_to)
+    macs = kept(chosen['latency'])
+    chosen['macs'] = plans.make(type='BudgetPlanner', macs=macs)
+    chosen['macs, rounded'] = plans.make(
+        type='BudgetPlanner', macs=macs, round_to=args.round_to)
+    chosen['paper'] = plans.energy_at(macs)
+    paths = {}
+    for name, plan in chosen.items():
+        file = name.replace(', ', '-')
+        paths[name] = osp.join(args.work_dir, f'{file}.onnx')
+        export(model, plan, samples, args.input_shape, paths[name])
+    times = time_together(paths, args.input_shape, args.threads, args.repeats)
+    rows = {}
+    for name, plan in chosen.items():
+        ranks = {} if plan is None else {
+            k: v.rank
+            for k, v in plan.layers.items()
+        }
+        rows[name] = dict(
+            macs=1. if plan is None else kept(plan),
+            layers=len(ranks),
+            median_ms=float(np.median(times[name])),
+            quartiles_ms=np.percentile(times[name], [25, 75]).tolist(),
+            predicted_ms=table.predict(ranks),
+            bytes=osp.getsize(paths[name]))
+    report = dict(
+        config=args.config,
+        input_shape=list(args.input_shape),
+        weights=args.checkpoint or 'random',
+        device=table.device_name,
+        threads=args.threads,
+        repeats=args.repeats,
+        load_average=[before, os.getloadavg()],
+        budget=args.latency,
+        results=rows)
+    write_atomically(
+        osp.join(args.work_dir, 'latency_budget.json'),
+        json.dumps(report, indent=2))
+    show(rows)
+
+
+def show(rows: dict) -> None:
+    """Print the comparison."""
+    table = Table('plan', 'MACs kept', 'layers', 'median, ms', 'of dense',
+                  'predicted, ms', 'predicted / measured')
+    dense = rows['dense']['median_ms']
+    for name, row in rows.items():
+        table.add_row(name, f'{row["macs"]:.3f}', str(row['layers']),
+                      f'{row["median_ms"]:.2f}',
+                      f'{row["median_ms"] / dense:.3f}',
+                      f'{row["predicted_ms"]:.2f}',
+                      f'{row["predicted_ms"] / row["median_ms"]:.3f}')
+    Console().print(table)
+
+
+if __name__ == '__main__':
+    main()
