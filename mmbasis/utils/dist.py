@@ -1,4 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+import atexit
 import os
 from typing import Optional
 
@@ -34,9 +35,16 @@ def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
             'torchrun --nproc_per_node=N tools/train.py ... '
             '--launcher pytorch')
     dist.init_process_group('gloo')
+    # gloo's threads must not outlive the interpreter, which would abort
+    atexit.register(_leave)
     if cfg is not None and cfg.get('model_wrapper_cfg') is None:
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',
             device_ids=None,
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
