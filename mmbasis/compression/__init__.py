@@ -5,14 +5,14 @@ from .checkpoint import (META_KEY, from_plain, plan_of, read_checkpoint,
 from .complexity import model_complexity
 from .pipeline import (analyze, apply_with_data, as_planner,
                        check_reconstruction, compress, log_plan)
-from .reconstruction import reconstruct
+from .reconstruction import Reconstruction
 from .surgery import (apply_plan, attach_plan, basis_layers, get_plan, guard,
                       load_weights)
 
 __all__ = [
     'META_KEY', 'from_plain', 'plan_of', 'read_checkpoint', 'save_checkpoint',
     'to_plain', 'model_complexity', 'analyze', 'apply_with_data', 'as_planner',
-    'check_reconstruction', 'compress', 'log_plan', 'reconstruct',
+    'check_reconstruction', 'compress', 'log_plan', 'Reconstruction',
     'apply_plan', 'attach_plan', 'basis_layers', 'get_plan', 'guard',
     'load_weights'
 ]

@@ -12,7 +12,7 @@ from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
                         UnknownLossError, calibrate, check_finite, find_layers,
                         record_gradients)
 from ..registry import PLANNERS
-from .reconstruction import reconstruct
+from .reconstruction import Reconstruction
 from .surgery import apply_plan, get_plan
 
 
@@ -74,7 +74,7 @@ def apply_with_data(model: nn.Module, plan: CompressionPlan,
     reference = copy.deepcopy(model) if sequential else None
     apply_plan(model, plan, layers)
     if sequential:
-        reconstruct(model, reference, layers, plan, batches)
+        Reconstruction(model, reference, layers, plan).run(batches)
 
 
 def compress(model: nn.Module,

@@ -1,233 +1,247 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Sequential reconstruction: each layer makes up for the layers before it."""
+"""Sequential reconstruction: each layer makes up for what is wrong before and
+beside it."""
+import itertools
+import time
 from contextlib import ExitStack
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
-import torch
 import torch.nn as nn
-from greenlet import getcurrent, greenlet
-from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from ..factorization import orthonormalize, reduced_rank_regression
+from ..factorization import orthonormalize
 from ..layers import BasisLayer
-from ..planning import (CompressionPlan, LayerInfo, evaluation,
-                        expansion_input, forward_batch, is_expansion,
-                        output_samples, sum_of_products)
+from ..planning import (CompressionPlan, LayerInfo, count_images, evaluation,
+                        forward_batch, output_samples)
 from ..planning.layers import PREDICTION
+from .layer_regression import LayerRegression
+from .passes import Pass, SumWatch, current_pass
 
-#: A layer whose output on the compressed network's input says less than this
-#: share of its output on the dense network's is not reconstructed from it:
-#: the two passes see different things there, other proposals for example.
-MIN_EXPLAINED = 0.5
-
-
-class _Pass(greenlet):
-    """The forward pass of one batch, which stops at layers.
-
-    A hook of the layer hands control back to who advanced the pass, in the
-    middle of whatever the model's ``forward`` does; it goes on when it is
-    advanced again. So all batches go through the model side by side and
-    once, without anybody knowing how the model is built.
-    """
-
-    def __init__(self, model: nn.Module, data: Any) -> None:
-        super().__init__()
-        self.model, self.data = model, data
-        #: where the pass stands; None at its end
-        self.name: Optional[str] = None
-        self.tensor: Optional[Tensor] = None
-
-    def run(self, *_) -> None:
-        forward_batch(self.model, self.data)
-
-    def stop(self, name: str, tensor: Tensor) -> None:
-        self.name, self.tensor = name, tensor
-        self.parent.switch()
-
-    def advance(self) -> None:
-        """Go on to the next layer, or to the end of the pass."""
-        self.name = self.tensor = None
-        self.switch()
+#: Images that layers which run several times in a pass are fitted to: each
+#: such layer takes a pass of its own.
+SHARED_IMAGES = 16
 
 
-def _stop(name: str, tensor: Tensor) -> None:
-    current = getcurrent()
-    if isinstance(current, _Pass):
-        current.stop(name, tensor)
-
-
-class _Regression:
-    """Moments of a layer's target and regressors over all batches.
-
-    The target is the layer's output in the dense network. The regressors are
-    what it would put out in the compressed network if it were dense there,
-    without bias, or its input there where that is smaller (a pointwise
-    expansion).
-
-    Args:
-        layer (LayerInfo): The dense layer.
-    """
-
-    def __init__(self, layer: LayerInfo) -> None:
-        self.layer = layer
-        self.of_input = is_expansion(layer)
-        groups, self.rows, in_size = layer.matrix_shape
-        size = in_size if self.of_input else self.rows
-        new = layer.module.weight.new_zeros
-        # products of (change, regressors, 1) with (regressors, 1), where the
-        # change is that of the target against the layer as it was
-        self.joint = new((groups, self.rows + size + 1, size + 1)).double()
-        self.squares = new((groups, self.rows)).double()
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            x (Tensor): The layer's input in the compressed network.
-            y (Tensor): Its output in the dense one.
-        """
-        layer = self.layer
-        target = output_samples(layer, y)
-        unchanged = output_samples(layer, layer.module(x))
-        if target.shape != unchanged.shape:
-            return
-        regressors = unchanged
-        if self.of_input:
-            regressors = expansion_input(layer, x)
-        elif layer.module.bias is not None:
-            bias = layer.module.bias.view(len(regressors), -1, 1)
-            regressors = unchanged - bias
-        change = target - unchanged
-        right = torch.cat([regressors, torch.ones_like(target[:, :1])], 1)
-        self.joint += sum_of_products(torch.cat([change, right], 1), right)
-        self.squares += change.square().sum(-1)
-
-    def solve(self, rank: Optional[int],
-              centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
-        """The best layer of a rank.
-
-        Args:
-            rank (int, optional): None for full rank.
-            centred (bool): Whether the layer has a bias to give.
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor] | None: Basis ``(G, Q, D)``,
-            coefficients ``(G, P / G, Q)`` and bias ``(P, )``; None where the
-            regressors do not vary, or say too little of the target.
-        """
-        if get_world_size() > 1:
-            all_reduce(self.joint)
-            all_reduce(self.squares)
-        count, rows = self.joint[:, -1:, -1:], self.rows
-        if count.min() < 1:
-            return None
-        joint = self.joint / count
-        mean = joint[..., -1:] * centred
-        mean_change, mean_r = mean[:, :rows], mean[:, rows:-1]
-        cross = joint[:, :rows, :-1] - mean_change @ mean_r.mT
-        second = joint[:, rows:-1, :-1] - mean_r @ mean_r.mT
-        # below the rounding of float32 products there is no variance
-        noise = 1e-6 * joint[:, rows:-1].diagonal(dim1=1, dim2=2).sum(1)
-        if (second.diagonal(dim1=1, dim2=2).sum(1) <= noise).any():
-            return None
-        second.diagonal(dim1=1, dim2=2).add_(noise.unsqueeze(1))
-
-        dense = self.layer.module
-        matrix = self.layer.kind.to_matrix(dense).detach().double()
-        prior = matrix if self.of_input else torch.eye(rows).to(matrix).expand(
-            len(matrix), -1, -1)
-        change = self.squares.sum() / count.max() - mean_change.square().sum()
-        coefficients, basis, explained = reduced_rank_regression(
-            cross, second, prior, rank)
-        total = change + (prior @ second *
-                          prior).sum() + 2 * (cross * prior).sum()
-        if change - explained > (1 - MIN_EXPLAINED) * total:
-            return None
-
-        bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
-        bias = bias.flatten()
-        if dense.bias is not None:
-            bias = bias + dense.bias
-        return basis if self.of_input else basis @ matrix, coefficients, bias
-
-
-def reconstruct(model: nn.Module, reference: nn.Module,
-                layers: Sequence[LayerInfo], plan: CompressionPlan,
-                batches: Sequence[Any]) -> None:
-    """Fit the layers of a compressed model, in the order in which they run, to
-    the outputs of the dense model.
+class Reconstruction:
+    """Fits the layers of a compressed model, in the order in which they run,
+    to the outputs of the dense model.
 
     A layer sees what the compressed layers before it make of the images, and
-    is the best map of its rank from there to what the dense layer puts out
-    (reduced-rank regression). Layers that the planner kept dense, and
-    prediction layers, are fitted at full rank: that costs nothing. Layers
-    that run several times in a pass stay as they are.
+    is the best of its rank from there to what the dense layer puts out
+    (reduced-rank regression, in the metric of the loss' gradients where they
+    are known). Where its output is added to something else, as at the end of
+    a residual block, it makes up for the errors of that, too. Layers that
+    the planner kept dense, and prediction layers, are fitted at full rank:
+    that costs nothing.
 
     Args:
         model (nn.Module): The compressed model, changed in place.
         reference (nn.Module): The dense model.
         layers (Sequence[LayerInfo]): The layers of the reference, calibrated.
         plan (CompressionPlan): The plan that the model follows.
-        batches (Sequence): Batches; all of them are on their way through both
-            models at a time.
     """
-    logger = MMLogger.get_current_instance()
-    todo = {
-        layer.name: layer
-        for layer in layers
-        if layer.calls == 1 and layer.kind is not None and (
-            layer.compressible or layer.reason == PREDICTION)
-        and layer.module.weight.requires_grad
-    }
-    with ExitStack() as stack:
-        stack.enter_context(evaluation(model))
-        stack.enter_context(evaluation(reference))
-        for name in todo:
-            stack.callback(
-                model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, name=name: _stop(name, args[0])).remove)
-            stack.callback(
-                reference.get_submodule(name).register_forward_hook(
-                    lambda _, args, y, name=name: _stop(name, y)).remove)
-        passes = [(_Pass(reference, data), _Pass(model, data))
-                  for data in batches]
-        for pair in passes:
-            for one in pair:
+
+    def __init__(self, model: nn.Module, reference: nn.Module,
+                 layers: Sequence[LayerInfo], plan: CompressionPlan) -> None:
+        self.model, self.reference, self.plan = model, reference, plan
+        self.todo = {
+            layer.name: layer
+            for layer in layers if layer.kind is not None and (
+                layer.compressible or layer.reason == PREDICTION)
+            and layer.module.weight.requires_grad
+        }
+        self.watch = SumWatch()
+        self._done, self._start = 0, time.time()
+
+    def run(self, batches: Sequence[Any]) -> None:
+        """Fit all layers.
+
+        Args:
+            batches (Sequence): Batches; all of them are on their way through
+                both models at a time.
+        """
+        with evaluation(self.model), evaluation(self.reference):
+            self.watch.probe(self.reference, {
+                name: self.reference.get_submodule(name)
+                for name in self.todo
+            }, batches[0])
+            order = self.watch.order
+            self.todo = {name: self.todo[name] for name in order}
+            shared = [name for name in order if self.todo[name].calls > 1]
+            first = order.index(shared[0]) if shared else len(order)
+            self.watch.residual.difference_update(shared)
+            self._fit_side_by_side(order[:first], batches)
+            self._fit_shared(shared, batches)
+            self._fit_side_by_side(
+                [name for name in order[first:] if name not in shared],
+                batches)
+
+    def _log(self, name: str, fitted: bool) -> None:
+        self._done += 1
+        left = len(self.todo) - self._done
+        seconds = (time.time() - self._start) / self._done * left
+        MMLogger.get_current_instance().info(
+            'Reconstruction: layer %d/%d, eta %d s, %s%s', self._done,
+            len(self.todo), seconds, name,
+            '' if fitted else ' (left as it was)')
+
+    # ----------------------------------------- layers that run once a pass
+    def _fit_side_by_side(self, names: Sequence[str],
+                          batches: Sequence[Any]) -> None:
+        if not names:
+            return
+        with ExitStack() as stack, self.watch:
+            for name in names:
+                self._stop_at(name, stack)
+            passes = [(Pass(self.reference, data), Pass(self.model, data))
+                      for data in batches]
+            for one in itertools.chain(*passes):
                 one.advance()
-        done = 0
-        while any(student.name for _, student in passes):
-            name = next(s.name for _, s in passes if s.name)
-            fitted = _fit(todo[name], model.get_submodule(name), plan, passes)
-            done += 1
-            for one in (one for pair in passes for one in pair):
-                if one.name == name:
-                    one.advance()
-            logger.info('Reconstruction: layer %d/%d, %s%s', done, len(todo),
-                        name, '' if fitted else ' (left as it was)')
+            while any(student.name for _, student in passes):
+                name = next(s.name for _, s in passes if s.name)
+                self._log(name, self._fit(name, passes))
+                for one in itertools.chain(*passes):
+                    if one.name == name:
+                        one.advance()
 
+    def _stop_at(self, name: str, stack: ExitStack) -> None:
+        """Have passes stop at a layer: the student before it, the teacher
+        behind it, or both where its output goes into a sum."""
+        student = self.model.get_submodule(name)
+        teacher = self.reference.get_submodule(name)
+        residual = name in self.watch.residual
 
-def _fit(layer: LayerInfo, target: nn.Module, plan: CompressionPlan,
-         passes: Sequence[Tuple[_Pass, _Pass]]) -> bool:
-    """Fit one layer where all passes stand at it; whether that was
-    possible."""
-    regression = _Regression(layer)
-    for teacher, student in passes:
-        if teacher.name == student.name == layer.name:
-            regression.add(student.tensor, teacher.tensor)
-    compressed = isinstance(target, BasisLayer)
-    entry = plan.layers.get(layer.name)
-    old_bias = target.coefficients.bias if compressed else target.bias
-    solution = regression.solve(entry and entry.rank, old_bias is not None)
-    if solution is None:
-        return False
-    basis, coefficients, bias = solution
-    if compressed:
-        target.set_factors(*orthonormalize(basis, coefficients),
-                           None if old_bias is None else bias)
+        def before(module: nn.Module, args: tuple) -> None:
+            if current_pass() is None:
+                return
+            if residual:
+                current_pass().inputs[name] = args[0]
+            else:
+                current_pass().stop(name, args[0])
+
+        def behind(module: nn.Module, args: tuple, y: Tensor) -> None:
+            if current_pass() is None:
+                return
+            if residual:
+                self.watch.mark(name, y)
+            else:
+                current_pass().stop(name, y)
+
+        handles = [
+            student.register_forward_pre_hook(before),
+            teacher.register_forward_hook(behind)
+        ]
+        if residual:
+            handles.append(student.register_forward_hook(behind))
+        for handle in handles:
+            stack.callback(handle.remove)
+
+    def _fit(self, name: str, passes: Sequence[Tuple[Pass, Pass]]) -> bool:
+        """Fit a layer where all passes stand at it; whether that was
+        possible."""
+        layer = self.todo[name]
+        pairs = [(t, s) for t, s in passes if t.name == s.name == name]
+        if name in self.watch.residual:
+            return bool(pairs) and self._fit_sum(layer, pairs)
+        samples = [output_samples(layer, t.tensor) for t, _ in pairs]
+        regression = LayerRegression(layer, sum(y.shape[-1] for y in samples))
+        for (_, student), y in zip(pairs, samples):
+            regression.add(student.tensor, y)
+        return self._set(layer, regression)
+
+    def _fit_sum(self, layer: LayerInfo, pairs: Sequence[Tuple[Pass,
+                                                               Pass]]) -> bool:
+        """Fit a layer whose output is about to go into a sum, so that the sum
+        is what it is in the dense model."""
+        target = self.model.get_submodule(layer.name)
+        groups, rows, _ = layer.matrix_shape
+        scale = pairs[0][0].sum.scale.expand(groups * rows)
+        axis = layer.kind.channel_axis(layer.module)
+        wide = scale.view(-1, *[1] * (-axis - 1))
+        samples = []
+        for teacher, student in pairs:
+            wanted = teacher.sum.branch + teacher.sum.other
+            found = student.sum.branch + student.sum.other
+            y = target(student.tensor)
+            samples.append(
+                (student.tensor, *(output_samples(layer, value)
+                                   for value in (y, wanted - found, wanted))))
+            # what stands in the sum already is replaced by the new output
+            student.sum.branch.sub_(wide * y)
+        regression = LayerRegression(layer, sum(x[1].shape[-1]
+                                                for x in samples), scale)
+        for sample in samples:
+            regression.add(*sample)
+        fitted = self._set(layer, regression)
+        for _, student in pairs:
+            student.sum.branch.add_(wide * target(student.tensor))
+        return fitted
+
+    # --------------------------------------- layers that run several times
+    def _fit_shared(self, names: Sequence[str],
+                    batches: Sequence[Any]) -> None:
+        """Fit layers one after the other, each to all its calls."""
+        if not names:
+            return
+        some, images = [], 0
+        for data in batches:
+            if images < SHARED_IMAGES:
+                some.append(data)
+                images += count_images(data)
+        targets = [self._outputs(names, data) for data in some]
+        for name in names:
+            layer = self.todo[name]
+            regression = LayerRegression(
+                layer, sum(y.shape[-1] for t in targets for y in t[name]))
+            for data, wanted in zip(some, targets):
+                self._add_calls(regression, data, wanted[name])
+            self._log(name, self._set(layer, regression))
+
+    def _outputs(self, names: Sequence[str],
+                 data: Any) -> Dict[str, List[Tensor]]:
+        """Samples of what layers of the dense model put out, call by call."""
+        found: Dict[str, List[Tensor]] = {name: [] for name in names}
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(
+                    self.reference.get_submodule(name).register_forward_hook(
+                        lambda _, args, y, name=name: found[name].append(
+                            output_samples(self.todo[name], y))).remove)
+            forward_batch(self.reference, data)
+        return found
+
+    def _add_calls(self, regression: LayerRegression, data: Any,
+                   targets: Sequence[Tensor]) -> None:
+        remaining = iter(targets)
+
+        def add(module: nn.Module, args: tuple) -> None:
+            target = next(remaining, None)
+            if target is not None:
+                regression.add(args[0], target)
+
+        module = self.model.get_submodule(regression.layer.name)
+        handle = module.register_forward_pre_hook(add)
+        forward_batch(self.model, data)
+        handle.remove()
+
+    # -------------------------------------------------------------- weights
+    def _set(self, layer: LayerInfo, regression: LayerRegression) -> bool:
+        """Write the solution into the compressed model, if there is one."""
+        target = self.model.get_submodule(layer.name)
+        compressed = isinstance(target, BasisLayer)
+        entry = self.plan.layers.get(layer.name)
+        old_bias = target.coefficients.bias if compressed else target.bias
+        solution = regression.solve(entry and entry.rank, old_bias is not None)
+        if solution is None:
+            return False
+        basis, coefficients, bias = solution
+        if compressed:
+            target.set_factors(*orthonormalize(basis, coefficients),
+                               None if old_bias is None else bias)
+            return True
+        target.weight.copy_(
+            layer.kind.from_matrix(coefficients @ basis, target))
+        if old_bias is not None:
+            old_bias.copy_(bias)
         return True
-    target.weight.copy_(layer.kind.from_matrix(coefficients @ basis, target))
-    if old_bias is not None:
-        old_bias.copy_(bias)
-    return True

@@ -6,18 +6,24 @@ from torch import Tensor
 
 from .spectrum import spectrum_of_factor
 
+#: Weights of directions that the loss does not feel at all, as a fraction of
+#: the largest: nothing is thrown away for free.
+WEIGHT_FLOOR = 1e-3
+
 
 def reduced_rank_regression(
         cross: Tensor,
         second: Tensor,
         prior: Tensor,
         rank: Optional[int] = None,
+        weight: Optional[Tensor] = None,
         ridge: float = 1e-4) -> Tuple[Tensor, Tensor, Tensor]:
     """The best map of given rank from regressors ``r`` to targets ``y``.
 
     Minimises ``E ||y - M r||^2 + lambda ||M - M0||^2`` over ``M`` and then
     keeps the directions of ``y`` in which the prediction has most energy
-    (reduced-rank regression; Izenman, 1975).
+    (reduced-rank regression; Izenman, 1975), energy being measured in the
+    metric of ``weight``.
 
     Args:
         cross (Tensor): ``E[(y - M0 r) r^T]``, centred, float64, shape
@@ -27,21 +33,60 @@ def reduced_rank_regression(
         prior (Tensor): ``M0``, shape ``(G, P, N)``, what the map would be if
             nothing had changed.
         rank (int, optional): ``Q``. Defaults to full rank.
+        weight (Tensor, optional): ``W``, symmetric and positive
+            semi-definite, shape ``(G, P, P)``: an error ``e`` counts
+            ``e^T W e``. Defaults to the identity. At full rank it does not
+            matter.
         ridge (float): ``lambda`` as a fraction of the largest eigenvalue of
             ``second``.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: ``U`` of shape ``(G, P, Q)`` with
-        orthonormal columns, ``U^T M`` of shape ``(G, Q, N)``, and how much of
-        ``E ||y - M0 r||^2`` full rank explains, a scalar.
+        tuple[Tensor, Tensor, Tensor]: Coefficients of shape ``(G, P, Q)``
+        and a basis of shape ``(G, Q, N)``, whose product is the map, and how
+        much of ``E ||y - M0 r||^2`` full rank explains, a scalar.
     """
-    strength = ridge * torch.linalg.matrix_norm(second, ord=2)
-    identity = torch.eye(second.shape[-1]).to(second)
-    root = torch.linalg.cholesky(second + strength.view(-1, 1, 1) * identity)
+    root = cholesky_with_ridge(second, ridge)
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
     mapping = prior + change
+    explained = (cross * change).sum()
     # the left singular vectors of M L order the directions of y by the
     # energy that is predicted
-    vectors = spectrum_of_factor(mapping @ root).vectors[..., :rank]
-    return vectors, vectors.mT @ mapping, (cross * change).sum()
+    if weight is None:
+        vectors = spectrum_of_factor(mapping @ root).vectors[..., :rank]
+        return vectors, vectors.mT @ mapping, explained
+    # W = C C^T: the same after turning y into C^T y
+    metric = cholesky_with_ridge(weight.double(), WEIGHT_FLOOR).mT
+    vectors = spectrum_of_factor(metric @ mapping @ root).vectors[..., :rank]
+    coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
+    return coefficients, vectors.mT @ metric @ mapping, explained
+
+
+def cholesky_with_ridge(moment: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor of a moment with its diagonal raised.
+
+    Args:
+        moment (Tensor): Symmetric, positive semi-definite, float64, shape
+            ``(G, N, N)``.
+        ridge (float): What is added, as a fraction of the largest eigenvalue;
+            1 is added to a moment that is zero.
+
+    Returns:
+        Tensor: Shape ``(G, N, N)``.
+    """
+    strength = ridge * _largest_eigenvalue(moment)
+    strength = torch.where(strength > 0, strength, torch.ones_like(strength))
+    identity = torch.eye(moment.shape[-1]).to(moment)
+    return torch.linalg.cholesky(moment + strength.view(-1, 1, 1) * identity)
+
+
+def _largest_eigenvalue(moment: Tensor, iterations: int = 20) -> Tensor:
+    """Of each symmetric positive semi-definite matrix, within a few per cent
+    and without the cost of a decomposition: power iteration."""
+    vector = moment.sum(
+        -1, keepdim=True) + moment.diagonal(
+            dim1=-2, dim2=-1).unsqueeze(-1)
+    for _ in range(iterations):
+        vector = moment @ (
+            vector / vector.norm(dim=-2, keepdim=True).clamp_min(1e-300))
+    return vector.norm(dim=(-2, -1))

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
 from abc import ABCMeta, abstractmethod
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -111,6 +111,30 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         """How often the weights are applied to turn input ``x`` into output
         ``y``: the MACs of the layer over the number of its weights."""
         return y.numel() // dense.out_channels
+
+    @staticmethod
+    def sees_patches(dense: nn.Module) -> bool:
+        """Whether :meth:`patches` can tell what the layer's weights are
+        multiplied with."""
+        return False
+
+    @staticmethod
+    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
+                positions: Tensor) -> Tensor:
+        """What the weights are multiplied with at some output positions.
+
+        Args:
+            dense (nn.Module): A layer for which :meth:`sees_patches` holds.
+            x (Tensor): Its input.
+            out_shape (Sequence[int]): Spatial shape of its output.
+            positions (Tensor): Indices of positions of the flattened output,
+                shape ``(positions, )``.
+
+        Returns:
+            Tensor: Shape ``(N, G * D, positions)``: ``H`` times its blocks of
+            ``D`` rows is the output at these positions, without bias.
+        """
+        raise TypeError(f'the patches of a {type(dense).__name__} are unknown')
 
     # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:

@@ -1,7 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Tuple
+from typing import Sequence, Tuple
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmcv.cnn.bricks import (Conv2dAdaptivePadding, ConvTranspose2d,
                              ConvTranspose3d)
 from mmcv.cnn.bricks.wrappers import Conv2d, Conv3d
@@ -43,6 +45,31 @@ class BasisConv(BasisLayer):
     def channel_axis(dense: nn.Module) -> int:
         return 1 - dense.weight.dim()
 
+    @staticmethod
+    def sees_patches(dense: nn.Module) -> bool:
+        # a subclass may pad in a way of its own
+        return type(dense) in (*_CONVS, Conv2d, Conv3d)
+
+    @staticmethod
+    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
+                positions: Tensor) -> Tensor:
+        mode = dense.padding_mode
+        x = F.pad(x, dense._reversed_padding_repeated_twice,
+                  'constant' if mode == 'zeros' else mode)
+        at = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+        step, steps = positions, []
+        for size in reversed(out_shape):
+            steps.insert(0, step % size)
+            step = torch.div(step, size, rounding_mode='floor')
+        # flat index of (place in the kernel, position), axis by axis
+        for place, size, kernel, stride, dilation in zip(
+                steps, x.shape[2:], dense.kernel_size, dense.stride,
+                dense.dilation):
+            offsets = dilation * torch.arange(kernel, device=x.device)
+            index = offsets.view(-1, 1) + stride * place
+            at = (at.unsqueeze(1) * size + index).flatten(0, 1)
+        return x.flatten(2)[..., at].flatten(1, 2)
+
     def _build_norm(self, channels: int) -> nn.Module:
         return _NORMS[self.basis.weight.dim() - 3](channels)
 
@@ -63,6 +90,10 @@ class BasisConvTranspose(BasisConv):
     """
     dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
                    ConvTranspose2d, ConvTranspose3d)
+
+    @staticmethod
+    def sees_patches(dense: nn.Module) -> bool:
+        return False
 
     # weights are (C, P / G, *kernel), the groups being blocks of C
     @staticmethod

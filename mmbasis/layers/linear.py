@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Tuple
+from typing import Sequence, Tuple
 
 import torch.nn as nn
 from mmcv.cnn.bricks import Linear
@@ -45,6 +45,15 @@ class BasisLinear(BasisLayer):
     @staticmethod
     def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
         return y.numel() // dense.out_features
+
+    @staticmethod
+    def sees_patches(dense: nn.Module) -> bool:
+        return type(dense) in (nn.Linear, Linear)
+
+    @staticmethod
+    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
+                positions: Tensor) -> Tensor:
+        return x.reshape(len(x), -1, x.shape[-1]).mT[..., positions]
 
     @staticmethod
     def _build_norm(channels: int) -> nn.Module:

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from .budget import BudgetPlanner
-from .calibration import (calibrate, evaluation, expansion_input,
-                          forward_batch, is_expansion, output_samples,
+from .calibration import (calibrate, count_images, evaluation, forward_batch,
+                          input_samples, is_expansion, output_samples,
                           sum_of_products)
 from .layers import LayerInfo, check_finite, find_layers
 from .plan import CompressionPlan, DensePlan, LayerPlan
@@ -10,9 +10,10 @@ from .planners import (BasePlanner, EnergyPlanner, FixedPlanner, PlanFollower,
 from .sensitivity import UnknownLossError, record_gradients
 
 __all__ = [
-    'calibrate', 'evaluation', 'expansion_input', 'forward_batch',
-    'is_expansion', 'output_samples', 'sum_of_products', 'LayerInfo',
-    'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan', 'LayerPlan',
-    'BasePlanner', 'BudgetPlanner', 'EnergyPlanner', 'FixedPlanner',
-    'PlanFollower', 'RatioPlanner', 'UnknownLossError', 'record_gradients'
+    'calibrate', 'count_images', 'evaluation', 'forward_batch',
+    'input_samples', 'is_expansion', 'output_samples', 'sum_of_products',
+    'LayerInfo', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
+    'LayerPlan', 'BasePlanner', 'BudgetPlanner', 'EnergyPlanner',
+    'FixedPlanner', 'PlanFollower', 'RatioPlanner', 'UnknownLossError',
+    'record_gradients'
 ]

@@ -20,15 +20,25 @@ from .layers import LayerInfo
 MAX_POSITIONS = 256
 
 
-def sample_positions(x: Tensor, axis: int, groups: int) -> Tensor:
-    """Channels of at most ``MAX_POSITIONS`` positions of each image.
+def chosen_positions(count: int, device: torch.device) -> Tensor:
+    """Which of a number of positions are looked at, at most ``MAX_POSITIONS``.
 
-    The positions are drawn at random (a regular grid would see only one
-    phase of a strided transposed convolution), the same for each image, so
-    that the result does not depend on how images are split into batches.
+    They are drawn at random (a regular grid would see only one phase of a
+    strided transposed convolution), the same for each image, so that the
+    result does not depend on how images are split into batches.
+    """
+    if count <= MAX_POSITIONS:
+        return torch.arange(count, device=device)
+    generator = torch.Generator().manual_seed(count)
+    chosen = torch.randperm(count, generator=generator)
+    return chosen[:MAX_POSITIONS].to(device)
+
+
+def sample_positions(x: Tensor, axis: int, groups: int) -> Tensor:
+    """Channels of the chosen positions of each image.
 
     Args:
-        x (Tensor): Input or output of a layer.
+        x (Tensor): Output of a layer.
         axis (int): The axis of the channels.
         groups (int): ``G``.
 
@@ -39,11 +49,13 @@ def sample_positions(x: Tensor, axis: int, groups: int) -> Tensor:
     x = x.unsqueeze(0) if axis == 0 else x
     axis = max(axis, 1)
     x = x.movedim(axis, 1).flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
-    positions = x.shape[-1]
-    if positions > MAX_POSITIONS:
-        generator = torch.Generator().manual_seed(positions)
-        chosen = torch.randperm(positions, generator=generator)
-        x = x[..., chosen[:MAX_POSITIONS].to(x.device)]
+    if x.shape[-1] > MAX_POSITIONS:
+        x = x[..., chosen_positions(x.shape[-1], x.device)]
+    return _by_group(x, groups)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """``(N, G * C, positions)`` as ``(G, C, N * positions)``, float32."""
     x = x.float().transpose(0, 1).flatten(1)
     return x.view(groups, -1, x.shape[-1])
 
@@ -81,7 +93,7 @@ def _centre(samples: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 @dataclass
 class Moments:
     """Sums over positions of a layer's outputs, or of its inputs where these
-    are fewer (a pointwise expansion), in float64.
+    are fewer (an expansion), in float64.
 
     Args:
         of_input (bool): Whether the moments are those of the input.
@@ -132,16 +144,10 @@ class Moments:
 
 
 def is_expansion(layer: LayerInfo) -> bool:
-    """Whether a layer maps few inputs pointwise to more outputs."""
-    module, (_, rows, in_size) = layer.module, layer.matrix_shape
-    if in_size >= rows:
-        return False
-    if isinstance(module, nn.Linear):
-        return True
-    return (not getattr(module, 'transposed', False)
-            and set(module.kernel_size) == {1}
-            and module.padding in ('same', 'valid',
-                                   (0, ) * len(module.stride)))
+    """Whether a layer maps few inputs to more outputs, so that its inputs are
+    the cheaper ones to look at."""
+    _, rows, in_size = layer.matrix_shape
+    return in_size < rows and layer.kind.sees_patches(layer.module)
 
 
 def output_samples(layer: LayerInfo, y: Tensor) -> Tensor:
@@ -150,14 +156,26 @@ def output_samples(layer: LayerInfo, y: Tensor) -> Tensor:
                             layer.matrix_shape[0])
 
 
-def expansion_input(layer: LayerInfo, x: Tensor) -> Tensor:
-    """Samples of an expansion's input at the positions of
-    :func:`output_samples`, shape ``(G, D, positions)``."""
-    module = layer.module
-    if not isinstance(module, nn.Linear):
-        x = x[(..., *(slice(None, None, s) for s in module.stride))]
-    return sample_positions(x, layer.kind.channel_axis(module),
-                            layer.matrix_shape[0])
+def input_samples(layer: LayerInfo, x: Tensor, y: Tensor) -> Tensor:
+    """Patches of a layer's input at the positions of :func:`output_samples`.
+
+    Args:
+        layer (LayerInfo): A layer that sees patches.
+        x (Tensor): Its input.
+        y (Tensor): Its output; only the shape counts.
+
+    Returns:
+        Tensor: Shape ``(G, D, positions)``: ``H`` times it is the output
+        without bias.
+    """
+    module, kind = layer.module, layer.kind
+    axis = kind.channel_axis(module) % y.dim()
+    if axis == 0:
+        x, y, axis = x.unsqueeze(0), y.unsqueeze(0), 1
+    shape = [size for i, size in enumerate(y.shape) if i not in (0, axis)]
+    positions = chosen_positions(int(np.prod(shape)), x.device)
+    return _by_group(
+        kind.patches(module, x, shape, positions), layer.matrix_shape[0])
 
 
 class LayerRecorder:
@@ -214,7 +232,7 @@ class LayerRecorder:
     def _add_moments(self, layer: LayerInfo, x: Tensor, y: Tensor) -> None:
         moments = self.moments[layer.name]
         moments.add(
-            expansion_input(layer, x) if moments.
+            input_samples(layer, x, y) if moments.
             of_input else output_samples(layer, y))
 
     def finish(self) -> None:

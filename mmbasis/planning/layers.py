@@ -38,6 +38,8 @@ class LayerInfo:
             layer is shared.
         spectrum (Spectrum, optional): Directions of its output.
         mean (Tensor, optional): Mean output without bias, ``(G, P / G)``.
+        gradient (Tensor, optional): Second moment of the loss' gradient at
+            its output, shape ``(G, P / G, P / G)``.
         sensitivity (Tensor, optional): Increase of the loss by dropping each
             direction of the spectrum, shape ``(R, )``.
     """
@@ -50,6 +52,7 @@ class LayerInfo:
     calls: float = 0
     spectrum: Optional[Spectrum] = None
     mean: Optional[Tensor] = None
+    gradient: Optional[Tensor] = None
     sensitivity: Optional[Tensor] = None
 
     @property

@@ -309,8 +309,8 @@ class FixedPlanner(BasePlanner):
 
 
 class PlanFollower(BasePlanner):
-    """Follows a plan that is there already, and takes the bases from data
-    where its planner did.
+    """Follows a plan that is there already, and takes the bases from data and
+    gradients where its planner did.
 
     Args:
         plan (CompressionPlan): The plan.
@@ -320,6 +320,7 @@ class PlanFollower(BasePlanner):
         super().__init__(
             prediction_layers=True,
             data_aware=bool(plan.planner.get('data_aware')))
+        self.loss_aware = plan.planner.get('loss_aware', False)
         self._plan = plan
 
     def select(self, model, layers) -> None:

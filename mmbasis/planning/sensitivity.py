@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What dropping a direction of a layer's output costs, in units of the
 loss."""
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from .calibration import evaluation, sample_positions
+from .calibration import evaluation, output_samples
 from .layers import LayerInfo
 
 #: Labels are drawn from softened predictions: on its training images a
@@ -23,25 +23,22 @@ class UnknownLossError(ValueError):
 
 
 class GradientRecorder:
-    """Second moments of the loss' gradients at layers' outputs.
+    """Second moments ``G = E[g g^T]`` of the loss' gradients at layers'
+    outputs.
 
     Args:
-        layers (Sequence[LayerInfo]): With spectra. What is accumulated is
-            ``E[(u_i^T g)^2]`` for each direction ``u_i`` of the spectrum:
-            the diagonal of ``U^T G U``, not ``G``.
+        layers (Sequence[LayerInfo]): With spectra.
     """
 
     def __init__(self, layers: Sequence[LayerInfo]) -> None:
         self.layers = [x for x in layers if x.compressible]
-        self.vectors = {
-            x.name: x.spectrum.vectors.float()
-            for x in self.layers
-        }
-        self.squares = {
-            x.name: torch.zeros_like(x.spectrum.energy)
-            for x in self.layers
-        }
-        self.counts = {x.name: 0 for x in self.layers}
+        self.moments: Dict[str, Tensor] = {}
+        self.counts: Dict[str, int] = {}
+        for layer in self.layers:
+            groups, rows, _ = layer.matrix_shape
+            self.moments[layer.name] = layer.spectrum.values.new_zeros(
+                (groups, rows, rows))
+            self.counts[layer.name] = 0
         self._handles: List[Any] = []
 
     def __enter__(self) -> 'GradientRecorder':
@@ -59,25 +56,25 @@ class GradientRecorder:
             handle.remove()
 
     def _add(self, layer: LayerInfo, gradient: Tensor) -> None:
-        axis = layer.kind.channel_axis(layer.module)
-        samples = sample_positions(gradient, axis, layer.matrix_shape[0])
-        along = self.vectors[layer.name].mT @ samples
-        self.squares[layer.name] += along.square().sum((0, 2))
+        samples = output_samples(layer, gradient)
+        self.moments[layer.name] += (samples @ samples.mT).double()
         self.counts[layer.name] += samples.shape[-1]
 
     def finish(self) -> None:
-        """Sum over processes and write ``sensitivity`` into the layers."""
+        """Sum over processes and write ``gradient`` and ``sensitivity`` into
+        the layers."""
         for layer in self.layers:
-            squares = self.squares[layer.name]
-            count = squares.new_tensor(float(self.counts[layer.name]))
+            moment = self.moments.pop(layer.name)
+            count = moment.new_tensor(float(self.counts[layer.name]))
             if get_world_size() > 1:
-                all_reduce(squares)
+                all_reduce(moment)
                 all_reduce(count)
-            mean = squares / count.clamp_min(1)
-            groups = layer.matrix_shape[0]
+            layer.gradient = moment / count.clamp_min(1)
+            vectors = layer.spectrum.vectors
+            along = (vectors * (layer.gradient @ vectors)).sum(-2)
             # positions add up: an error stands at each of them
-            layer.sensitivity = (
-                layer.spectrum.energy * mean / groups * layer.out_positions)
+            layer.sensitivity = (layer.spectrum.values *
+                                 along).sum(0) * layer.out_positions
 
 
 def _sampled_labels(logits: Tensor, batch: int) -> Tensor:
@@ -140,8 +137,9 @@ def _prepare(model: nn.Module, data: Any) -> Tuple[Tensor, Any]:
 
 def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
                      batches: Sequence[Any]) -> None:
-    """Fill in ``sensitivity``: the increase of the loss by dropping each
-    direction of each layer's output.
+    """Fill in ``gradient``, the second moment of the loss' gradient at each
+    layer's output, and ``sensitivity``, the increase of the loss by dropping
+    each direction of it.
 
     To second order, dropping direction ``u_i`` of an output ``y`` changes
     the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 import mmbasis
 from mmbasis.compression import basis_layers
+from mmbasis.compression.passes import SumWatch
 from mmbasis.factorization import reduced_rank_regression
 
 
@@ -118,11 +119,25 @@ def test_first_layer_is_the_best_projection(model, batches):
         a.stem(batches[0]), b.stem(batches[0]), rtol=1e-3, atol=1e-4)
 
 
-def test_shared_layer_stays_shared_and_local(model, batches):
-    a, b = (
-        compressed(model, batches, way, RANKS)
-        for way in ('local', 'sequential'))
-    torch.testing.assert_close(a.shared.basis.weight, b.shared.basis.weight)
+def test_shared_layer_is_fitted_to_all_its_calls(model, batches):
+    """A layer that runs twice makes up for those before it, too, in one
+    module."""
+    errors = []
+    for way in ('local', 'sequential'):
+        result = compressed(model, batches, way, dict(stem=5, shared=14))
+        outputs = {}
+        for name, net in (('dense', model), ('small', result)):
+            found = outputs[name] = []
+            handle = net.shared.register_forward_hook(
+                lambda _, args, y, found=found: found.append(y))
+            with torch.no_grad():
+                net(batches[0])
+            handle.remove()
+        assert len(outputs['small']) == 2
+        errors.append(
+            sum((a - b).square().sum()
+                for a, b in zip(outputs['small'], outputs['dense'])))
+    assert errors[1] < .8 * errors[0]
 
 
 def test_kept_layers_make_up_too_but_not_excluded_ones(model, batches):
@@ -148,6 +163,94 @@ def test_kept_layers_make_up_too_but_not_excluded_ones(model, batches):
         small = compressed(net, batches, 'sequential', {'backbone': 4})
         changed = not torch.equal(small.head['fc'].weight, model.fc.weight)
         assert changed is not frozen
+
+
+class Block(nn.Module):
+    """A stem and two residual blocks, as in a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 24, 3, padding=1, bias=False)
+        self.down = nn.Conv2d(16, 24, 1, bias=False)
+        self.conv4 = nn.Conv2d(24, 24, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        out = self.bn2(self.conv2(self.conv1(x).relu()))
+        out += x
+        x = out.relu()
+        x = self.conv3(x) + self.down(x)
+        y = self.conv4(x)
+        z = y.relu()
+        return torch.cat([x + y, z], 1)
+
+
+def test_finds_layers_that_end_in_a_sum():
+    """Through a normalisation, in place or not; of two that meet, the one that
+    runs last; none whose output is used elsewhere."""
+    watch, model = SumWatch(), Block().eval()
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    }
+    with torch.no_grad():
+        watch.probe(model, layers, torch.randn(2, 3, 8, 8))
+    assert watch.residual == {'conv2', 'down'}
+    assert watch.order == list(layers)
+
+
+def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches):
+    """The sum is nearer to the dense one than where the branch alone is fitted
+    to its own target."""
+    torch.manual_seed(0)
+    model = Block().eval()
+    nn.init.uniform_(model.bn2.running_var, .5, 2)
+    nn.init.normal_(model.bn2.weight)
+    torch.manual_seed(2)
+    unseen = torch.randn(32, 3, 12, 12)
+    ranks = dict(stem=6, conv2=10)
+    errors = []
+    for blind in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if blind:
+                patch.setattr(SumWatch, '_at_sum', lambda *_: None)
+            small = compressed(model, batches, 'sequential', ranks)
+        sums = []
+        for net in (model, small):
+            net.conv3.register_forward_pre_hook(
+                lambda _, args: sums.append(args[0]))
+            with torch.no_grad():
+                net(unseen)
+        errors.append((sums[-1] - sums[-2]).norm())
+    assert errors[1] < .9 * errors[0]
+
+
+def test_passes_go_on_as_before(batches):
+    """What a stopped and patched pass puts out is what the fitted model puts
+    out."""
+    torch.manual_seed(0)
+    model = Block().eval()
+    outputs = []
+
+    class Recorded(Block):
+
+        def forward(self, x):
+            y = super().forward(x)
+            outputs.append(y)
+            return y
+
+    model.__class__ = Recorded
+    small = compressed(model, batches, 'sequential',
+                       dict(stem=6, conv2=10, down=8))
+    last = outputs[-2 * len(batches):][1::2]
+    with torch.no_grad():
+        for x, y in zip(batches, last):
+            torch.testing.assert_close(small(x), y, rtol=1e-4, atol=1e-5)
 
 
 def test_unrelated_passes_are_not_regressed(batches):
@@ -192,20 +295,26 @@ def test_regression_against_brute_force():
     prior = torch.randn(9, 6).double()
     cross = (y - r @ prior.T).T @ r / 400
     second = r.T @ r / 400
-    vectors, projected, explained = reduced_rank_regression(
+    coefficients, basis, explained = reduced_rank_regression(
         cross[None], second[None], prior[None], ridge=1e-12)
     best = torch.linalg.lstsq(r, y).solution.T
-    torch.testing.assert_close((vectors @ projected)[0], best)
+    torch.testing.assert_close((coefficients @ basis)[0], best)
     change = (y - r @ prior.T).square().sum() / 400
     left = (y - r @ best.T).square().sum() / 400
     torch.testing.assert_close(change - explained, left)
 
-    vectors, projected, _ = reduced_rank_regression(
-        cross[None], second[None], prior[None], 3, ridge=1e-12)
-    mapping = (vectors @ projected)[0]
-    error = (y - r @ mapping.T).square().sum()
-    for _ in range(20):
-        other = mapping + .01 * torch.randn_like(mapping)
-        u, s, v = torch.linalg.svd(other)
-        other = u[:, :3] * s[:3] @ v[:3]
-        assert (y - r @ other.T).square().sum() > error
+    factor = torch.randn(9, 9).double()
+    for weight in (torch.eye(9).double(), factor @ factor.T):
+        coefficients, basis, _ = reduced_rank_regression(
+            cross[None], second[None], prior[None], 3, weight[None], 1e-12)
+        mapping = (coefficients @ basis)[0]
+
+        def error(m,
+                  weight=weight +
+                  1e-3 * torch.linalg.norm(weight, 2) * torch.eye(9)):
+            e = y - r @ m.T
+            return (e @ weight * e).sum()
+
+        for _ in range(20):
+            u, s, v = torch.linalg.svd(mapping + .01 * torch.randn(9, 6))
+            assert error(u[:, :3] * s[:3] @ v[:3]) > error(mapping)

@@ -85,8 +85,10 @@ def test_run_and_resume(tmp_path, dense):
         planner=dict(type='BudgetPlanner', macs=.5),
         distillation=dict(checkpoint=dense, terms=TERMS))
     cfg = toy_cfg(tmp_path / 'run', dense, hook)
+    cfg.optim_wrapper.optimizer.lr = .005
     cfg.custom_hooks.append(dict(type='EMAHook'))
     whole = run(cfg)
+    assert all(p.isfinite().all() for p in whole.model.parameters())
     scalars = whole.message_hub.log_scalars
     assert 'train/loss_distill_fc' in scalars
     assert 'train/loss_distill_conv2' in scalars

@@ -8,7 +8,7 @@ import torch.nn as nn
 from mmengine.analysis import FlopAnalyzer
 
 from mmbasis.planning import (calibrate, evaluation, find_layers,
-                              sum_of_products)
+                              input_samples, output_samples, sum_of_products)
 from mmbasis.planning.calibration import MAX_POSITIONS
 
 
@@ -377,3 +377,38 @@ def test_large_means_do_not_hide_small_deviations():
     assert expected.diagonal(dim1=1, dim2=2).min() > 5e-5
     torch.testing.assert_close(
         moments - mean @ mean.mT, expected, rtol=.01, atol=1e-6)
+
+
+@pytest.mark.parametrize('layer, shape', [
+    (lambda: nn.Conv2d(
+        6,
+        8,
+        3,
+        padding=1,
+        groups=2,
+        stride=2,
+        dilation=2,
+        padding_mode='reflect'), (3, 6, 40, 37)),
+    (lambda: nn.Conv2d(6, 8, (3, 5), padding='valid'), (2, 6, 40, 37)),
+    (lambda: nn.Conv2d(6, 8, 4, padding='same', padding_mode='circular'),
+     (2, 6, 40, 37)),
+    (lambda: nn.Conv2d(6, 8, 1), (6, 5, 5)),
+    (lambda: nn.Conv1d(6, 8, 4, padding=2, bias=False), (3, 6, 400)),
+    (lambda: nn.Conv3d(2, 8, (1, 2, 3), stride=(2, 1, 1), padding=(0, 1, 2)),
+     (2, 2, 9, 8, 13)),
+    (lambda: nn.Linear(6, 8), (5, 7, 9, 6)),
+    (lambda: nn.Linear(6, 8), (5, 6)),
+])
+def test_patches_are_what_the_weights_are_multiplied_with(layer, shape):
+    """At the sampled positions, whatever the geometry."""
+    torch.manual_seed(0)
+    module, x = layer(), torch.randn(shape)
+    info = find_layers(nn.Sequential(module))[0]
+    assert info.kind.sees_patches(module)
+    with torch.no_grad():
+        y = module(x)
+        expected = output_samples(info, y)
+        if module.bias is not None:
+            expected = expected - module.bias.view(len(expected), -1, 1)
+        actual = info.kind.to_matrix(module) @ input_samples(info, x, y)
+    assert_close(actual, expected)

@@ -1,0 +1,173 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""One layer fitted to what the dense network puts out."""
+from typing import Optional, Tuple
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from torch import Tensor
+
+from ..factorization import reduced_rank_regression
+from ..planning import (LayerInfo, input_samples, is_expansion, output_samples,
+                        sum_of_products)
+
+#: Where less than this share of the dense network's output can be had from the
+#: compressed network's, the layer is not fitted: the two passes see different
+#: things there, other proposals for example.
+MIN_EXPLAINED = 0.5
+#: Weights are fitted freely where there are so many samples for each weight
+#: of an output channel; otherwise only combinations of the dense layer's
+#: outputs are.
+SAMPLES_PER_WEIGHT = 4
+#: Scales below this fraction of the largest count as it.
+MIN_SCALE = 1e-3
+
+
+class LayerRegression:
+    """Moments of a layer's target and regressors over all batches.
+
+    The regressors are the patches of the layer's input in the compressed
+    network or, where samples are few, what the dense layer makes of them.
+
+    Args:
+        layer (LayerInfo): The dense layer.
+        samples (int): How many positions will be added in this process.
+        scale (Tensor, optional): What the output is multiplied with before it
+            is added to something, shape ``(P, )``. Errors are those of the
+            product then.
+    """
+
+    def __init__(self,
+                 layer: LayerInfo,
+                 samples: int,
+                 scale: Optional[Tensor] = None) -> None:
+        self.layer = layer
+        groups, self.rows, in_size = layer.matrix_shape
+        weight = layer.module.weight
+        total = torch.tensor(float(samples))
+        if get_world_size() > 1:
+            all_reduce(total)
+        self.of_input = is_expansion(layer) or (layer.kind.sees_patches(
+            layer.module) and total >= SAMPLES_PER_WEIGHT * in_size)
+        if scale is None:
+            scale = weight.new_ones(groups * self.rows)
+        least = (MIN_SCALE * scale.abs().max()).clamp_min(1e-12)
+        scale = torch.where(scale.abs() < least, least, scale)
+        self.scale = scale.reshape(groups, self.rows, 1)
+        size = in_size if self.of_input else self.rows
+        zeros = weight.new_zeros
+        # products of (change, regressors, 1) with (regressors, 1), where the
+        # change is that of the target against the layer as it was
+        self.joint = zeros((groups, self.rows + size + 1, size + 1)).double()
+        self.change = _Energy()
+        self.wanted = _Energy()
+
+    def add(self,
+            x: Tensor,
+            target: Tensor,
+            error: Optional[Tensor] = None,
+            wanted: Optional[Tensor] = None) -> None:
+        """Add a batch. One whose samples do not pair with those of the dense
+        network is left out.
+
+        Args:
+            x (Tensor): The layer's input in the compressed network.
+            target (Tensor): Samples of what it should put out.
+            error (Tensor, optional): Samples of what its scaled output should
+                add to that.
+            wanted (Tensor, optional): Samples of the sum in the dense
+                network. Without a sum it is the target.
+        """
+        layer = self.layer
+        y = layer.module(x)
+        unchanged = output_samples(layer, y)
+        if target.shape != unchanged.shape:
+            return
+        change = (target - unchanged) * self.scale
+        if error is not None:
+            change += error
+        if self.of_input:
+            regressors = input_samples(layer, x, y)
+        elif layer.module.bias is None:
+            regressors = unchanged
+        else:
+            bias = layer.module.bias.view(len(unchanged), -1, 1)
+            regressors = unchanged - bias
+        right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
+        self.joint += sum_of_products(torch.cat([change, right], 1), right)
+        self.change.add(change)
+        self.wanted.add(target if wanted is None else wanted)
+
+    def solve(self, rank: Optional[int],
+              centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
+        """The best layer of a rank.
+
+        Args:
+            rank (int, optional): None for full rank.
+            centred (bool): Whether the layer has a bias to give.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor] | None: Basis ``(G, Q, D)``,
+            coefficients ``(G, P / G, Q)`` and bias ``(P, )``; None where the
+            regressors do not vary, or say too little of the target.
+        """
+        if get_world_size() > 1:
+            all_reduce(self.joint)
+            self.change.reduce()
+            self.wanted.reduce()
+        count, rows = self.joint[:, -1:, -1:], self.rows
+        if count.min() < 1:
+            return None
+        joint = self.joint / count
+        mean = joint[..., -1:] * centred
+        mean_change, mean_r = mean[:, :rows], mean[:, rows:-1]
+        cross = joint[:, :rows, :-1] - mean_change @ mean_r.mT
+        second = joint[:, rows:-1, :-1] - mean_r @ mean_r.mT
+        # below the rounding of float32 products there is no variance
+        noise = 1e-6 * joint[:, rows:-1].diagonal(dim1=1, dim2=2).sum(1)
+        if (second.diagonal(dim1=1, dim2=2).sum(1) <= noise).any():
+            return None
+        second.diagonal(dim1=1, dim2=2).add_(noise.unsqueeze(1))
+
+        matrix = self.layer.kind.to_matrix(self.layer.module).detach().double()
+        scale = self.scale.double()
+        prior = scale * (
+            matrix if self.of_input else torch.eye(rows).to(matrix))
+        weight = self.layer.gradient
+        if weight is not None:
+            weight = weight / (scale @ scale.mT)
+        coefficients, basis, explained = reduced_rank_regression(
+            cross, second, prior, rank, weight)
+        left = self.change.value(centred) - explained
+        if left > (1 - MIN_EXPLAINED) * self.wanted.value(centred):
+            return None
+
+        bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
+        bias = (bias / scale).flatten()
+        if self.layer.module.bias is not None:
+            bias = bias + self.layer.module.bias
+        if not self.of_input:
+            basis = basis @ matrix
+        return basis, coefficients / scale, bias
+
+
+class _Energy:
+    """Mean square of samples, over all processes."""
+
+    def __init__(self) -> None:
+        self.count = self.total = self.squares = 0
+
+    def add(self, samples: Tensor) -> None:
+        samples = samples.double()
+        self.count += samples.shape[-1]
+        self.total = self.total + samples.sum(-1)
+        self.squares = self.squares + samples.square().sum()
+
+    def reduce(self) -> None:
+        self.count = self.squares.new_tensor(float(self.count))
+        for tensor in (self.count, self.total, self.squares):
+            all_reduce(tensor)
+
+    def value(self, centred: bool) -> Tensor:
+        """Summed over channels; about the mean if ``centred``."""
+        mean = self.total / self.count * centred
+        return self.squares / self.count - mean.square().sum()

@@ -1,0 +1,204 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Forward passes that stop at layers, and at the sums that layers go into."""
+import inspect
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..planning import forward_batch
+
+_SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
+         Tensor.__iadd__)
+_BATCH_NORM = inspect.signature(F.batch_norm)
+#: the attribute that marks a tensor as the output of a layer
+_BRANCH = '_mmbasis_branch'
+
+
+@dataclass
+class Sum:
+    """A sum that a layer's output is about to go into, as of a residual block.
+
+    Args:
+        branch (Tensor): The operand that comes from the layer: ``scale``
+            times its output plus a constant for each channel.
+        other (Tensor): The other operand.
+        scale (Tensor): That of a batch normalisation in between, shape
+            ``(P, )``; or one, a scalar.
+    """
+    branch: Tensor
+    other: Tensor
+    scale: Tensor
+
+
+class Pass(greenlet):
+    """The forward pass of one batch, which stops at layers.
+
+    A hook of the layer hands control back to who advanced the pass, in the
+    middle of whatever the model's ``forward`` does; it goes on when it is
+    advanced again. So all batches go through the model side by side and
+    once, without anybody knowing how the model is built.
+
+    Args:
+        model (nn.Module): The model.
+        data (Any): The batch.
+    """
+
+    def __init__(self, model: nn.Module, data: Any) -> None:
+        super().__init__()
+        self.model, self.data = model, data
+        #: inputs of layers that wait for their sums
+        self.inputs: Dict[str, Tensor] = {}
+        #: where the pass stands; None at its end
+        self.name: Optional[str] = None
+        self.tensor: Optional[Tensor] = None
+        self.sum: Optional[Sum] = None
+
+    def run(self, *_) -> None:
+        forward_batch(self.model, self.data)
+
+    def stop(self,
+             name: str,
+             tensor: Optional[Tensor],
+             into: Optional[Sum] = None) -> None:
+        """Hand control back; called in the middle of the pass."""
+        self.name, self.tensor, self.sum = name, tensor, into
+        self.parent.switch()
+
+    def advance(self) -> None:
+        """Go on to the next layer, or to the end of the pass."""
+        self.name = self.tensor = self.sum = None
+        self.switch()
+
+
+def current_pass() -> Optional[Pass]:
+    """The pass that is running, None outside of any."""
+    current = getcurrent()
+    return current if isinstance(current, Pass) else None
+
+
+class SumWatch(TorchFunctionMode):
+    """Sees into which sums the outputs of layers go.
+
+    Where ``x + norm(layer(z))`` is computed, the layer can make up for what
+    is wrong with ``x`` as well. Which layers stand so is found by running the
+    model once on data, under :meth:`probe`. Later passes stop at the sum
+    instead of at the layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: layers whose output goes into a sum and nowhere else
+        self.residual: Set[str] = set()
+        #: all layers, in the order in which they ran
+        self.order: List[str] = []
+        self._probing = False
+
+    def probe(self, model: nn.Module, layers: Dict[str, nn.Module],
+              data: Any) -> None:
+        """Run a model once to find its residual layers.
+
+        Args:
+            model (nn.Module): The model.
+            layers (dict[str, nn.Module]): The layers to follow, by name.
+            data (Any): A batch.
+        """
+
+        def hook(name: str, y: Any) -> None:
+            if name not in self.order:
+                self.order.append(name)
+                self.mark(name, y)
+
+        handles = [
+            module.register_forward_hook(
+                lambda _, args, y, name=name: hook(name, y))
+            for name, module in layers.items()
+        ]
+        self._probing = True
+        try:
+            with self:
+                forward_batch(model, data)
+        finally:
+            self._probing = False
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def mark(name: str, y: Tensor) -> None:
+        """Follow a layer's output."""
+        setattr(y, _BRANCH, (name, y.new_ones(())))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        marked = [x for x in _tensors((args, kwargs)) if hasattr(x, _BRANCH)]
+        if not marked:
+            return func(*args, **kwargs)
+        if func in _SUMS and _is_plain_sum(args, kwargs):
+            self._at_sum(*args)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        scale = _norm_scale(func, args, kwargs)
+        if scale is not None and marked == [args[0]]:
+            name, before = _unmark(args[0])
+            setattr(result, _BRANCH, (name, before * scale))
+        elif any(True for _ in _tensors(result)):
+            for x in marked:  # something else makes use of it
+                _unmark(x)
+        return result
+
+    def _at_sum(self, left: Tensor, right: Tensor) -> None:
+        """The layer that ran last takes the sum; both marks end here."""
+        found = [(*_unmark(x), x, y) for x, y in ((left, right), (right, left))
+                 if hasattr(x, _BRANCH)]
+        name, scale, branch, other = max(
+            found, key=lambda entry: self.order.index(entry[0]))
+        if self._probing:
+            self.residual.add(name)
+            return
+        current = current_pass()
+        if current is not None:
+            with self:  # which is off while it handles a function
+                current.stop(name, current.inputs.pop(name, None),
+                             Sum(branch, other, scale))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _unmark(tensor: Tensor) -> Tuple[str, Tensor]:
+    mark = getattr(tensor, _BRANCH)
+    delattr(tensor, _BRANCH)
+    return mark
+
+
+def _is_plain_sum(args: tuple, kwargs: dict) -> bool:
+    return (not kwargs and len(args) == 2
+            and all(isinstance(x, Tensor)
+                    for x in args) and args[0].shape == args[1].shape
+            and args[0] is not args[1] and args[0].dtype == args[1].dtype)
+
+
+def _norm_scale(func: Any, args: tuple, kwargs: dict) -> Optional[Tensor]:
+    """The scale of each channel if a function is a batch normalisation that
+    takes its statistics as they are."""
+    if func is not F.batch_norm:
+        return None
+    bound = _BATCH_NORM.bind(*args, **kwargs)
+    bound.apply_defaults()
+    norm = bound.arguments
+    if norm['training']:
+        return None
+    scale = (norm['running_var'] + norm['eps']).rsqrt()
+    return scale if norm['weight'] is None else scale * norm['weight']
