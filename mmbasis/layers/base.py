@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
 from abc import ABCMeta, abstractmethod
-from typing import Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -65,7 +65,7 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
             dense, groups * rank, bias or dense.bias is not None)
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
-        for parameter in self.parameters():
+        for parameter in self._own_parameters():
             parameter.requires_grad = weight.requires_grad
 
     # ------------------------------------------------- one kind of layer
@@ -135,6 +135,13 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
             ``D`` rows is the output at these positions, without bias.
         """
         raise TypeError(f'the patches of a {type(dense).__name__} are unknown')
+
+    def _own_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters but those of a branch inside the dense layer."""
+        yield self.basis.weight
+        for module in (self.norm, self.coefficients):
+            if module is not None:
+                yield from module.parameters()
 
     # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:
@@ -269,8 +276,10 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         weight = self.from_matrix(matrix, self.basis).to(self.basis.weight)
         dense = _clone(folded.basis, weight,
                        **self._narrowed(folded.basis, self.out_channels))
-        dense.bias = bias
-        dense.requires_grad_(self.basis.weight.requires_grad)
+        if bias is not None:
+            dense.bias = bias
+        for parameter in dense.parameters(recurse=False):
+            parameter.requires_grad = self.basis.weight.requires_grad
         return dense
 
     def extra_repr(self) -> str:

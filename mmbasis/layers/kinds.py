@@ -4,12 +4,14 @@ from typing import Optional, Type
 
 import torch.nn as nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .base import BasisLayer
 from .conv import BasisConv, BasisConvTranspose
+from .deform import DEFORM_TYPES, BasisDeformConv
 from .linear import BasisLinear
 
-_KINDS = (BasisConv, BasisConvTranspose, BasisLinear)
+_KINDS = (BasisConv, BasisConvTranspose, BasisDeformConv, BasisLinear)
 _DENSE_TYPES = {
     dense_type: kind
     for kind in _KINDS
@@ -43,10 +45,12 @@ def why_not(module: nn.Module) -> Optional[str]:
     """
     kind = basis_layer_type(module)
     if kind is None:
-        if isinstance(module, (_ConvNd, nn.Linear)):
+        if isinstance(module, (_ConvNd, nn.Linear, *DEFORM_TYPES)):
             return (f'{type(module).__name__} computes its output in a way '
                     'of its own')
         return ''
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return 'nn.MultiheadAttention reads its weight and never calls it'
     if not isinstance(module._parameters.get('weight'), nn.Parameter):
         return 'its weight is computed (weight or spectral norm)'
     if isinstance(module.weight, nn.parameter.UninitializedParameter):

@@ -58,6 +58,7 @@ class ScaledLinear(nn.Linear):
         (Quantised(4, 6,
                    3), 'Quantised computes its output in a way of its own'),
         (ScaledLinear(4, 6), 'ScaledLinear computes its output in a way'),
+        (nn.MultiheadAttention(4, 2).out_proj, 'nn.MultiheadAttention reads'),
         (nn.LazyConv2d(6, 3), 'not initialised'),
         (nn.LazyLinear(6), 'not initialised'),
     ],
