@@ -13,13 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from ..factorization import Spectrum
 from ..layers import BasisLayer, basis_layer_type, why_not
+from .targets import is_offset_layer, is_prediction_layer
 
-#: The layers that put out a network's predictions, in the names of the
-#: OpenMMLab libraries. They are small, and what they lose nothing repairs.
-PREDICTION_LAYERS = (r'(.*\.)?head\.(fc|classifier|layers\.head|head)', )
-
-#: why such a layer stays dense
+#: why a layer stays dense unless somebody asks for it
 PREDICTION = 'prediction layer'
+OFFSETS = 'offset branch'
 
 
 @dataclass
@@ -115,7 +113,9 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
     """All convolution and linear layers of a model, in order of definition.
 
     A layer that several modules share is listed once, under its first name.
-    Those that cannot be represented by a basis carry the reason.
+    Those that cannot be represented by a basis carry the reason. A layer
+    inside another one, which computes the offsets of a deformable
+    convolution, goes wherever that one goes and stays dense.
 
     Args:
         model (nn.Module): Any model; modules that are already basis layers
@@ -125,7 +125,7 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
         list[LayerInfo]: Without costs and spectra.
     """
     layers, owners = [], defaultdict(list)
-    inside = ()
+    inside = branches = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
@@ -137,6 +137,9 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
         reason = why_not(module)
         if reason == '':
             continue
+        if name.startswith(branches):
+            reason = OFFSETS
+        branches += (f'{name}.', )
         layers.append(
             LayerInfo(name, module, basis_layer_type(module), reason or ''))
 
@@ -229,7 +232,8 @@ def choose_layers(model: nn.Module,
         include (Sequence[str]): Patterns; where given, all else is left out.
         exclude (Sequence[str]): Patterns of layers to leave out.
         prediction_layers (bool): Whether to compress the layers that put out
-            the predictions as well. Defaults to False.
+            predictions or sampling offsets as well, which otherwise only
+            ``include`` does. Defaults to False.
 
     Returns:
         LayerMatcher: For further patterns.
@@ -251,7 +255,10 @@ def choose_layers(model: nn.Module,
             layer.reason = 'not included'
         elif hits['exclude']:
             layer.reason = f'excluded by {hits["exclude"][0]!r}'
-        elif not prediction_layers and any(
-                re.fullmatch(p, layer.name) for p in PREDICTION_LAYERS):
+        elif prediction_layers or include:
+            continue
+        elif is_offset_layer(model, layer.name):
+            layer.reason = OFFSETS
+        elif is_prediction_layer(model, layer.name):
             layer.reason = PREDICTION
     return matcher

@@ -139,7 +139,9 @@ def test_full_rank_of_the_whole_vgg16():
     model.eval()
     x = images(2, 2, 224)
     expected = outputs(model, x)
-    planner = FixedPlanner({'.*': 'full'}, allow_dearer=True)
+    planner = FixedPlanner({'.*': 'full'},
+                           allow_dearer=True,
+                           prediction_layers=True)
     plan = mmbasis.compress(
         model, planner, [dict(inputs=x)], reconstruction='local')
     assert 'backbone.classifier.0' in plan.layers and not plan.dense

@@ -3,8 +3,10 @@ import pytest
 import torch
 import torch.nn as nn
 from mmcv.cnn import ConvModule
+from mmcv.ops import DeformConv2d, DeformConv2dPack
 
-from mmbasis.layers import BasisConv, BasisConvTranspose, BasisLinear
+from mmbasis.layers import (BasisConv, BasisConvTranspose, BasisDeformConv,
+                            BasisLinear)
 from mmbasis.planning import check_finite, find_layers
 from mmbasis.planning.layers import choose_layers
 
@@ -81,6 +83,39 @@ def test_basis_layers_are_not_looked_into():
 def test_prediction_layers_stay_dense_by_default():
     assert reasons(Net())['head.fc'] == 'prediction layer'
     assert reasons(Net(), prediction_layers=True)['head.fc'] == ''
+
+
+def test_prediction_layers_can_be_included():
+    assert reasons(Net(), include=[r'head\.fc'])['head.fc'] == ''
+    assert reasons(Net(), include=['Linear'])['head.fc'] == ''
+
+
+class Deformable(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = DeformConv2dPack(4, 8, 3, padding=1)
+        self.conv2_offset = nn.Conv2d(8, 18, 3, padding=1)
+        self.conv2 = DeformConv2d(8, 8, 3, padding=1)
+
+
+@pytest.mark.parametrize('asked', [
+    dict(),
+    dict(prediction_layers=True),
+    dict(include=['.*']),
+])
+def test_offset_branches(asked):
+    """One inside a layer goes where the layer goes, and stays dense whatever
+    is asked for."""
+    model = Deformable()
+    kinds = {layer.name: layer.kind for layer in find_layers(model)}
+    assert kinds['conv1'] is kinds['conv2'] is BasisDeformConv
+    assert reasons(model, **asked) == {
+        'conv1': '',
+        'conv1.conv_offset': 'offset branch',
+        'conv2_offset': '' if asked else 'offset branch',
+        'conv2': ''
+    }
 
 
 def test_include_by_regular_expression():
