@@ -6,7 +6,6 @@ compressed.py (a config of its own for test, inference, deployment and further
 training) and plots.
 """
 import argparse
-import itertools
 import json
 import os.path as osp
 
@@ -18,16 +17,17 @@ from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import (analyze, apply_with_data, as_planner,
-                                 check_reconstruction, load_weights, log_plan,
+from mmbasis.compression import (Compressor, as_planner, load_weights,
                                  model_complexity, read_checkpoint,
-                                 save_checkpoint)
+                                 save_checkpoint, take_batches)
 from mmbasis.models import dense_architecture, standalone_config
 from mmbasis.planning import BasePlanner, CompressionPlan
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate
 from mmbasis.visualization import plot_ranks, plot_spectra
+
+RECALIBRATION = dict(auto='auto', always=True, never=False)
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,6 +66,13 @@ def parse_args() -> argparse.Namespace:
         help='fit each layer on its own, or to the outputs of the dense '
         'network in spite of the layers before it (default, except with '
         '--energy)')
+    parser.add_argument(
+        '--recalibration',
+        choices=list(RECALIBRATION),
+        default='auto',
+        help='compute the statistics of batch normalisations anew; auto (the '
+        'default): where that helps on held-out training images, and not with '
+        '--energy')
     parser.add_argument(
         '--evaluate',
         action='store_true',
@@ -132,12 +139,11 @@ def main() -> None:
     before = model_complexity(model, example)
     metrics = dict(before=evaluate(cfg, model)) if args.evaluate else {}
 
-    batches = list(itertools.islice(loader, args.calib_batches))
-    layers = analyze(model, planner, batches)
-    plan = planner.plan(layers, bias=planner.data_aware)
-    apply_with_data(model, plan, layers, batches,
-                    check_reconstruction(args.reconstruction, planner))
-    log_plan(plan)
+    compressor = Compressor(
+        planner,
+        reconstruction=args.reconstruction,
+        recalibration=RECALIBRATION[args.recalibration])
+    plan = compressor.run(model, *take_batches(loader, args.calib_batches))
     after = model_complexity(model, example)
     report = dict(
         config=args.config,
@@ -162,7 +168,7 @@ def main() -> None:
                     dict(dataset_meta=dataset_meta(loader)))
     standalone = standalone_config(cfg, plan, path('compressed.pth'))
     write_atomically(path('compressed.py'), standalone.pretty_text)
-    plot_spectra(layers, plan, path('spectra.png'))
+    plot_spectra(compressor.layers, plan, path('spectra.png'))
     plot_ranks(plan, path('ranks.png'))
     write_atomically(path('report.json'), json.dumps(report, indent=2))
     print_report(report)

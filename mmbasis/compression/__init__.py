@@ -3,16 +3,17 @@
 from .checkpoint import (META_KEY, from_plain, plan_of, read_checkpoint,
                          save_checkpoint, to_plain)
 from .complexity import model_complexity
-from .pipeline import (analyze, apply_with_data, as_planner,
-                       check_reconstruction, compress, log_plan)
+from .pipeline import (Compressor, analyze, as_planner, compress, log_plan,
+                       take_batches)
+from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .reconstruction import Reconstruction
 from .surgery import (apply_plan, attach_plan, basis_layers, get_plan, guard,
                       load_weights)
 
 __all__ = [
     'META_KEY', 'from_plain', 'plan_of', 'read_checkpoint', 'save_checkpoint',
-    'to_plain', 'model_complexity', 'analyze', 'apply_with_data', 'as_planner',
-    'check_reconstruction', 'compress', 'log_plan', 'Reconstruction',
-    'apply_plan', 'attach_plan', 'basis_layers', 'get_plan', 'guard',
-    'load_weights'
+    'to_plain', 'model_complexity', 'Compressor', 'analyze', 'as_planner',
+    'compress', 'log_plan', 'take_batches', 'output_error', 'recalibrate',
+    'recalibrate_if_better', 'Reconstruction', 'apply_plan', 'attach_plan',
+    'basis_layers', 'get_plan', 'guard', 'load_weights'
 ]

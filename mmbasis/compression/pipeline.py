@@ -2,7 +2,7 @@
 """The way through: layers -> statistics -> spectra -> plan -> basis layers."""
 import copy
 import itertools
-from typing import Any, Iterable, List, Optional, Sequence, Union
+from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
@@ -12,6 +12,7 @@ from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
                         UnknownLossError, calibrate, check_finite, find_layers,
                         record_gradients)
 from ..registry import PLANNERS
+from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .reconstruction import Reconstruction
 from .surgery import apply_plan, get_plan
 
@@ -56,33 +57,11 @@ def analyze(model: nn.Module, planner: BasePlanner,
     return layers
 
 
-def apply_with_data(model: nn.Module, plan: CompressionPlan,
-                    layers: Sequence[LayerInfo], batches: Sequence[Any],
-                    reconstruction: str) -> None:
-    """Put a plan into a dense model.
-
-    Args:
-        model (nn.Module): The dense model, changed in place.
-        plan (CompressionPlan): The plan.
-        layers (Sequence[LayerInfo]): What :func:`analyze` returned.
-        batches (Sequence): The batches it was given.
-        reconstruction (str): ``'local'`` takes each basis from the spectrum
-            of its layer; ``'sequential'`` then fits the layers one after the
-            other to the dense model's outputs.
-    """
-    sequential = reconstruction == 'sequential'
-    reference = copy.deepcopy(model) if sequential else None
-    apply_plan(model, plan, layers)
-    if sequential:
-        Reconstruction(model, reference, layers, plan).run(batches)
-
-
 def compress(model: nn.Module,
              planner: Union[BasePlanner, CompressionPlan, dict],
              dataloader: Iterable,
              num_batches: Optional[int] = None,
-             norm: bool = False,
-             reconstruction: Optional[str] = None) -> CompressionPlan:
+             **kwargs) -> CompressionPlan:
     """Compress a trained model in place.
 
     Args:
@@ -92,12 +71,10 @@ def compress(model: nn.Module,
             config, or a plan to follow.
         dataloader (Iterable): Calibration batches as the model takes them: a
             few hundred training images.
-        num_batches (int, optional): How many batches to use. Defaults to all.
-        norm (bool): Put a batch normalisation between basis and coefficients,
-            as in the paper. Defaults to False.
-        reconstruction (str, optional): ``'local'`` or ``'sequential'``, see
-            :func:`apply_with_data`. Defaults to ``'sequential'`` for planners
-            that look at data, otherwise to ``'local'``.
+        num_batches (int, optional): How many batches to use; one more, if
+            there is one, is held out for choices. Defaults to all, and none
+            is held out.
+        **kwargs: See :class:`Compressor`.
 
     Returns:
         CompressionPlan: What was done; the model carries it, too.
@@ -105,29 +82,96 @@ def compress(model: nn.Module,
     Raises:
         ValueError: If the request cannot be met; the model is as before.
     """
-    planner = as_planner(planner)
-    reconstruction = check_reconstruction(reconstruction, planner)
-    batches = list(itertools.islice(dataloader, num_batches))
-    layers = analyze(model, planner, batches)
-    plan = planner.plan(layers, norm=norm, bias=planner.data_aware)
-    apply_with_data(model, plan, layers, batches, reconstruction)
-    log_plan(plan)
-    return plan
+    compressor = Compressor(planner, **kwargs)
+    batches, held_out = take_batches(dataloader, num_batches)
+    return compressor.run(model, batches, held_out)
 
 
-def check_reconstruction(value: Optional[str], planner: BasePlanner) -> str:
-    """The way of reconstruction that is meant.
+def take_batches(
+        dataloader: Iterable,
+        num_batches: Optional[int] = None) -> Tuple[List[Any], List[Any]]:
+    """Batches for calibration, and one that is held out for choices if the
+    loader has one more; see :func:`compress`."""
+    stop = None if num_batches is None else num_batches + 1
+    batches = list(itertools.islice(dataloader, stop))
+    return batches[:num_batches], batches[len(batches[:num_batches]):]
+
+
+class Compressor:
+    """The steps of compression, and how they are to be done.
+
+    Args:
+        planner (BasePlanner | CompressionPlan | dict): See :func:`compress`.
+        norm (bool): Put a batch normalisation between basis and coefficients,
+            as in the paper. Defaults to False.
+        reconstruction (str, optional): ``'local'`` takes each basis from the
+            spectrum of its layer; ``'sequential'`` then fits the layers one
+            after the other to the dense model's outputs. Defaults to
+            ``'sequential'`` for planners that look at data, otherwise to
+            ``'local'``.
+        recalibration (bool | str): Whether to compute the statistics of the
+            model's batch normalisations anew at the end; ``'auto'`` keeps
+            them if they bring the outputs on held-out images nearer to the
+            dense model's, and does nothing for planners that do not look at
+            data. Defaults to ``'auto'``.
 
     Raises:
-        ValueError: If there is no such way, or it needs data that the planner
-            does not look at.
+        ValueError: If a value is out of range.
     """
-    if value is None:
-        return 'sequential' if planner.data_aware else 'local'
-    if value not in ('local', 'sequential'):
-        raise ValueError("reconstruction must be 'local' or 'sequential', but "
-                         f'got {value!r}')
-    return value
+
+    def __init__(self,
+                 planner: Union[BasePlanner, CompressionPlan, dict],
+                 norm: bool = False,
+                 reconstruction: Optional[str] = None,
+                 recalibration: Union[bool, str] = 'auto') -> None:
+        self.planner = as_planner(planner)
+        self.norm = norm
+        if reconstruction is None:
+            reconstruction = ('sequential'
+                              if self.planner.data_aware else 'local')
+        if reconstruction not in ('local', 'sequential'):
+            raise ValueError("reconstruction must be 'local' or 'sequential', "
+                             f'but got {reconstruction!r}')
+        self.reconstruction = reconstruction
+        if recalibration not in (True, False, 'auto'):
+            raise ValueError("recalibration must be True, False or 'auto', "
+                             f'but got {recalibration!r}')
+        self.recalibration = recalibration
+        #: layers of the dense model with spectra, after :meth:`run`
+        self.layers: List[LayerInfo] = []
+
+    def run(self, model: nn.Module, batches: Sequence[Any],
+            held_out: Sequence[Any]) -> CompressionPlan:
+        """Compress a model in place.
+
+        Args:
+            model (nn.Module): The dense model.
+            batches (Sequence): Calibration batches as the model takes them.
+            held_out (Sequence): Others, for choices; may be empty.
+
+        Returns:
+            CompressionPlan: What was done.
+        """
+        planner = self.planner
+        self.layers = analyze(model, planner, batches)
+        plan = planner.plan(
+            self.layers, norm=self.norm, bias=planner.data_aware)
+        sequential = self.reconstruction == 'sequential'
+        choose = (
+            self.recalibration == 'auto' and planner.data_aware
+            and bool(held_out))
+        reference = copy.deepcopy(model) if sequential or choose else None
+        apply_plan(model, plan, self.layers)
+        if sequential:
+            Reconstruction(model, reference, self.layers, plan).run(batches)
+        if choose:
+            recalibrate_if_better(
+                model, batches,
+                lambda: output_error(model, reference, held_out))
+        elif self.recalibration is True:
+            recalibrate(model, batches)
+        log_plan(plan)
+        return plan
 
 
 def as_planner(

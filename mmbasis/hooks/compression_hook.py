@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict, Iterable, Optional, Union
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
@@ -47,7 +47,8 @@ class BasisCompressionHook(Hook):
             ``dataloader``, the config of a data loader; by default that of
             training is used, reshuffled and with the transforms of testing.
         reconstruction (str, optional): ``'local'`` or ``'sequential'``, see
-            :func:`mmbasis.compress`.
+            :class:`mmbasis.compression.Compressor`.
+        recalibration (bool | str): See there, too. Defaults to ``'auto'``.
         norm (bool): See :class:`~mmbasis.models.BasisModel`.
         orthogonality (dict, optional): See there, too.
         distillation (dict, optional): See there, too.
@@ -64,6 +65,7 @@ class BasisCompressionHook(Hook):
                  plan: Optional[PlanLike] = None,
                  calibration: Optional[dict] = None,
                  reconstruction: Optional[str] = None,
+                 recalibration: Union[bool, str] = 'auto',
                  norm: bool = False,
                  orthogonality: Optional[dict] = None,
                  distillation: Optional[dict] = None) -> None:
@@ -76,7 +78,8 @@ class BasisCompressionHook(Hook):
         if calibration:
             raise ValueError('calibration takes num_batches and dataloader, '
                              f'but got {sorted(calibration)}')
-        self.reconstruction = reconstruction
+        self.compressor_cfg = dict(
+            reconstruction=reconstruction, recalibration=recalibration)
         self.planner = planner
         self.plan = None if plan is None else as_plan(plan)
         self.wrapper_cfg: Dict[str, Any] = dict(
@@ -147,7 +150,7 @@ class BasisCompressionHook(Hook):
                 'BasisCompressionHook has nothing to do: give it a planner or '
                 'a plan, or start from a compressed checkpoint')
         model.compress(planner, self._dataloader(runner), self.num_batches,
-                       self.reconstruction)
+                       **self.compressor_cfg)
         self._rebuild(runner, model)
         if is_model_wrapper(runner.model):
             runner._maybe_compile('train_step')

@@ -142,10 +142,15 @@ class BasisModel(BaseModel):
                  planner: Union[BasePlanner, CompressionPlan, dict],
                  dataloader: Iterable,
                  num_batches: Optional[int] = None,
-                 reconstruction: Optional[str] = None) -> CompressionPlan:
+                 **kwargs) -> CompressionPlan:
         """See :func:`mmbasis.compress`."""
-        return compress(self, planner, dataloader, num_batches, self.use_norm,
-                        reconstruction)
+        return compress(
+            self,
+            planner,
+            dataloader,
+            num_batches,
+            norm=self.use_norm,
+            **kwargs)
 
     # ---------------------------------------------------------- training
     def init_weights(self) -> None:

@@ -6,35 +6,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..compression import get_plan, load_weights, read_checkpoint
-
-
-def kl_divergence(student: Tensor, teacher: Tensor,
-                  temperature: float) -> Tensor:
-    """``T^2 KL(teacher || student)`` of softened predictions, averaged over
-    images (Hinton et al., 2015).
-
-    Args:
-        student (Tensor): Logits, shape ``(N, ..., classes)``.
-        teacher (Tensor): Logits of the same shape.
-        temperature (float): ``T``.
-    """
-    student = F.log_softmax(student.flatten(0, -2) / temperature, -1)
-    teacher = F.log_softmax(teacher.flatten(0, -2) / temperature, -1)
-    return temperature**2 * F.kl_div(
-        student, teacher, reduction='batchmean', log_target=True)
-
-
-def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of features, each channel (axis 1) in units of the
-    teacher's variance of it, so that layers and levels count alike."""
-    axes = [axis for axis in range(teacher.dim()) if axis != 1]
-    variance = teacher.var(axes, unbiased=False, keepdim=True)
-    return ((student - teacher).square() / (variance + 1e-6)).mean()
+from ..utils.divergence import kl_divergence, normalized_mse
 
 
 class Distillation:

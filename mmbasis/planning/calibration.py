@@ -308,6 +308,15 @@ def forward_batch(model: nn.Module, data: Any) -> Any:
     return model(data[0] if isinstance(data, (tuple, list)) else data)
 
 
+def tensor_outputs(model: nn.Module, data: Any) -> Any:
+    """What a model puts out before any post-processing: a classifier's
+    logits, a detector's maps."""
+    if not hasattr(model, 'data_preprocessor'):
+        return forward_batch(model, data)
+    data = model.data_preprocessor(data, False)
+    return model(data['inputs'], data.get('data_samples'), mode='tensor')
+
+
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random states of Python,

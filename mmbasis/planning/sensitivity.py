@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What dropping a direction of a layer's output costs, in units of the
 loss."""
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from .calibration import evaluation, output_samples
+from .calibration import evaluation, output_samples, tensor_outputs
 from .layers import LayerInfo
 
 #: Labels are drawn from softened predictions: on its training images a
@@ -96,31 +96,48 @@ def _sampled_labels(logits: Tensor, batch: int) -> Tensor:
     return labels.clamp_max(logits.shape[-1] - 1)
 
 
-def total_loss(model: nn.Module, inputs: Any, samples: Any,
-               batch: int) -> Tensor:
+def total_loss(model: nn.Module, inputs: Any, samples: Any, batch: int,
+               classifies: bool) -> Tensor:
     """The loss of a batch, summed over its images.
 
     Classifiers are asked for labels of their own: that makes the gradients'
     second moment the Fisher information of the model. Any other MMEngine
     model gives its training loss.
     """
-    is_engine = hasattr(model, 'parse_losses')
-    if is_engine:
+    if not classifies:
+        losses = model(inputs, samples, mode='loss')
+        return model.parse_losses(losses)[0] * len(inputs)
+    if hasattr(model, 'parse_losses'):
         outputs = model(inputs, samples, mode='tensor')
     else:
         outputs = model(inputs)
+    logits = _logits(outputs)
+    labels = _sampled_labels(logits, batch)
+    return F.cross_entropy(logits, labels, reduction='sum')
+
+
+def _logits(outputs: Any) -> Optional[Tensor]:
+    """The logits of a classifier, None if these are other outputs."""
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
         outputs = outputs[0]
-    if isinstance(outputs, Tensor) and outputs.dim() == 2:
-        labels = _sampled_labels(outputs, batch)
-        return F.cross_entropy(outputs, labels, reduction='sum')
-    if not is_engine:
-        raise UnknownLossError(
-            'loss-aware planning needs an MMEngine model, whose training loss '
-            'is known, or a plain classifier, which puts out one tensor of '
-            'shape (images, classes): set loss_aware=False')
-    losses = model(inputs, samples, mode='loss')
-    return model.parse_losses(losses)[0] * len(inputs)
+    is_matrix = isinstance(outputs, Tensor) and outputs.dim() == 2
+    return outputs if is_matrix else None
+
+
+def _classifies(model: nn.Module, data: Any) -> bool:
+    """Whether a model puts out logits.
+
+    Raises:
+        UnknownLossError: If it neither does nor knows its training loss.
+    """
+    if _logits(tensor_outputs(model, data)) is not None:
+        return True
+    if hasattr(model, 'parse_losses'):
+        return False
+    raise UnknownLossError(
+        'loss-aware planning needs an MMEngine model, whose training loss is '
+        'known, or a plain classifier, which puts out one tensor of shape '
+        '(images, classes): set loss_aware=False')
 
 
 def _prepare(model: nn.Module, data: Any) -> Tuple[Tensor, Any]:
@@ -154,12 +171,14 @@ def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
         UnknownLossError: If the model has no loss that is known here.
     """
     logger = MMLogger.get_current_instance()
-    with evaluation(model), GradientRecorder(layers) as recorder:
-        with torch.enable_grad():
+    with evaluation(model):
+        classifies = _classifies(model, batches[0])
+        with torch.enable_grad(), GradientRecorder(layers) as recorder:
             for index, data in enumerate(batches):
                 inputs, samples = _prepare(model, data)
                 # in-place layers may not change a leaf
-                loss = total_loss(model, inputs + 0, samples, index)
+                loss = total_loss(model, inputs + 0, samples, index,
+                                  classifies)
                 # with respect to the inputs alone: no gradient of a weight
                 # is computed
                 torch.autograd.grad(loss, inputs)

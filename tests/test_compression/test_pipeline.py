@@ -127,13 +127,15 @@ def test_number_of_batches(count):
 
     model, other = network(), network()
     planner = FixedPlanner({'.*': 3})
-    mmbasis.compress(model, planner, loader(), num_batches=count)
-    assert seen == list(range(count))  # no more are read than are used
-    mmbasis.compress(other, planner, data[:count])
+    kwargs = dict(recalibration=False)
+    mmbasis.compress(model, planner, loader(), num_batches=count, **kwargs)
+    # no more are read than are used, and one that is held out
+    assert seen == list(range(count + 1))
+    mmbasis.compress(other, planner, data[:count], **kwargs)
     x, = batches(1, seed=1)
     assert torch.equal(model(x), other(x))
     third = network()
-    mmbasis.compress(third, planner, data, num_batches=50)
+    mmbasis.compress(third, planner, data, num_batches=50, **kwargs)
     assert not torch.equal(third(x), model(x))
 
 

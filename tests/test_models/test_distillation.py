@@ -6,7 +6,7 @@ import torch
 from mmengine.hooks import EMAHook
 
 from mmbasis.models import BasisModel
-from mmbasis.models.distillation import kl_divergence, normalized_mse
+from mmbasis.utils.divergence import kl_divergence, normalized_mse
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
 TERMS = [
