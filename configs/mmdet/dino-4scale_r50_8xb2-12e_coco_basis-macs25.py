@@ -1,0 +1,9 @@
+_base_ = '../_base_/detectors/dino-4scale_r50_8xb2-12e_coco.py'
+
+custom_hooks = [
+    dict(
+        type='mmbasis.BasisCompressionHook',
+        planner=dict(type='BudgetPlanner', macs=0.25),
+        # 32 images
+        calibration=dict(num_batches=16))
+]
