@@ -17,9 +17,10 @@ from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import (Compressor, as_planner, load_weights,
-                                 model_complexity, read_checkpoint,
-                                 save_checkpoint, take_batches)
+from mmbasis.compression import (TEACHER_KEY, Compressor, as_planner,
+                                 load_weights, model_complexity,
+                                 read_checkpoint, save_checkpoint,
+                                 take_batches)
 from mmbasis.models import dense_architecture, standalone_config
 from mmbasis.planning import BasePlanner, CompressionPlan
 from mmbasis.utils import load_config
@@ -164,8 +165,15 @@ def main() -> None:
         return osp.abspath(osp.join(cfg.work_dir, name))
 
     plan.save(path('plan.json'))
-    save_checkpoint(model, plan, path('compressed.pth'),
-                    dict(dataset_meta=dataset_meta(loader)))
+    save_checkpoint(
+        model,
+        plan,
+        path('compressed.pth'),
+        {
+            'dataset_meta': dataset_meta(loader),
+            # of further training
+            TEACHER_KEY: osp.abspath(args.checkpoint)
+        })
     standalone = standalone_config(cfg, plan, path('compressed.pth'))
     write_atomically(path('compressed.py'), standalone.pretty_text)
     plot_spectra(compressor.layers, plan, path('spectra.png'))

@@ -1,19 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a dense model to a compressed one, and to its checkpoint."""
-from .checkpoint import (META_KEY, from_plain, plan_of, read_checkpoint,
-                         save_checkpoint, to_plain)
+from .checkpoint import (META_KEY, TEACHER_KEY, from_plain, plan_of,
+                         read_checkpoint, save_checkpoint, to_plain)
 from .complexity import model_complexity
 from .pipeline import (Compressor, analyze, as_planner, compress, log_plan,
                        take_batches)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .reconstruction import Reconstruction
-from .surgery import (apply_plan, attach_plan, basis_layers, get_plan, guard,
-                      load_weights)
+from .surgery import (apply_plan, attach_plan, basis_layers, densified,
+                      get_plan, guard, load_weights)
 
 __all__ = [
-    'META_KEY', 'from_plain', 'plan_of', 'read_checkpoint', 'save_checkpoint',
-    'to_plain', 'model_complexity', 'Compressor', 'analyze', 'as_planner',
-    'compress', 'log_plan', 'take_batches', 'output_error', 'recalibrate',
-    'recalibrate_if_better', 'Reconstruction', 'apply_plan', 'attach_plan',
-    'basis_layers', 'get_plan', 'guard', 'load_weights'
+    'META_KEY', 'TEACHER_KEY', 'from_plain', 'plan_of', 'read_checkpoint',
+    'save_checkpoint', 'to_plain', 'model_complexity', 'Compressor', 'analyze',
+    'as_planner', 'compress', 'log_plan', 'take_batches', 'output_error',
+    'recalibrate', 'recalibrate_if_better', 'Reconstruction', 'apply_plan',
+    'attach_plan', 'basis_layers', 'densified', 'get_plan', 'guard',
+    'load_weights'
 ]

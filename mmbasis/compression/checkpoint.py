@@ -14,6 +14,8 @@ from ..planning import CompressionPlan
 
 #: where the plan stands in ``checkpoint['meta']``
 META_KEY = 'mmbasis'
+#: where the file of the dense weights is named
+TEACHER_KEY = 'mmbasis_teacher'
 _HISTORY = ('_log_history', '_count_history')
 
 

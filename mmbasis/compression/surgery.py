@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Putting a plan into a model, and keeping wrong checkpoints out of it."""
+import copy
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
@@ -110,6 +111,18 @@ def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
         if layer is not None and layer.bias is None:
             channels = entry.params - layer.weight.numel()
             layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
+
+
+def densified(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model with dense layers of the same function, and
+    without a plan."""
+    model = copy.deepcopy(model)
+    replace_modules(model, {
+        layer: layer.to_dense()
+        for _, layer in basis_layers(model)
+    })
+    model.__dict__.pop('_mmbasis_plan', None)
+    return model
 
 
 def get_plan(model: nn.Module) -> Optional[CompressionPlan]:

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+import os.path as osp
 from typing import Any, Dict, Iterable, Optional, Union
 
 from mmengine.hooks import EMAHook, Hook
@@ -8,7 +9,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from ..compression import META_KEY, from_plain, log_plan, plan_of, to_plain
+from ..compression import (META_KEY, TEACHER_KEY, from_plain, log_plan,
+                           plan_of, to_plain)
 from ..models.basis_model import BasisModel, PlanLike, as_plan
 from ..registry import HOOKS
 from ..utils.runner import calibration_dataloader
@@ -51,7 +53,8 @@ class BasisCompressionHook(Hook):
         recalibration (bool | str): See there, too. Defaults to ``'auto'``.
         norm (bool): See :class:`~mmbasis.models.BasisModel`.
         orthogonality (dict, optional): See there, too.
-        distillation (dict, optional): See there, too.
+        distillation (bool | dict, optional): See there, too. Defaults to
+            True: the dense model teaches the compressed one.
 
     Raises:
         ValueError: If the arguments contradict each other.
@@ -68,7 +71,7 @@ class BasisCompressionHook(Hook):
                  recalibration: Union[bool, str] = 'auto',
                  norm: bool = False,
                  orthogonality: Optional[dict] = None,
-                 distillation: Optional[dict] = None) -> None:
+                 distillation: Union[None, bool, dict] = None) -> None:
         if planner is not None and plan is not None:
             raise ValueError('BasisCompressionHook takes a planner or a plan, '
                              'not both')
@@ -82,6 +85,7 @@ class BasisCompressionHook(Hook):
             reconstruction=reconstruction, recalibration=recalibration)
         self.planner = planner
         self.plan = None if plan is None else as_plan(plan)
+        self._teacher_path: Optional[str] = None
         self.wrapper_cfg: Dict[str, Any] = dict(
             norm=norm, orthogonality=orthogonality, distillation=distillation)
 
@@ -98,11 +102,15 @@ class BasisCompressionHook(Hook):
                     'BasisModel: give them there')
             self.planner = model.planner
         else:
-            model = BasisModel(model, **self.wrapper_cfg)
+            config = dict(self.wrapper_cfg)
+            if config['distillation'] is None:
+                config['distillation'] = True
+            model = BasisModel(model, **config)
             self._set_model(runner, model)
         if runner._load_from is not None or (
                 runner._resume and find_latest_checkpoint(runner.work_dir)):
             model.has_weights = True
+            model.source = runner._load_from
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the structure of a compressed checkpoint, before its weights
@@ -118,6 +126,7 @@ class BasisCompressionHook(Hook):
         })
         model = _bare(runner)
         plan = plan_of(checkpoint)
+        self._teacher_path = checkpoint.get('meta', {}).get(TEACHER_KEY)
         if plan is None:
             if runner._resume:
                 raise RuntimeError(
@@ -139,6 +148,7 @@ class BasisCompressionHook(Hook):
         model = _bare(runner)
         if model.plan is not None:
             log_plan(model.plan)
+            self._find_teacher(runner, model)
             return
         if not model.has_weights:
             runner.logger.warning(
@@ -151,6 +161,8 @@ class BasisCompressionHook(Hook):
                 'a plan, or start from a compressed checkpoint')
         model.compress(planner, self._dataloader(runner), self.num_batches,
                        **self.compressor_cfg)
+        if model.distillation is not None and not model.has_weights:
+            model.distillation = None
         self._rebuild(runner, model)
         if is_model_wrapper(runner.model):
             runner._maybe_compile('train_step')
@@ -167,14 +179,42 @@ class BasisCompressionHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Put the plan into ``meta`` and everything into plain types."""
-        plan = _bare(runner).plan
-        if plan is not None:
-            checkpoint['meta'][META_KEY] = plan.to_dict()
+        model = _bare(runner)
+        if model.plan is not None:
+            checkpoint['meta'][META_KEY] = model.plan.to_dict()
+        if model.distillation is not None and model.distillation.source:
+            checkpoint['meta'][TEACHER_KEY] = model.distillation.source
         for key in ('meta', 'message_hub', 'param_schedulers'):
             if key in checkpoint:
                 checkpoint[key] = to_plain(checkpoint[key])
 
     # ------------------------------------------------------------- helpers
+    def _find_teacher(self, runner: Runner, model: BasisModel) -> None:
+        """Load the teacher of a model that was compressed earlier from the
+        file that its checkpoint names.
+
+        Raises:
+            RuntimeError: If it is not there, and the run is resumed or asks
+                for a teacher.
+        """
+        distillation, path = model.distillation, self._teacher_path
+        if distillation is None or distillation.teacher is not None:
+            return
+        if path is not None and ('://' in path or osp.isfile(path)):
+            distillation.load(model.architecture, path)
+            runner.logger.info('The teacher is %s', path)
+            return
+        found = ('the checkpoint names none' if path is None else
+                 f'{path} of the checkpoint does not exist')
+        if isinstance(self.wrapper_cfg['distillation'],
+                      dict) or (runner._resume and path is not None):
+            raise RuntimeError(
+                f'distillation needs the dense weights, but {found}: give '
+                'them as distillation=dict(checkpoint=…), or set '
+                'distillation=False')
+        runner.logger.warning('Training without a teacher: %s', found)
+        model.distillation = None
+
     def _dataloader(self, runner: Runner) -> Iterable:
         """Calibration batches."""
         if self.dataloader_cfg is not None:

@@ -50,9 +50,11 @@ class BasisModel(BaseModel):
         orthogonality (dict, optional): ``dict(weight=…)`` adds
             ``weight * sum ||F F^T - I||_F^2`` over the basis layers to the
             losses, as ``loss_orthogonality``.
-        distillation (dict, optional): Arguments of
-            :class:`~mmbasis.models.distillation.Distillation`:
-            ``dict(checkpoint='dense.pth')`` is enough.
+        distillation (bool | dict, optional): Arguments of
+            :class:`~mmbasis.models.distillation.Distillation`. Where they
+            name no checkpoint, the dense model that is compressed is the
+            teacher; True is the same with all defaults, if there are any for
+            the model.
         data_preprocessor (dict, optional): Used for an architecture whose
             config has none (mmpretrain keeps it beside the model).
 
@@ -69,7 +71,7 @@ class BasisModel(BaseModel):
                  planner: Optional[dict] = None,
                  norm: bool = False,
                  orthogonality: Optional[dict] = None,
-                 distillation: Optional[dict] = None,
+                 distillation: Union[None, bool, dict] = None,
                  data_preprocessor: Optional[dict] = None) -> None:
         super().__init__()
         if plan is not None and planner is not None:
@@ -86,10 +88,11 @@ class BasisModel(BaseModel):
         self.planner = planner
         self.use_norm = norm
         self.orthogonality_weight = _orthogonality_weight(orthogonality)
-        self.distillation = None if distillation is None else Distillation(
-            architecture, **distillation)
+        self.distillation = _build_distillation(architecture, distillation)
         #: set where the weights must not be initialised again
         self.has_weights = False
+        #: the file that the dense weights came from
+        self.source: Optional[str] = None
         guard(self)
         if get_plan(architecture) is not None:
             attach_plan(self, get_plan(architecture))
@@ -112,7 +115,7 @@ class BasisModel(BaseModel):
         if plan is not None and self.plan is None:
             self.apply_plan(plan, project=False)
         load_weights(self, checkpoint, path)
-        self.has_weights = True
+        self.has_weights, self.source = True, path
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -136,6 +139,8 @@ class BasisModel(BaseModel):
             project (bool): Start from the dense weights (truncated SVD)
                 instead of leaving the factors to a checkpoint.
         """
+        if project:
+            self._take_teacher()
         apply_plan(self, plan, project=project)
 
     def compress(self,
@@ -144,6 +149,7 @@ class BasisModel(BaseModel):
                  num_batches: Optional[int] = None,
                  **kwargs) -> CompressionPlan:
         """See :func:`mmbasis.compress`."""
+        self._take_teacher()
         return compress(
             self,
             planner,
@@ -151,6 +157,12 @@ class BasisModel(BaseModel):
             num_batches,
             norm=self.use_norm,
             **kwargs)
+
+    def _take_teacher(self) -> None:
+        """Keep the dense model as teacher, before it is compressed."""
+        if (self.distillation is not None and self.distillation.teacher is None
+                and self.plan is None and self.has_weights):
+            self.distillation.take(self.architecture, self.source)
 
     # ---------------------------------------------------------- training
     def init_weights(self) -> None:
@@ -210,6 +222,20 @@ class BasisModel(BaseModel):
 
     def test_step(self, data: Union[dict, tuple, list]) -> list:
         return self.architecture.test_step(data)
+
+
+def _build_distillation(
+        architecture: BaseModel,
+        config: Union[None, bool, dict]) -> Optional[Distillation]:
+    if config is True:
+        try:
+            return Distillation(architecture)
+        except ValueError as error:
+            MMLogger.get_current_instance().info('No teacher: %s', error)
+            return None
+    if config is None or config is False:
+        return None
+    return Distillation(architecture, **config)
 
 
 def _orthogonality_weight(config: Optional[dict]) -> float:

@@ -1,6 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The uncompressed model as teacher."""
 import copy
+import functools
+import os.path as osp
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -9,7 +11,7 @@ import torch.nn as nn
 from mmengine.model import BaseModel
 from torch import Tensor
 
-from ..compression import get_plan, load_weights, read_checkpoint
+from ..compression import densified, load_weights, read_checkpoint
 from ..utils.divergence import kl_divergence, normalized_mse
 
 
@@ -18,39 +20,74 @@ class Distillation:
     self. No module: nothing of it is saved, trained or counted.
 
     Args:
-        architecture (BaseModel): The dense model; it is copied.
-        checkpoint (str): Weights of the teacher.
+        architecture (BaseModel): The model; it need not be dense.
+        checkpoint (str, optional): Weights of the teacher. By default it is
+            given later, by :meth:`take` or :meth:`load`.
         terms (Sequence[dict], optional): What is compared: ``module`` (its
             name in the model), ``type`` (``'kl'`` for logits, ``'mse'`` for
-            features), ``weight`` and, for ``'kl'``, ``temperature``. Defaults
-            to the logits where the model has ``head.fc``, otherwise to the
-            features of its neck or backbone.
-        task_weight (float): Factor of the model's own losses. Defaults to
-            0.3.
+            features and maps, each channel in units of its variance),
+            ``weight`` and, for ``'kl'``, ``temperature``. Defaults to the
+            logits of a classifier (``head.fc``), the outputs of a detector's
+            neck, dense head and region proposals, otherwise to those of the
+            backbone.
+        task_weight (float, optional): Factor of the model's own losses.
+            Defaults to 0.3 where logits are compared, otherwise to 1.
 
     Raises:
         ValueError: If a term is malformed or names no module of the model, or
-            if the model is compressed already.
+            if there is no default for it.
     """
 
     def __init__(self,
                  architecture: BaseModel,
-                 checkpoint: str,
+                 checkpoint: Optional[str] = None,
                  terms: Optional[Sequence[dict]] = None,
-                 task_weight: float = 0.3) -> None:
-        if get_plan(architecture) is not None:
-            raise ValueError('distillation needs the dense model as teacher: '
-                             'use the dense config with BasisCompressionHook, '
-                             'not compressed.py')
-        self.teacher = copy.deepcopy(architecture)
-        load_weights(self.teacher, read_checkpoint(checkpoint), checkpoint)
-        self.teacher.requires_grad_(False).eval()
-        self.task_weight = task_weight
-        names = dict(architecture.named_modules())
+                 task_weight: Optional[float] = None) -> None:
+        names = dict(architecture.named_modules(remove_duplicate=False))
         self.terms = [
             _check_term(term, names)
             for term in (_default_terms(names) if terms is None else terms)
         ]
+        if task_weight is None:
+            logits = any(term['type'] == 'kl' for term in self.terms)
+            task_weight = .3 if logits else 1.
+        self.task_weight = task_weight
+        #: the dense model, None until it is known
+        self.teacher: Optional[nn.Module] = None
+        #: the file that its weights are in, for resuming
+        self.source: Optional[str] = None
+        if checkpoint is not None:
+            self.load(architecture, checkpoint)
+
+    def take(self, architecture: nn.Module, source: Optional[str]) -> None:
+        """Take a copy of a dense model, as it is, for the teacher.
+
+        Args:
+            architecture (nn.Module): The dense model with its weights.
+            source (str, optional): The file that they came from.
+        """
+        self.teacher = copy.deepcopy(architecture)
+        self.teacher.requires_grad_(False).eval()
+        if source is not None and osp.isfile(source):
+            source = osp.abspath(source)
+        self.source = source
+
+    def load(self, architecture: nn.Module, path: str) -> None:
+        """Build the teacher from a model, dense or compressed, and a file.
+
+        Raises:
+            RuntimeError: If the weights do not fit.
+        """
+        checkpoint = read_checkpoint(path)
+        teacher = densified(architecture)
+        for name, module in teacher.named_modules():
+            # compression gives biases that the dense layer may not have
+            if getattr(module, 'bias', None) is not None and (
+                    f'{name}.bias' not in checkpoint['state_dict']
+                    and f'{name}.weight' in checkpoint['state_dict']):
+                module.bias = None
+        load_weights(teacher, checkpoint, path)
+        self.take(teacher, path)
 
     def __deepcopy__(self, memo: dict) -> 'Distillation':
         """Averaged copies of the model need no teacher of their own."""
@@ -71,6 +108,11 @@ class Distillation:
             dict: Own losses times ``task_weight``, and ``loss_distill_<name>``
             for each term.
         """
+        if self.teacher is None:
+            raise RuntimeError(
+                'distillation has no teacher yet: compress a model with '
+                'trained weights, or give the file of the dense ones as '
+                'distillation=dict(checkpoint=…)')
         device = next(model.parameters()).device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
@@ -80,9 +122,9 @@ class Distillation:
         with _capture(model, names) as outputs:
             losses = _scaled(forward(), self.task_weight)
         for term in self.terms:
-            pairs = list(zip(outputs[term['module']], targets[term['module']]))
-            losses[f'loss_distill_{term["module"]}'] = term['weight'] * sum(
-                _compare(term, s, t) for s, t in pairs) / len(pairs)
+            name = term['module']
+            losses[f'loss_distill_{name}'] = term['weight'] * _compare(
+                term, outputs[name], targets[name])
         return losses
 
 
@@ -106,30 +148,45 @@ def _check_term(term: dict, names: Dict[str, nn.Module]) -> dict:
 def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
     if 'head.fc' in names:
         return [dict(module='head.fc', type='kl', weight=.7)]
-    for name in ('neck', 'backbone'):
-        if name in names:
-            return [dict(module=name, type='mse')]
-    raise ValueError('distillation: the model has no head.fc, neck or '
-                     'backbone, say what to compare by terms=[dict(module=…)]')
+    found = [x for x in ('neck', 'bbox_head', 'rpn_head') if x in names]
+    if not found and 'backbone' in names:
+        found = ['backbone']
+    if not found:
+        raise ValueError('distillation: the model has no head.fc, neck, '
+                         'bbox_head or backbone, say what to compare by '
+                         'terms=[dict(module=…)]')
+    return [dict(module=name, type='mse') for name in found]
 
 
 class _capture(ExitStack):
     """Collect the outputs of named modules: a list of tensors for each, over
-    calls and, where a module puts out several, over these."""
+    calls and, where a module puts out several, over these.
+
+    Detectors call the ``forward`` of a head directly, past its hooks: so
+    ``forward`` itself is wrapped.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.outputs: Dict[str, List[Tensor]] = {name: [] for name in names}
         for name in names:
-
-            def hook(module, args, output, found=self.outputs[name]):
-                found.extend(_tensors(output))
-
-            handle = model.get_submodule(name).register_forward_hook(hook)
-            self.callback(handle.remove)
+            module = model.get_submodule(name)
+            module.forward = _noting(module.forward, self.outputs[name])
+            self.callback(delattr, module, 'forward')
 
     def __enter__(self) -> Dict[str, List[Tensor]]:
         return self.outputs
+
+
+def _noting(forward: Callable, found: List[Tensor]) -> Callable:
+
+    @functools.wraps(forward)
+    def noting(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        found.extend(_tensors(output))
+        return output
+
+    return noting
 
 
 def _tensors(output: Any) -> List[Tensor]:
@@ -140,15 +197,23 @@ def _tensors(output: Any) -> List[Tensor]:
     return []
 
 
-def _compare(term: dict, student: Tensor, teacher: Tensor) -> Tensor:
-    if student.shape != teacher.shape:
+def _compare(term: dict, students: Sequence[Tensor],
+             teachers: Sequence[Tensor]) -> Tensor:
+    """Mean distance of the outputs that pair: a detector in training may put
+    out more than its teacher (queries for denoising, proposals)."""
+    pairs = [(s.float(), t.float()) for s, t in zip(students, teachers)
+             if s.shape == t.shape and s.is_floating_point()]
+    if not pairs:
+        shapes = [[tuple(x.shape) for x in y[:3]]
+                  for y in (students, teachers)]
         raise RuntimeError(
-            f'distillation: {term["module"]} puts out {tuple(student.shape)} '
-            f'in the model and {tuple(teacher.shape)} in the teacher')
-    student, teacher = student.float(), teacher.float()
+            f'distillation: {term["module"]} puts out {shapes[0]} in the '
+            f'model and {shapes[1]} in the teacher: nothing to compare')
     if term['type'] == 'kl':
-        return kl_divergence(student, teacher, term['temperature'])
-    return normalized_mse(student, teacher)
+        losses = [kl_divergence(s, t, term['temperature']) for s, t in pairs]
+    else:
+        losses = [normalized_mse(s, t) for s, t in pairs]
+    return sum(losses) / len(losses)
 
 
 def _scaled(losses: Dict[str, Any], factor: float) -> Dict[str, Any]:

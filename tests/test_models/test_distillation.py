@@ -1,9 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+import os
 
 import pytest
 import torch
 from mmengine.hooks import EMAHook
+from mmengine.registry import MODELS
 
 from mmbasis.models import BasisModel
 from mmbasis.utils.divergence import kl_divergence, normalized_mse
@@ -106,11 +108,106 @@ def test_run_and_resume(tmp_path, dense):
         assert torch.equal(a, b)
 
 
+@MODELS.register_module(force=True)
+class HeadNet(ToyNet):
+    """Names its classifier as the classifiers of mmpretrain do."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.head = torch.nn.ModuleDict(dict(fc=self.fc))
+        del self.fc
+
+    @property
+    def fc(self):
+        return self.head['fc']
+
+
+@pytest.fixture
+def head_cfg(tmp_path, dense):
+    content = torch.load(dense, weights_only=True)
+    content['state_dict'] = {
+        k.replace('fc.', 'head.fc.'): v
+        for k, v in content['state_dict'].items()
+    }
+    torch.save(content, dense)
+    cfg = toy_cfg(tmp_path / 'run', dense)
+    cfg.model.type = 'HeadNet'
+    return cfg
+
+
+def test_dense_model_teaches_by_default(tmp_path, dense, head_cfg):
+    """From its first iteration, after resuming, and when training starts from
+    a compressed checkpoint; the file it came from is enough."""
+    whole = run(head_cfg)
+    losses = 'train/loss_distill_head.fc'
+    assert losses in whole.message_hub.log_scalars
+    teacher = whole.model.distillation.teacher.state_dict()
+    expected = torch.load(dense, weights_only=True)['state_dict']
+    assert all(torch.equal(teacher[k], v) for k, v in expected.items())
+
+    saved = str(tmp_path / 'run' / 'epoch_1.pth')
+    head_cfg.merge_from_dict(
+        dict(resume=True, load_from=saved, work_dir=str(tmp_path / 'resumed')))
+    resumed = run(head_cfg)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b)
+    head_cfg.merge_from_dict(
+        dict(resume=False, work_dir=str(tmp_path / 'again')))
+    again = run(head_cfg)
+    assert losses in again.message_hub.log_scalars
+    again = again.model.distillation.teacher.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in expected.items())
+
+    os.remove(dense)
+    fresh = run(head_cfg)  # a start goes without a teacher, and says so
+    assert fresh.model.distillation is None
+    head_cfg.resume = True
+    with pytest.raises(RuntimeError, match='dense.pth of the checkpoint does'):
+        run(head_cfg)
+
+
+def test_no_teacher(head_cfg):
+    head_cfg.custom_hooks[-1].distillation = False
+    scalars = run(head_cfg).message_hub.log_scalars
+    assert not any('distill' in key for key in scalars)
+    head_cfg.load_from = None  # random weights have nothing to teach
+    head_cfg.custom_hooks[-1].distillation = True
+    assert run(head_cfg).model.distillation is None
+
+
+def test_calls_of_forward_itself_are_seen():
+    """Detectors call the forward of a head past its hooks; what does not pair
+    is left out."""
+
+    class Detector(ToyNet):
+
+        def __init__(self):
+            super().__init__()
+            self.bbox_head = self.conv3
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            x = self.conv2(self.conv1(inputs))
+            y = [self.bbox_head.forward(x)]
+            if mode != 'loss':
+                return y
+            extra = self.bbox_head(x[:, :, ::2])
+            return dict(loss=y[0].mean() + extra.mean())
+
+    torch.manual_seed(0)
+    net = BasisModel(Detector(), distillation=True).eval()
+    net.distillation.take(net.architecture, None)
+    net.conv2.weight.data += .01
+    losses = net(torch.rand(2, 3, 8, 8), mode='loss')
+    assert losses['loss_distill_bbox_head'] > 0
+    assert net.distillation.task_weight == 1
+    assert 'forward' not in vars(net.bbox_head)
+
+
 @pytest.mark.parametrize('terms, message', [
     ([dict(module='nothing', type='mse')], "no module 'nothing'"),
     ([dict(module='fc', type='mae')], "type='kl'"),
     ([dict(module='fc', type='mse', temperature=2.)], 'term of distillation'),
-    (None, 'no head.fc, neck or backbone'),
+    (None, 'no head.fc, neck'),
 ])
 def test_bad_terms(dense, terms, message):
     with pytest.raises(ValueError, match=message):
