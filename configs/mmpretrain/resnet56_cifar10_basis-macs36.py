@@ -4,20 +4,22 @@ _base_ = 'resnet56_cifar10.py'
 
 # trained by resnet56_cifar10.py, or converted from the authors' weights by
 # tools/model_converters/resnet56_cifar.py
-dense = '{{$MMBASIS_DATA:data}}/resnet56_cifar10.pth'
-load_from = dense
+load_from = '{{$MMBASIS_DATA:data}}/resnet56_cifar10.pth'
 
 custom_hooks = [
     dict(
         type='mmbasis.BasisCompressionHook',
         planner=dict(type='BudgetPlanner', macs=0.359),
         # 512 images
-        calibration=dict(num_batches=4),
-        distillation=dict(checkpoint=dense)),
+        calibration=dict(num_batches=4)),
     dict(type='mmbasis.SpectrumHook'),
 ]
 
 optim_wrapper = dict(optimizer=dict(lr=0.01, nesterov=True))
 param_scheduler = dict(
-    _delete_=True, type='CosineAnnealingLR', T_max=120, by_epoch=True)
+    _delete_=True,
+    type='CosineAnnealingLR',
+    T_max=120,
+    by_epoch=True,
+    convert_to_iter_based=True)
 train_cfg = dict(max_epochs=120)

@@ -12,7 +12,8 @@ custom_hooks = [
         type='mmbasis.BasisCompressionHook',
         planner=dict(type='EnergyPlanner', threshold=0.63),
         norm=True,
-        orthogonality=dict(weight=0.001)),
+        orthogonality=dict(weight=0.001),
+        distillation=False),
     dict(type='mmbasis.SpectrumHook'),
 ]
 

@@ -2,9 +2,10 @@
 from .compression_hook import BasisCompressionHook
 from .epoch_seed_hook import EpochSeedHook
 from .orthogonality_hook import OrthogonalityHook
+from .progressive_truncation_hook import ProgressiveTruncationHook
 from .spectrum_hook import SpectrumHook
 
 __all__ = [
     'BasisCompressionHook', 'EpochSeedHook', 'OrthogonalityHook',
-    'SpectrumHook'
+    'ProgressiveTruncationHook', 'SpectrumHook'
 ]

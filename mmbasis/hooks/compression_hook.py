@@ -12,6 +12,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ..compression import (META_KEY, TEACHER_KEY, from_plain, log_plan,
                            plan_of, to_plain)
 from ..models.basis_model import BasisModel, PlanLike, as_plan
+from ..optim import carry_over
 from ..registry import HOOKS
 from ..utils.runner import calibration_dataloader
 
@@ -166,6 +167,27 @@ class BasisCompressionHook(Hook):
         self._rebuild(runner, model)
         if is_model_wrapper(runner.model):
             runner._maybe_compile('train_step')
+
+    def truncate(self, runner: Runner, planner: dict) -> None:
+        """Compress the compressed model further in the middle of training; the
+        optimizer's state and the schedules go on.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            planner (dict): Config of the planner, budgets being fractions of
+                the dense model.
+        """
+        model = _bare(runner)
+        before = model.architecture
+        wrapper, schedulers = runner.optim_wrapper, runner.param_schedulers
+        model.truncate(planner, self._dataloader(runner), self.num_batches,
+                       **self.compressor_cfg)
+        self._rebuild(runner, model)
+        carry_over(before, wrapper, model.architecture, runner.optim_wrapper)
+        for old, new in zip(schedulers or [], runner.param_schedulers or []):
+            new.load_state_dict(old.state_dict())
+        runner.optim_wrapper.initialize_count_status(
+            runner.model, runner.iter, runner.train_loop.max_iters)
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to test a dense model under a compression config."""

@@ -8,7 +8,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
 from ..compression import (apply_plan, attach_plan, basis_layers, compress,
-                           get_plan, guard, load_weights, plan_of,
+                           densified, get_plan, guard, load_weights, plan_of,
                            read_checkpoint)
 from ..factorization import orthogonality_penalty
 from ..planning import BasePlanner, CompressionPlan
@@ -157,6 +157,35 @@ class BasisModel(BaseModel):
             num_batches,
             norm=self.use_norm,
             **kwargs)
+
+    def truncate(self,
+                 planner: Union[BasePlanner, CompressionPlan, dict],
+                 dataloader: Iterable,
+                 num_batches: Optional[int] = None,
+                 **kwargs) -> CompressionPlan:
+        """Compress the compressed model further.
+
+        It is planned and truncated like the dense model of the same function;
+        the arguments are those of :func:`mmbasis.compress`, and budgets are
+        fractions of the dense model.
+        """
+        before = self.plan
+        model = densified(self.architecture)
+        plan = compress(
+            model,
+            planner,
+            dataloader,
+            num_batches,
+            norm=self.use_norm,
+            **kwargs)
+        for name, entry in before.layers.items():
+            if name in plan.layers:  # costs of the dense model that was
+                plan.layers[name].params[0] = entry.params[0]
+            else:
+                plan.dense[name].bias = entry.bias
+        self._adopt(model)
+        attach_plan(self, plan)
+        return plan
 
     def _take_teacher(self) -> None:
         """Keep the dense model as teacher, before it is compressed."""

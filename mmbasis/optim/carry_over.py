@@ -1,0 +1,117 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""The state of an optimizer whose parameters are factorised anew."""
+from types import SimpleNamespace
+from typing import Dict, Iterator, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from mmengine.optim import OptimWrapper
+from torch import Tensor
+
+from ..layers import BasisLayer, basis_layer_type
+
+#: entries of an optimizer's state that are averages of gradients
+_GRADIENTS = ('momentum_buffer', 'exp_avg')
+
+
+@torch.no_grad()
+def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
+               new: OptimWrapper) -> None:
+    """Hand the state of an optimizer to that of the same model with other
+    ranks.
+
+    Parameters that are there in both keep their state. Averaged gradients of
+    factors are turned into one of the product and from there into those of
+    the new factors; entries of other kinds keep their mean. Learning rates
+    go on where they stand in the schedule.
+
+    Args:
+        old_model (nn.Module): The model before.
+        old (OptimWrapper): Its optimizer.
+        new_model (nn.Module): The model now.
+        new (OptimWrapper): Its optimizer, without state; changed in place.
+    """
+    before = dict(old_model.named_parameters())
+    state = old.optimizer.state
+    for name, parameter in new_model.named_parameters():
+        same = before.get(name)
+        if same is not None and same.shape == parameter.shape:
+            if state.get(same):
+                new.optimizer.state[parameter] = state[same]
+    for pair in _changed(old_model, new_model):
+        for parameter, entries in _mapped(*pair, state):
+            new.optimizer.state[parameter] = entries
+    ratio = _lr_ratio(old)
+    for group in new.optimizer.param_groups:
+        group['lr'] = group.get('initial_lr', group['lr']) * ratio
+    if hasattr(old, 'loss_scaler'):
+        new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
+
+
+def _lr_ratio(wrapper: OptimWrapper) -> float:
+    """How far the schedule has taken the learning rates, the same for all
+    groups."""
+    group = wrapper.optimizer.param_groups[0]
+    return group['lr'] / group.get('initial_lr', group['lr'])
+
+
+def _changed(old_model: nn.Module,
+             new_model: nn.Module) -> Iterator[Tuple[nn.Module, BasisLayer]]:
+    """Layers of both models that are factorised otherwise now."""
+    modules = dict(old_model.named_modules())
+    for name, layer in new_model.named_modules():
+        old = modules.get(name)
+        if isinstance(layer, BasisLayer) and (not isinstance(old, BasisLayer)
+                                              or old.rank != layer.rank):
+            yield old, layer
+
+
+def _mapped(old: nn.Module, new: BasisLayer,
+            state: dict) -> Iterator[Tuple[nn.Parameter, Dict]]:
+    """State of a layer's new factors."""
+    if isinstance(old, BasisLayer):
+        sources = (old.basis.weight, old.coefficients.weight)
+    else:
+        sources = (old.weight, old.weight)
+    if not all(state.get(source) for source in sources):
+        return
+    targets = (new.basis.weight, new.coefficients.weight)
+    entries: Tuple[Dict, Dict] = ({}, {})
+    for key, value in state[sources[0]].items():
+        values = [state[source][key] for source in sources]
+        if not isinstance(value, Tensor) or value.shape != sources[0].shape:
+            for entry, one in zip(entries, values):
+                entry[key] = one
+        elif key in _GRADIENTS:
+            product = _product_gradient(old, *values)
+            basis, coefficients = (f.double() for f in new.factors)
+            found = (new.from_matrix(coefficients.mT @ product,
+                                     new.basis), product @ basis.mT)
+            for entry, one, target in zip(entries, found, targets):
+                entry[key] = one.reshape(target.shape).to(target)
+        else:
+            for entry, one, target in zip(entries, values, targets):
+                entry[key] = torch.full_like(target, float(one.mean()))
+    yield from zip(targets, entries)
+
+
+def _product_gradient(old: nn.Module, basis: Tensor,
+                      coefficients: Tensor) -> Tensor:
+    """The gradient ``M`` of the product ``H = w F`` that belongs to those of
+    the factors, ``w^T M`` and ``M F^T``, of least norm; shape ``(G, P / G,
+    D)``."""
+    if not isinstance(old, BasisLayer):
+        return _as_matrix(old, basis, basis_layer_type(old)).double()
+    found, w = (factor.double() for factor in old.factors)
+    gradient = _as_matrix(old.basis, basis, type(old)).double()
+    inside = coefficients.double().reshape(w.shape) @ torch.linalg.pinv(
+        found.mT)
+    rest = torch.linalg.pinv(w.mT) @ gradient
+    return inside + rest - rest @ torch.linalg.pinv(found) @ found
+
+
+def _as_matrix(module: nn.Module, tensor: Tensor,
+               kind: Optional[type]) -> Tensor:
+    """A tensor of the shape of a layer's weights as a matrix."""
+    return kind.to_matrix(
+        SimpleNamespace(weight=tensor, groups=getattr(module, 'groups', 1)))

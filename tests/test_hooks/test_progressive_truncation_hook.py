@@ -1,0 +1,142 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+import pytest
+import torch
+
+from mmbasis.hooks import ProgressiveTruncationHook
+from mmbasis.models import BasisModel
+from mmbasis.optim import carry_over
+from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
+
+
+def budget(macs):
+    return dict(type='BudgetPlanner', macs=macs)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    dense = dense_checkpoint(tmp_path / 'dense.pth')
+    cfg = toy_cfg(tmp_path / 'run', dense, dict(planner=budget(.7)), epochs=4)
+    cfg.custom_hooks.append(
+        dict(
+            type='mmbasis.ProgressiveTruncationHook',
+            stages=[
+                dict(epoch=1, planner=budget(.5)),
+                dict(epoch=3, planner=budget(.3))
+            ]))
+    cfg.param_scheduler = dict(type='ExponentialLR', gamma=.5)
+    cfg.optim_wrapper.optimizer.lr = .01
+    return cfg
+
+
+def kept(content):
+    macs = content['meta']['mmbasis']['totals']['macs']
+    return macs['after'] / macs['before']
+
+
+def test_ranks_fall_and_schedule_goes_on(tmp_path, cfg):
+    cfg.custom_hooks.append(dict(type='EMAHook'))
+    runner = run(cfg)
+    saved = [
+        torch.load(tmp_path / 'run' / f'epoch_{k}.pth', weights_only=True)
+        for k in (1, 2, 3, 4)
+    ]
+    for content, limit in zip(saved, (.7, .5, .5, .3)):
+        assert .8 * limit < kept(content) <= limit
+    # costs are those of the model that was dense
+    before = {c['meta']['mmbasis']['totals']['macs']['before'] for c in saved}
+    assert len(before) == 1
+    # MMEngine takes no step after the last epoch
+    assert runner.optim_wrapper.get_lr()['lr'] == pytest.approx([.01 / 8])
+    groups = saved[-1]['optimizer']['param_groups']
+    count = len(list(runner.model.parameters()))
+    assert sum(len(g['params']) for g in groups) == count
+    assert len(saved[-1]['optimizer']['state']) == count
+
+
+@pytest.mark.parametrize('epoch', [1, 2, 3])
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, cfg, epoch, optimizer):
+    if optimizer == 'AdamW':
+        cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-3)
+    whole = run(cfg)
+    cfg.merge_from_dict(
+        dict(
+            resume=True,
+            load_from=str(tmp_path / 'run' / f'epoch_{epoch}.pth'),
+            work_dir=str(tmp_path / 'resumed')))
+    resumed = run(cfg)
+    pairs = zip(whole.model.state_dict().items(),
+                resumed.model.state_dict().items())
+    for (name, a), (other, b) in pairs:
+        assert name == other and torch.equal(a, b), name
+    for a, b in zip(whole.optim_wrapper.optimizer.state.values(),
+                    resumed.optim_wrapper.optimizer.state.values()):
+        for key in a:
+            torch.testing.assert_close(
+                torch.as_tensor(a[key]), torch.as_tensor(b[key]))
+
+
+def test_gradient_averages_are_those_of_the_new_factors():
+    """A gradient of the product, once as that of the old factors and once as
+    that of the new ones: carrying over turns the first into the second."""
+    from mmengine.optim import OptimWrapper
+    torch.manual_seed(0)
+    model = BasisModel(ToyNet(norm=False))
+    x = [dict(inputs=torch.rand(4, 3, 8, 8), data_samples=torch.arange(4))]
+
+    def momentum(net, product):
+        """State as of one step with these gradients of the products."""
+        wrapper = OptimWrapper(torch.optim.SGD(net.parameters(), .1, .9))
+        for name, layer in net.named_modules():
+            if name in product:
+                basis, coefficients = layer.factors
+                found = layer.from_matrix(coefficients.mT @ product[name],
+                                          layer.basis)
+                for parameter, value in ((layer.basis.weight, found),
+                                         (layer.coefficients.weight,
+                                          product[name] @ basis.mT)):
+                    wrapper.optimizer.state[parameter] = dict(
+                        momentum_buffer=value.detach().reshape(
+                            parameter.shape))
+        return wrapper
+
+    ranks = dict(conv1=8, conv2=12, conv3=6)
+    model.compress(dict(type='FixedPlanner', ranks=ranks), x)
+    before = model.architecture
+    # of the span of the factors: of that the old ones tell all
+    products = {
+        name: torch.randn(*layer.factors[1].shape) @ layer.factors[0]
+        for name, layer in before.named_modules() if name in ranks
+    }
+    old = momentum(before, products)
+    ranks = dict(conv1=5, conv2=7, conv3=3)
+    model.truncate(dict(type='FixedPlanner', ranks=ranks), x)
+    after = model.architecture
+    new = OptimWrapper(torch.optim.SGD(after.parameters(), .1, .9))
+    carry_over(before, old, after, new)
+    expected = momentum(after, products)
+    for parameter, entry in expected.optimizer.state.items():
+        torch.testing.assert_close(
+            new.optimizer.state[parameter]['momentum_buffer'],
+            entry['momentum_buffer'],
+            rtol=1e-3,
+            atol=1e-4)
+
+
+@pytest.mark.parametrize('stages, message', [
+    ([dict(epoch=0, planner=budget(.5))], 'at least 1'),
+    ([dict(epoch=1)], 'planner=dict'),
+    ([dict(epoch=1, planner=budget(.5), macs=.5)], 'planner=dict'),
+    ([dict(epoch=2, planner=budget(.5)),
+      dict(epoch=1, planner=budget(.4))], 'must rise'),
+    ([dict(epoch=1, planner=budget(2))], 'in \\(0, 1\\]'),
+])
+def test_bad_stages(stages, message):
+    with pytest.raises(ValueError, match=message):
+        ProgressiveTruncationHook(stages)
+
+
+def test_needs_a_run_that_compresses(cfg):
+    del cfg.custom_hooks[1]
+    with pytest.raises(RuntimeError, match='add BasisCompressionHook'):
+        run(cfg)
