@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a dense model to a compressed one, and to its checkpoint."""
+from .analysis import forward_latency, single_truncations
 from .checkpoint import (META_KEY, TEACHER_KEY, from_plain, plan_of,
                          read_checkpoint, save_checkpoint, to_plain)
 from .complexity import model_complexity
@@ -14,7 +15,7 @@ __all__ = [
     'META_KEY', 'TEACHER_KEY', 'from_plain', 'plan_of', 'read_checkpoint',
     'save_checkpoint', 'to_plain', 'model_complexity', 'Compressor', 'analyze',
     'as_planner', 'compress', 'log_plan', 'take_batches', 'output_error',
-    'recalibrate', 'recalibrate_if_better', 'Reconstruction', 'apply_plan',
-    'attach_plan', 'basis_layers', 'densified', 'get_plan', 'guard',
-    'load_weights'
+    'recalibrate', 'recalibrate_if_better', 'forward_latency',
+    'single_truncations', 'Reconstruction', 'apply_plan', 'attach_plan',
+    'basis_layers', 'densified', 'get_plan', 'guard', 'load_weights'
 ]

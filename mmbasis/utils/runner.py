@@ -93,13 +93,15 @@ def _annotated(pipeline: list, training: list) -> list:
     return copy.deepcopy(rest[:1] + loads[:1] + rest[1:])
 
 
-def evaluate(cfg: Config, model: nn.Module) -> Dict[str, float]:
+def evaluate(cfg: Config,
+             model: nn.Module,
+             split: str = 'test') -> Dict[str, float]:
     """Run the test loop of a config on a model.
 
     Args:
-        cfg (Config): With ``test_dataloader``, ``test_cfg`` and
-            ``test_evaluator``.
+        cfg (Config): With ``<split>_dataloader`` and ``<split>_evaluator``.
         model (nn.Module): The model, left in evaluation mode.
+        split (str): ``'test'`` or ``'val'``. Defaults to ``'test'``.
 
     Returns:
         dict: The evaluator's metrics.
@@ -107,9 +109,9 @@ def evaluate(cfg: Config, model: nn.Module) -> Dict[str, float]:
     runner = Runner(
         model=model,
         work_dir=osp.join(cfg.work_dir, 'evaluate'),
-        test_dataloader=copy.deepcopy(cfg.test_dataloader),
-        test_cfg=copy.deepcopy(cfg.test_cfg),
-        test_evaluator=copy.deepcopy(cfg.test_evaluator),
+        test_dataloader=copy.deepcopy(cfg[f'{split}_dataloader']),
+        test_cfg=copy.deepcopy(cfg.get('test_cfg') or {}),
+        test_evaluator=copy.deepcopy(cfg[f'{split}_evaluator']),
         default_hooks=copy.deepcopy(cfg.get('default_hooks')),
         env_cfg=dict(dist_cfg=dict(backend='nccl')),
         log_level=cfg.get('log_level', 'INFO'),

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Pictures of spectra and plans."""
 import os
-from typing import Dict, Sequence
+from typing import Any, Dict, Sequence
 
 import matplotlib
 import numpy as np
@@ -75,6 +75,68 @@ def plot_ranks(plan: CompressionPlan, path: str) -> None:
     bottom.bar(x, [e.macs[1] / 1e6 for e in entries], color='tab:orange')
     bottom.set(ylabel='MACs / M', title='MACs before (gray) and after')
     bottom.set_xticks(x, names, rotation=90, fontsize=6)
+    _save(figure, path)
+
+
+def plot_sensitivities(layers: Sequence[LayerInfo], plan: CompressionPlan,
+                       path: str) -> None:
+    """Draw for each layer what its truncation costs by rank: the increase of
+    the loss, or the energy where that is unknown.
+
+    Args:
+        layers (Sequence[LayerInfo]): With spectra.
+        plan (CompressionPlan): The plan; ranks in it are marked.
+        path (str): PNG to write.
+    """
+    shown = [layer for layer in layers if layer.spectrum is not None]
+    losses = [
+        layer.spectrum.energy
+        if layer.sensitivity is None else layer.sensitivity / 2
+        for layer in shown
+    ]
+    longest = max(len(x) for x in losses)
+    grid = np.full((longest + 1, len(shown)), np.nan)
+    figure = _figure(max(6, .18 * len(shown)), 5)
+    axes = figure.add_subplot()
+    for column, (layer, loss) in enumerate(zip(shown, losses)):
+        lost = np.append(loss.cpu().numpy()[::-1].cumsum()[::-1], 0)
+        grid[:len(lost), column] = np.log10(np.maximum(lost, 1e-6))
+        if layer.name in plan.layers:
+            axes.plot(column, plan.layers[layer.name].rank, 'r_')
+    image = axes.imshow(grid, aspect='auto', origin='lower', cmap='viridis')
+    figure.colorbar(image, label='log10 of what is lost')
+    axes.set(ylabel='rank', title='Loss by rank, and the ranks of the plan')
+    axes.set_xticks(
+        np.arange(len(shown)), [x.name for x in shown],
+        rotation=90,
+        fontsize=6)
+    _save(figure, path)
+
+
+def plot_losses(rows: Sequence[Dict[str, Any]], path: str) -> None:
+    """Draw predicted against measured loss of single layers.
+
+    Args:
+        rows (Sequence[dict]): ``name``, ``predicted`` and ``measured``.
+        path (str): PNG to write.
+    """
+    figure = _figure(5, 5)
+    axes = figure.add_subplot()
+    predicted = np.maximum([row['predicted'] for row in rows], 1e-8)
+    measured = np.maximum([row['measured'] for row in rows], 1e-8)
+    axes.loglog(predicted, measured, 'o', markersize=4)
+    for name, x, y in zip((row['name'] for row in rows), predicted, measured):
+        axes.annotate(name, (x, y), fontsize=4)
+    ends = [
+        min(predicted.min(), measured.min()),
+        max(predicted.max(), measured.max())
+    ]
+    axes.plot(ends, ends, color='gray', linewidth=.8)
+    axes.set(
+        xlabel='predicted increase of the loss',
+        ylabel='measured distance from the dense outputs',
+        title='Each layer alone at half its rank')
+    axes.grid(alpha=.3)
     _save(figure, path)
 
 

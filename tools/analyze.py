@@ -1,0 +1,228 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Look at what a trained model can lose, and at what it costs.
+
+Draws the spectra and the sensitivity of each layer, predicted against measured
+loss, and accuracy against MACs, parameters and latency for several planners,
+without training. Writes analysis.json and PNG files into the work directory;
+what is there already is not measured again.
+
+The accuracy is that of val_dataloader and val_evaluator. Where their images
+are those of the test, nothing must be chosen by it: point val_dataloader at
+training images that are kept aside, by --cfg-options.
+"""
+import argparse
+import copy
+import json
+import os.path as osp
+from typing import Any, Dict, List
+
+import torch.nn as nn
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner, set_random_seed
+from mmengine.utils import mkdir_or_exist
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mmbasis.compression import (Compressor, analyze, as_planner,
+                                 forward_latency, load_weights,
+                                 model_complexity, read_checkpoint,
+                                 single_truncations, take_batches)
+from mmbasis.models import dense_architecture
+from mmbasis.planning import CompressionPlan, LayerInfo
+from mmbasis.utils import load_config
+from mmbasis.utils.io import write_atomically
+from mmbasis.utils.runner import calibration_dataloader, evaluate
+from mmbasis.visualization import (plot_curves, plot_losses, plot_ranks,
+                                   plot_sensitivities, plot_spectra)
+
+#: planners by name, for a budget; the paper's has a threshold instead
+PLANNERS = {
+    'loss': dict(type='BudgetPlanner'),
+    'energy': dict(type='BudgetPlanner', loss_aware=False),
+    'weights': dict(type='BudgetPlanner', data_aware=False),
+    'paper': dict(type='EnergyPlanner'),
+}
+AXES = dict(
+    macs='MACs kept', params='parameters kept', latency_ms='latency / ms')
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the dense model')
+    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument(
+        '--budgets',
+        nargs='+',
+        type=float,
+        default=[.25, .36, .5, .7],
+        help='fractions of the MACs to keep; energies, too, for the paper')
+    parser.add_argument(
+        '--planners',
+        nargs='+',
+        choices=list(PLANNERS),
+        default=['loss', 'energy', 'paper'])
+    parser.add_argument(
+        '--calib-batches',
+        type=int,
+        default=8,
+        help='batches of the training loader for the statistics (default 8)')
+    parser.add_argument(
+        '--metric', help='what is drawn; default: the first of the evaluator')
+    parser.add_argument('--work-dir', help='where the results go')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    return parser.parse_args()
+
+
+class Analysis:
+    """What is measured, on disk after each step.
+
+    Args:
+        cfg (Config): The config.
+        settings (dict): What results depend on; others are not taken up.
+    """
+
+    def __init__(self, cfg: Config, settings: Dict[str, Any]) -> None:
+        self.cfg = cfg
+        self.path = osp.join(cfg.work_dir, 'analysis.json')
+        self.data: Dict[str, Any] = dict(
+            settings=settings, layers=[], points=[])
+        if osp.isfile(self.path):
+            with open(self.path, encoding='utf-8') as file:
+                found = json.load(file)
+            if found.get('settings') != settings:
+                raise ValueError(
+                    f'{self.path} is of {found.get("settings")}, not of '
+                    f'{settings}: give another --work-dir')
+            self.data = found
+
+    def save(self) -> None:
+        write_atomically(self.path, json.dumps(self.data, indent=1) + '\n')
+
+    def draw(self, name: str) -> str:
+        return osp.join(self.cfg.work_dir, name)
+
+    def measure_layers(self, model: nn.Module, layers: List[LayerInfo],
+                       held_out: List[Any]) -> None:
+        """Predicted and measured loss of each layer alone."""
+        count = sum(layer.compressible for layer in layers)
+        done = self.data['layers']
+        if len(done) < count:
+            done.clear()
+            for row in track(
+                    single_truncations(model, layers, held_out),
+                    'Layers',
+                    total=count,
+                    console=Console()):
+                done.append(row)
+            self.save()
+
+    def measure_point(self, model: nn.Module, planner: str, budget: float,
+                      batches: tuple, example: Any) -> None:
+        """Compress a copy of the model, test it and note what it costs."""
+        key = 'threshold' if planner == 'paper' else 'macs'
+        compressor = Compressor(as_planner({**PLANNERS[planner], key: budget}))
+        model = copy.deepcopy(model)
+        plan = compressor.run(model, *batches)
+        totals = plan.totals()
+        self.data['points'].append(
+            dict(
+                planner=planner,
+                budget=budget,
+                metrics=evaluate(self.cfg, model, 'val'),
+                latency_ms=forward_latency(model, example),
+                uncounted=model_complexity(model, example)['uncounted'],
+                plan=plan.to_dict(),
+                **{
+                    k: totals[k]['after'] / totals[k]['before']
+                    for k in totals
+                }))
+        self.save()
+
+
+def show(data: Dict[str, Any], metric: str) -> None:
+    """The points as a table."""
+    table = Table('planner', 'budget', 'MACs', 'params', 'latency', metric)
+    dense = data['dense']
+    table.add_row('dense', '', '', '', f'{dense["latency_ms"]:.1f} ms',
+                  f'{dense["metrics"][metric]:.4g}')
+    for point in data['points']:
+        table.add_row(point['planner'], f'{point["budget"]:g}',
+                      f'{point["macs"]:.1%}', f'{point["params"]:.1%}',
+                      f'{point["latency_ms"]:.1f} ms',
+                      f'{point["metrics"][metric]:.4g}')
+    Console().print(table)
+
+
+def draw_points(analysis: Analysis, metric: str) -> None:
+    """Accuracy against each kind of cost, and the ranks of the best plan."""
+    points = analysis.data['points']
+    for axis, label in AXES.items():
+        curves: Dict[str, Dict[float, float]] = {}
+        for point in sorted(points, key=lambda p: p[axis]):
+            curve = curves.setdefault(point['planner'], {})
+            curve[point[axis]] = point['metrics'][metric]
+        plot_curves(curves, analysis.draw(f'pareto_{axis}.png'), label, metric)
+    for point in points:
+        name = f'ranks_{point["planner"]}_{point["budget"]:g}.png'
+        plot_ranks(
+            CompressionPlan.from_dict(point['plan']), analysis.draw(name))
+
+
+def main() -> None:
+    """Measure what is missing, then draw everything."""
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    mkdir_or_exist(cfg.work_dir)
+    MMLogger.get_instance('mmbasis', logger_name='mmbasis')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    set_random_seed(args.seed)
+    analysis = Analysis(
+        cfg,
+        dict(
+            config=args.config,
+            checkpoint=args.checkpoint,
+            calib_batches=args.calib_batches,
+            seed=args.seed))
+    model = MODELS.build(dense_architecture(cfg))
+    load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+    model.eval()
+
+    loader = calibration_dataloader(cfg, args.seed)
+    batches = take_batches(loader, args.calib_batches)
+    example = next(
+        iter(
+            Runner.build_dataloader(
+                dict(cfg.val_dataloader, batch_size=1), seed=0)))
+    if 'dense' not in analysis.data:
+        analysis.data['dense'] = dict(
+            metrics=evaluate(cfg, model, 'val'),
+            latency_ms=forward_latency(model, example))
+        analysis.save()
+    planner = as_planner(dict(type='BudgetPlanner', macs=args.budgets[0]))
+    layers = analyze(model, planner, batches[0])
+    analysis.measure_layers(model, layers, batches[1] or batches[0])
+    plan = planner.plan(layers, bias=True)
+    plot_spectra(layers, plan, analysis.draw('spectra.png'))
+    plot_sensitivities(layers, plan, analysis.draw('sensitivities.png'))
+    plot_losses(analysis.data['layers'], analysis.draw('losses.png'))
+
+    done = {(p['planner'], p['budget']) for p in analysis.data['points']}
+    todo = [(name, budget) for name in args.planners for budget in args.budgets
+            if (name, budget) not in done]
+    for name, budget in track(todo, 'Planners', console=Console()):
+        analysis.measure_point(model, name, budget, batches, example)
+    metric = args.metric or next(iter(analysis.data['dense']['metrics']))
+    draw_points(analysis, metric)
+    show(analysis.data, metric)
+    Console().print(f'Written to {cfg.work_dir}: analysis.json and pictures')
+
+
+if __name__ == '__main__':
+    main()
