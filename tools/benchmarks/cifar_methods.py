@@ -16,7 +16,10 @@ import json
 import os
 import os.path as osp
 import platform
+import time
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from unittest.mock import patch
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -25,23 +28,49 @@ from rich.console import Console
 from rich.progress import track
 
 import mmbasis
-from mmbasis.compression import load_weights, read_checkpoint
+from mmbasis.compression import layer_regression, load_weights, read_checkpoint
+from mmbasis.compression.passes import SumWatch
+from mmbasis.factorization import reduced_rank_regression
 from mmbasis.planning import BudgetPlanner
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate
 from mmbasis.visualization import plot_curves
 
-#: (name, planner, reconstruction); each adds one ingredient to the one before
+LOCAL = dict(reconstruction='local', recalibration=False)
+PLAIN = dict(recalibration=False)
+#: name: (planner, how to compress, ingredients of reconstruction that are
+#: switched off). From the third on each adds one thing to the one before.
 METHODS = {
-    'weights, equal energy (the paper)': (dict(data_aware=False,
-                                               equal=True), 'local'),
-    'weights, energy budget': (dict(data_aware=False), 'local'),
-    'data, energy budget (BALF)': (dict(loss_aware=False), 'local'),
-    'data, energy budget, sequential': (dict(loss_aware=False), 'sequential'),
-    'data, loss-aware budget': (dict(), 'local'),
-    'data, loss-aware budget, sequential': (dict(), 'sequential'),
+    'the paper: weights, equal energy': (dict(data_aware=False,
+                                              equal=True), LOCAL, ()),
+    'the paper + recalibration':
+    (dict(data_aware=False, equal=True), dict(LOCAL, recalibration=True), ()),
+    'data, energy budget (BALF)': (dict(loss_aware=False), LOCAL, ()),
+    'loss-aware budget': (dict(), LOCAL, ()),
+    '+ sequential': (dict(), PLAIN, ('inputs', 'metric', 'sums')),
+    '+ regression on inputs': (dict(), PLAIN, ('metric', 'sums')),
+    '+ metric of gradients': (dict(), PLAIN, ('sums', )),
+    '+ shortcuts made up for': (dict(), PLAIN, ()),
+    '+ automatic recalibration (default)': (dict(), {}, ()),
 }
+
+
+@contextmanager
+def without(ingredients):
+    """Reconstruction without some of what it does; no options in mmbasis."""
+    with ExitStack() as stack:
+        if 'inputs' in ingredients:
+            stack.enter_context(
+                patch.object(layer_regression, 'SAMPLES_PER_WEIGHT', 1e9))
+        if 'metric' in ingredients:
+            stack.enter_context(
+                patch.object(layer_regression, 'reduced_rank_regression',
+                             lambda *args: reduced_rank_regression(*args[:4])))
+        if 'sums' in ingredients:
+            stack.enter_context(
+                patch.object(SumWatch, '_at_sum', lambda *_: None))
+        yield
 
 
 class EqualEnergyPlanner(BudgetPlanner):
@@ -120,20 +149,20 @@ def main() -> None:
         set_random_seed(seed)
         size = cfg.train_dataloader.batch_size
         loader = calibration_dataloader(cfg, seed)
-        settings, way = METHODS[name]
+        settings, ways, off = METHODS[name]
         compressed = copy.deepcopy(model)
-        plan = mmbasis.compress(
-            compressed,
-            make_planner(settings, budget),
-            loader,
-            args.images // size,
-            reconstruction=way)
+        start = time.time()
+        with without(off):
+            plan = mmbasis.compress(compressed, make_planner(settings, budget),
+                                    loader, args.images // size, **ways)
+        seconds = time.time() - start
         macs = plan.totals(convs_only=True)['macs']
         result['runs'].append(
             dict(
                 method=name,
                 budget=budget,
                 seed=seed,
+                seconds=round(seconds, 1),
                 conv_macs=macs['after'] / macs['before'],
                 metrics=evaluate(cfg, compressed)))
         write_atomically(path, json.dumps(result, indent=1) + '\n')
