@@ -1,0 +1,26 @@
+# Half the MACs, with the dense detector as teacher
+_base_ = 'rtmdet_tiny_bccd.py'
+
+# trained by rtmdet_tiny_bccd.py
+load_from = '{{$MMBASIS_DATA:data}}/rtmdet_tiny_bccd.pth'
+
+custom_hooks = [
+    dict(
+        type='mmbasis.BasisCompressionHook',
+        planner=dict(type='BudgetPlanner', macs=0.5),
+        # 96 images
+        calibration=dict(num_batches=12))
+]
+
+# a tenth of the dense learning rate: compressed weights need no large steps
+max_epochs, iterations = 20, 26  # an epoch: 205 images in batches of 8
+optim_wrapper = dict(optimizer=dict(lr=0.0001))
+param_scheduler = dict(
+    _delete_=True,
+    type='CosineAnnealingLR',
+    eta_min=1e-6,
+    begin=0,
+    end=max_epochs * iterations,
+    T_max=max_epochs * iterations,
+    by_epoch=False)
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
