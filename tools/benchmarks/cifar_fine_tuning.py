@@ -123,6 +123,8 @@ def write_config(recipe: str, seed: int, args: argparse.Namespace,
         cfg.param_scheduler.T_max = args.epochs
     for name in ('train', 'val', 'test'):
         cfg[f'{name}_dataloader'].num_workers = 1
+    cfg.custom_imports.imports.append('channels_last')
+    cfg.custom_hooks.append(dict(type='ChannelsLastHook'))
     cfg.dump(path)
 
 
@@ -140,7 +142,7 @@ def run(recipe: str, seed: int, args: argparse.Namespace) -> dict:
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     environment = dict(
         os.environ,
-        PYTHONPATH=ROOT,
+        PYTHONPATH=os.pathsep.join((ROOT, osp.dirname(__file__))),
         OMP_NUM_THREADS=str(threads),
         MKL_NUM_THREADS=str(threads))
     with open(osp.join(work_dir, 'output.log'), 'a') as log:
