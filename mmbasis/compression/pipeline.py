@@ -87,12 +87,22 @@ def compress(model: nn.Module,
     return compressor.run(model, batches, held_out)
 
 
-def take_batches(
-        dataloader: Iterable,
-        num_batches: Optional[int] = None) -> Tuple[List[Any], List[Any]]:
-    """Batches for calibration, and one that is held out for choices if the
-    loader has one more; see :func:`compress`."""
-    stop = None if num_batches is None else num_batches + 1
+def take_batches(dataloader: Iterable,
+                 num_batches: Optional[int] = None,
+                 num_held_out: int = 1) -> Tuple[List[Any], List[Any]]:
+    """Batches for calibration, and others that are held out for choices.
+
+    Args:
+        dataloader (Iterable): Batches as the model takes them.
+        num_batches (int, optional): How many to calibrate with. Defaults to
+            all; none is held out then.
+        num_held_out (int): How many to hold out, if there are so many.
+            Defaults to 1.
+
+    Returns:
+        tuple[list, list]: The batches.
+    """
+    stop = None if num_batches is None else num_batches + num_held_out
     batches = list(itertools.islice(dataloader, stop))
     return batches[:num_batches], batches[len(batches[:num_batches]):]
 

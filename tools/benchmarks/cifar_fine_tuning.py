@@ -73,6 +73,10 @@ RECIPES = {
         'custom_hooks.1':
         dict(type='mmbasis.OrthogonalityHook')
     }),
+    'recalibration at the end': (OURS, {
+        'custom_hooks.1':
+        dict(type='mmbasis.RecalibrationHook')
+    }),
     'no weight decay on bases': (OURS, {
         'optim_wrapper.paramwise_cfg':
         dict(custom_keys={'.basis.': dict(decay_mult=0.)})

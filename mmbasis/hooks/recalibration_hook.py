@@ -1,0 +1,91 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+from typing import Any, Optional, Sequence
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from ..compression import recalibrate_if_better, take_batches
+from ..planning import evaluation
+from ..registry import HOOKS
+from ..utils.runner import calibration_dataloader
+
+
+@HOOKS.register_module()
+class RecalibrationHook(Hook):
+    """Compute the statistics of batch normalisations anew at the end of
+    training, and keep them if the loss falls by it.
+
+    Running averages lag behind weights that move, and come from augmented
+    images. The new ones are averages over training images with the transforms
+    of testing; others of these say whether they are better. EMA's average of
+    the model gets its own.
+
+    Args:
+        num_batches (int): Training batches for the statistics. Defaults
+            to 32.
+        held_out (int): Training batches for the choice. Defaults to 8.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    # after the optimizer's step and EMA's, before checkpoints are saved
+    priority = 'LOW'
+
+    def __init__(self, num_batches: int = 32, held_out: int = 8) -> None:
+        if num_batches < 1 or held_out < 1:
+            raise ValueError('num_batches and held_out must be positive, but '
+                             f'got {num_batches} and {held_out}')
+        self.num_batches = num_batches
+        self.held_out = held_out
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Any = None,
+                         outputs: Optional[dict] = None) -> None:
+        """Recalibrate after the last iteration."""
+        if not self.is_last_train_iter(runner):
+            return
+        loader = calibration_dataloader(runner.cfg, runner.seed)
+        batches, held_out = take_batches(loader, self.num_batches,
+                                         self.held_out)
+        if not held_out:
+            runner.logger.warning(
+                'No recalibration: %d batches of training images leave none '
+                'to choose by', len(batches))
+            return
+        models = [runner.model] + [
+            hook.ema_model.module
+            for hook in runner.hooks if isinstance(hook, EMAHook)
+        ]
+        for model in models:
+            model = model.module if is_model_wrapper(model) else model
+            model = getattr(model, 'architecture', model)
+            recalibrate_if_better(
+                model, batches, lambda m=model: mean_loss(m, held_out))
+
+
+def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
+    """The training loss of a model in evaluation mode.
+
+    Args:
+        model (nn.Module): An MMEngine model.
+        batches (Sequence): Batches as it takes them.
+
+    Returns:
+        float: Mean over batches and processes.
+    """
+    losses = []
+    with evaluation(model):
+        torch.manual_seed(0)  # two-stage detectors draw among proposals
+        for data in batches:
+            data = model.data_preprocessor(data, False)
+            outputs = model(**data, mode='loss')
+            losses.append(model.parse_losses(outputs)[0])
+    total = torch.stack(losses).mean()
+    all_reduce(total, 'mean')
+    return float(total)
