@@ -70,7 +70,7 @@ model = dict(
         nms=dict(type='nms', iou_threshold=0.5),
         max_per_img=200))
 
-max_epochs, iterations = 80, 26  # an epoch: 205 images in batches of 8
+max_epochs, iterations = 24, 26  # an epoch: 205 images in batches of 8
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.05),
@@ -88,13 +88,13 @@ param_scheduler = [
         by_epoch=False)
 ]
 train_cfg = dict(
-    type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=10)
+    type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=8)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 default_hooks = dict(
     logger=dict(interval=iterations),
-    checkpoint=dict(interval=10, max_keep_ckpts=3),
+    checkpoint=dict(interval=8, max_keep_ckpts=3),
     # makes an interrupted and resumed run the same as an uninterrupted one
     epoch_seed=dict(type='mmbasis.EpochSeedHook'))
 randomness = dict(seed=0)

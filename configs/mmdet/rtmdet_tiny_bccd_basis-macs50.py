@@ -13,7 +13,7 @@ custom_hooks = [
 ]
 
 # a tenth of the dense learning rate: compressed weights need no large steps
-max_epochs, iterations = 20, 26  # an epoch: 205 images in batches of 8
+max_epochs, iterations = 10, 26  # an epoch: 205 images in batches of 8
 optim_wrapper = dict(optimizer=dict(lr=0.0001))
 param_scheduler = dict(
     _delete_=True,

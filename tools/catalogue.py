@@ -1,0 +1,165 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Compress every model that the installed MMDetection and MMPretrain ship.
+
+Each distinct model is built from its config on the CPU, without downloads and
+with random weights, and is given two synthetic images of reduced size. Then,
+in a process of its own:
+
+- dense: which of the modes tensor, predict and loss the model can do; what it
+  cannot do without mmbasis is not held against it afterwards;
+- full rank: every layer is replaced at full rank, and the outputs are
+  compared in float64 (rounding would otherwise change which boxes survive),
+  before post-processing where the model has such a mode;
+- half: half the MACs of the compressible layers are taken away, by a plan
+  from the images, and counted by MMEngine's analysis where it knows the model;
+- round trip: saved, built anew from config and plan, and loaded, the model
+  puts out the same;
+- test mode and train mode work, with finite losses and gradients.
+
+The results lie in the work directory, one file for each model; what is there
+is not done again.
+"""
+import argparse
+import json
+import os.path as osp
+import random
+import re
+from dataclasses import asdict
+from typing import List
+
+import mmdet
+import mmpretrain
+import torch
+from catalogue_sweep.configs import Entry, list_entries
+from catalogue_sweep.processes import check_all
+from catalogue_sweep.report import summary, write
+from mmengine.utils import mkdir_or_exist
+from rich.console import Console
+from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
+                           TimeElapsedColumn, TimeRemainingColumn)
+
+import mmbasis
+from mmbasis.utils.io import write_atomically
+
+VERSIONS = dict(
+    mmbasis=mmbasis.__version__,
+    mmdet=mmdet.__version__,
+    mmpretrain=mmpretrain.__version__,
+    torch=torch.__version__)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--work-dir',
+        default='work_dirs/catalogue',
+        help='where the results of single models go')
+    parser.add_argument(
+        '--out', help='write the report as OUT.json and OUT.md')
+    parser.add_argument(
+        '--jobs', type=int, default=1, help='models at a time (default 1)')
+    parser.add_argument(
+        '--memory',
+        type=float,
+        default=6,
+        help='GB that each model may allocate (default 6)')
+    parser.add_argument(
+        '--timeout',
+        type=float,
+        default=600,
+        help='seconds that each model may take (default 600)')
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        default=[],
+        help='regular expressions, of which the name of a config '
+        '(mmdet::ssd/ssd300_coco.py) must contain one')
+    parser.add_argument(
+        '--sample', type=int, help='no more than this many, at random')
+    parser.add_argument(
+        '--again',
+        nargs='+',
+        default=[],
+        choices=['passed', 'failed', 'catalogue', 'limit'],
+        help='check models of this status again')
+    return parser.parse_args()
+
+
+def find_entries(work_dir: str) -> List[Entry]:
+    """The models; the list is kept, since reading all configs takes a
+    minute."""
+    path = osp.join(work_dir, 'models.json')
+    if osp.isfile(path):
+        with open(path) as file:
+            content = json.load(file)
+        if content['versions'] == VERSIONS:
+            return [Entry(**x) for x in content['models']]
+    Console().print('Reading all configs …')
+    entries = list_entries()
+    models = [asdict(entry) for entry in entries]
+    write_atomically(path, json.dumps(dict(versions=VERSIONS, models=models)))
+    return entries
+
+
+def result_path(work_dir: str, entry: Entry) -> str:
+    """Where the result of a model lies."""
+    return osp.join(work_dir, 'results', f'{entry.key}.json')
+
+
+def load_result(work_dir: str, entry: Entry) -> dict:
+    """The result of a model with its name, empty if there is none."""
+    path = result_path(work_dir, entry)
+    if not osp.isfile(path):
+        return {}
+    with open(path) as file:
+        return dict(json.load(file), name=entry.name, configs=entry.configs)
+
+
+def main() -> None:
+    """Check what is left to check, and report."""
+    args = parse_args()
+    mkdir_or_exist(osp.join(args.work_dir, 'results'))
+    entries = [
+        x for x in find_entries(args.work_dir)
+        if not args.only or any(re.search(p, x.name) for p in args.only)
+    ]
+    if args.sample is not None:
+        entries = random.Random(0).sample(entries,
+                                          min(args.sample, len(entries)))
+    todo = []
+    for entry in entries:
+        result = load_result(args.work_dir, entry)
+        if not result or result['status'] in args.again:
+            todo.append(entry)
+    sweep(todo, args)
+    rows = [load_result(args.work_dir, x) for x in entries]
+    rows = sorted((x for x in rows if x), key=lambda x: x['name'])
+    if args.out:
+        write(rows, VERSIONS, args.out)
+    Console().print_json(data=summary(rows))
+
+
+def sweep(entries: List[Entry], args: argparse.Namespace) -> None:
+    """Check models and keep the results."""
+    # one that takes long and comes last would leave the other cores idle
+    entries = random.Random(0).sample(entries, len(entries))
+    with Progress(
+            TextColumn('{task.description}'),
+            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn()) as progress:
+        task = progress.add_task('models', total=len(entries))
+        for entry, result in check_all(entries, args.jobs, args.memory,
+                                       args.timeout):
+            write_atomically(
+                result_path(args.work_dir, entry), json.dumps(result))
+            if result['status'] in ('failed', 'limit'):
+                progress.console.print(
+                    f'{entry.name}: {result["error"]}', markup=False)
+            progress.advance(task)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,339 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What is checked of one model of the catalogue."""
+import copy
+import json
+import os
+import tempfile
+import time
+import traceback
+from collections import Counter
+from types import MethodType
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+
+from mmbasis.compression import (analyze, apply_plan, basis_layers,
+                                 load_weights, model_complexity, plan_of,
+                                 read_checkpoint, save_checkpoint)
+from mmbasis.models import build_compressed
+from mmbasis.planning import (BudgetPlanner, CompressionPlan, FixedPlanner,
+                              LayerInfo, find_layers)
+from .compare import difference, forward, layer_differences, precision, tensors
+from .data import make_batch, sizes
+from .models import architecture, build, settle_norms
+
+#: relative difference of outputs at full rank
+TOLERANCE = 1e-4
+MODES = ('tensor', 'predict', 'loss')
+
+
+class CatalogueError(RuntimeError):
+    """The dense model does not work either."""
+
+
+class Checked:
+    """One model on its way through the checks.
+
+    Args:
+        library (str): Whose model it is.
+        cfg (Config): Its config.
+        report (Callable): Told the name of each step before it starts.
+    """
+
+    def __init__(self, library: str, cfg: Config,
+                 report: Callable[[str], None]) -> None:
+        self.library = library
+        self.cfg = cfg
+        self.report = report
+        #: goes into the result
+        self.facts: Dict[str, Any] = dict(step='read', times={})
+        self.since = time.time()
+
+    def run(self) -> None:
+        """All steps; facts are filled in as far as they were reached.
+
+        Raises:
+            CatalogueError: If the dense model cannot be built or run.
+            Exception: Whatever is wrong with the compressed one.
+        """
+        self._step('build')
+        self.model = _as_catalogue(build, self.cfg)
+        self.facts['built'] = True
+        self.facts['params'] = sum(p.numel() for p in self.model.parameters())
+        self._step('dense')
+        self._find_size()
+        self._step('analysis')
+        planner = FixedPlanner({'.*': 'full'},
+                               allow_dearer=True,
+                               prediction_layers=True)
+        layers = analyze(self.model, planner, [self.data])
+        self._step('full rank')
+        self._full_rank(planner.plan(layers, bias=True), layers)
+        self._step('half')
+        plan = self._half(layers)
+        self._step('round trip')
+        self._round_trip(plan)
+        self._step('test mode')
+        self._evaluate()
+        self._step('train mode')
+        self._train()
+        self._step('end')
+
+    def _step(self, name: str) -> None:
+        now = time.time()
+        if 'step' in self.facts:
+            self.facts['times'][self.facts['step']] = round(
+                now - self.since, 1)
+        self.facts['step'], self.since = name, now
+        self.report(name)
+
+    # ------------------------------------------------------------ dense
+    def _find_size(self) -> None:
+        """The smallest images that the dense model takes in all the modes that
+        it takes the largest in."""
+        best: Tuple[int, int, dict] = (0, 0, {})
+        for size in _as_catalogue(sizes, self.library, self.cfg):
+            errors = self._modes_at(size)
+            if best[0] < len(MODES) - len(errors) or not best[1]:
+                best = (len(MODES) - len(errors), size, errors)
+            if not errors:
+                break
+        _, size, errors = best
+        self.facts.update(
+            size=size,
+            modes=[m for m in MODES if m not in errors],
+            dense_errors=errors)
+        if not self.facts['modes']:
+            raise CatalogueError(errors['tensor'])
+        self.data = make_batch(self.cfg, self.model, size)
+        if 'predict' not in self.facts['modes']:
+            # a pretext task cannot be tested
+            def test_step(model: nn.Module, data: Any) -> Any:
+                return self._outputs(model)
+
+            self.model.test_step = MethodType(test_step, self.model)
+
+    def _modes_at(self, size: int) -> Dict[str, str]:
+        """Errors of the dense model by mode."""
+        errors = {}
+        try:
+            data = make_batch(self.cfg, self.model, size)
+        except Exception as error:
+            return dict.fromkeys(MODES, describe(error))
+        for mode in MODES:
+            try:
+                if mode == 'loss':
+                    self.facts['finite'] = _backward(
+                        copy.deepcopy(self.model), data)
+                    continue
+                with torch.no_grad():
+                    if mode == 'tensor':
+                        settle_norms(self.model,
+                                     lambda: forward(self.model, data, mode))
+                    forward(self.model, data, mode)
+            except Exception as error:
+                errors[mode] = describe(error)
+        return errors
+
+    def _outputs(self, model: nn.Module) -> List[Any]:
+        """What is compared: outputs before post-processing; final ones of a
+        model that has no others; also the loss of one that has no final ones.
+        """
+        modes = self.facts['modes']
+        chosen = modes[:1] if 'predict' in modes else modes
+        self.facts['compared'] = ' and '.join(chosen)
+        return [forward(model, self.data, mode) for mode in chosen]
+
+    # -------------------------------------------------------- full rank
+    def _full_rank(self, plan: CompressionPlan,
+                   layers: Sequence[LayerInfo]) -> None:
+        """The compressed model is the same function.
+
+        In float64, where a pair of boxes does not change places for rounding;
+        in float32 where the model insists on that.
+        """
+        if not plan.layers:
+            raise AssertionError(
+                'no layer can be replaced: ' +
+                '; '.join({x.reason
+                           for x in plan.dense.values()}))
+        for dtype in (torch.float64, torch.float32):
+            with precision(dtype), torch.no_grad():
+                dense = copy.deepcopy(self.model).to(dtype)
+                try:
+                    expected = self._outputs(dense)
+                except Exception:
+                    if dtype == torch.float32:
+                        raise
+                    continue
+                model = copy.deepcopy(dense)
+                apply_plan(model, plan, layers)
+                self._compare_full_rank(model, dense, expected)
+                return
+
+    def _compare_full_rank(self, model: nn.Module, dense: nn.Module,
+                           expected: Any) -> None:
+        error = difference(self._outputs(model), expected)
+        self.facts.update(
+            full_rank_layers=sum(1 for _ in basis_layers(model)),
+            full_rank_error=error,
+            precision=str(next(dense.parameters()).dtype)[6:])
+        if error > TOLERANCE:
+            self.facts['compared'] += ', then each layer on its own inputs'
+            worst = layer_differences(dense, dict(basis_layers(model)),
+                                      lambda: self._outputs(dense))
+            self.facts['layer_error'] = worst
+            if worst > TOLERANCE or not self._is_chaotic(dense, expected):
+                raise AssertionError(f'outputs differ by {error:.2g} at full '
+                                     f'rank, layers by {worst:.2g}')
+
+    def _is_chaotic(self, model: nn.Module, expected: Any) -> bool:
+        """Whether rounding errors of the weights alone change the outputs by
+        more than the tolerance."""
+        other = copy.deepcopy(model)
+        epsilon = torch.finfo(next(model.parameters()).dtype).eps
+        for parameter in other.parameters():
+            parameter.mul_(1 + epsilon * (2 * torch.rand_like(parameter) - 1))
+        return difference(self._outputs(other), expected) > TOLERANCE
+
+    # -------------------------------------------------------- half MACs
+    def _half(self, analyzed: Sequence[LayerInfo]) -> CompressionPlan:
+        """Compress to half the MACs, and count them."""
+        before = self._counted()
+        planner = BudgetPlanner(macs=.5, loss_aware=False)
+        layers = find_layers(self.model)
+        planner.select(self.model, layers)
+        for layer, known in zip(layers, analyzed):
+            layer.reason = known.reason or layer.reason
+            for key in ('weight_positions', 'out_positions', 'calls',
+                        'spectrum', 'mean'):
+                setattr(layer, key, getattr(known, key))
+        plan = planner.plan(layers, bias=True)
+        apply_plan(self.model, plan, layers)
+        totals = plan.totals()['macs']
+        skipped = [
+            _general(x.reason) for x in plan.dense.values()
+            if not x.compressible
+        ]
+        self.facts.update(
+            layers=len(plan.layers),
+            macs=totals,
+            skipped=dict(Counter(skipped)),
+            kinds=dict(Counter(x.kind for x in plan.layers.values())))
+        if not totals['after'] <= .5 * totals['before'] * (1 + 1e-9):
+            raise AssertionError(f'the plan keeps {totals} MACs')
+        self._check_count(before, self._counted(), totals)
+        return plan
+
+    def _counted(self) -> Dict[str, Any]:
+        """What MMEngine counts for one image; the error if it cannot."""
+        if not {'tensor', 'predict'} <= set(self.facts['modes']):
+            return dict(error='mode tensor is not all that the model does')
+        try:
+            one = {k: v[:1] for k, v in copy.deepcopy(self.data).items()}
+            return model_complexity(self.model, one)
+        except Exception as error:
+            return dict(error=describe(error))
+
+    def _check_count(self, before: dict, after: dict, totals: dict) -> None:
+        if 'error' in before:
+            self.facts['counter'] = before['error']
+            return
+        if 'error' in after:
+            raise AssertionError(f'the counter fails: {after["error"]}')
+        saved = before['macs'] - after['macs']
+        planned = totals['before'] - totals['after']
+        self.facts['counted'] = dict(
+            before=before['macs'], after=after['macs'], planned=planned)
+        # the number of proposals depends on the weights
+        loose = hasattr(self.model, 'roi_head')
+        fits = saved > 0 if loose else abs(saved - planned) <= .01 * planned
+        if not fits:
+            raise AssertionError(f'{saved} MACs are saved, {planned} planned')
+
+    # ------------------------------------------------------ afterwards
+    def _round_trip(self, plan: CompressionPlan) -> None:
+        """Saved, built from config and plan alone, and loaded, the model puts
+        out the same."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'compressed.pth')
+            save_checkpoint(self.model, plan, path, {})
+            content = read_checkpoint(path)
+            model = build_compressed(
+                architecture(self.cfg), json.loads(plan_of(content).dumps()))
+            load_weights(model, content, path)
+        if model.state_dict().keys() != self.model.state_dict().keys():
+            raise AssertionError('the keys of the state dict differ')
+        with torch.no_grad():
+            # on copies: a queue or a moving average changes with each run
+            error = difference(
+                self._outputs(model.eval()),
+                self._outputs(copy.deepcopy(self.model)))
+        self.facts['round_trip_error'] = error
+        if error > 1e-6:
+            raise AssertionError(f'outputs differ by {error:.2g} after saving '
+                                 'and loading')
+
+    def _evaluate(self) -> None:
+        with torch.no_grad():
+            for mode in set(self.facts['modes']) & {'tensor', 'predict'}:
+                outputs = forward(self.model, self.data, mode)
+                if mode == 'tensor' and not _finite(outputs):
+                    raise AssertionError('outputs are not finite')
+
+    def _train(self) -> None:
+        if 'loss' not in self.facts['modes']:
+            return
+        finite = _backward(self.model, self.data)
+        if self.facts['finite'] and not finite:
+            raise AssertionError('loss or gradients are not finite')
+        if not any(x.basis.weight.grad is not None
+                   for _, x in basis_layers(self.model)):
+            raise AssertionError('no basis layer gets a gradient')
+
+
+def _as_catalogue(function: Callable, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CatalogueError(describe(error)) from error
+
+
+def _backward(model: nn.Module, data: Any) -> bool:
+    """A step of training without the step; whether all was finite."""
+    model.train()
+    losses = forward(model, data, 'loss')
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return bool(torch.isfinite(loss)) and all(
+        bool(torch.isfinite(x).all()) for x in gradients)
+
+
+def _finite(outputs: Any) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in tensors(outputs))
+
+
+def _general(reason: str) -> str:
+    """A reason without the names and numbers of one layer."""
+    for start in ('shares its parameters', 'no rank pays', 'worth more',
+                  'the rank it needs'):
+        if reason.startswith(start):
+            return start
+    return reason
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and place of an error in one line."""
+    places: List[traceback.FrameSummary] = traceback.extract_tb(
+        error.__traceback__)
+    text = ' '.join(str(error).split())[:300]
+    where = ''
+    if places:
+        file = '/'.join(places[-1].filename.split('/')[-3:])
+        where = f' ({file}:{places[-1].lineno})'
+    return f'{type(error).__name__}: {text}{where}'

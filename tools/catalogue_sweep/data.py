@@ -1,0 +1,149 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Two synthetic images with whatever annotations a model may ask for."""
+from typing import Any, List, Optional
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import default_collate
+
+#: image sizes to try, the smallest at which the dense model works counts
+SIZES = {'mmdet': (128, 256, 320, 512), 'mmpretrain': (96, )}
+
+
+def sizes(library: str, cfg: Config) -> List[int]:
+    """Image sizes to try, smallest first; the config's own comes last."""
+    found = list(SIZES[library])
+    if library == 'mmpretrain':
+        own = _own_size(cfg)
+        found = [x for x in found if x < own] + [own]
+    return found
+
+
+def _pipeline(cfg: Config, split: str) -> list:
+    loader = cfg.get(f'{split}_dataloader') or {}
+    dataset = loader.get('dataset') or {}
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset.get('pipeline') or []
+
+
+def _own_size(cfg: Config) -> int:
+    """The size that the transforms of a classifier end with."""
+    for split in ('test', 'train'):
+        for step in reversed(_pipeline(cfg, split)):
+            size = step.get('crop_size') or step.get('scale')
+            size = size if isinstance(size, (tuple, list)) else [size]
+            if isinstance(size[0], int):
+                return size[0]
+    return 224
+
+
+def make_batch(cfg: Config, model: torch.nn.Module, size: int) -> Any:
+    """A batch as the dataloader of a config yields it.
+
+    Args:
+        cfg (Config): The config.
+        model (nn.Module): Its model, whose data preprocessor says what is
+            wanted.
+        size (int): Side of the images.
+    """
+    np.random.seed(0)
+    torch.manual_seed(0)
+    preprocessor = type(model.data_preprocessor).__name__
+    if preprocessor in ('ClsDataPreprocessor', 'ImgDataPreprocessor'):
+        return _classified(model, size)
+    if preprocessor in ('SelfSupDataPreprocessor', 'TwoNormDataPreprocessor',
+                        'VideoDataPreprocessor'):
+        return _by_pipeline(cfg)
+    if preprocessor == 'TrackDataPreprocessor':
+        from mmdet.testing import demo_track_inputs
+        return demo_track_inputs(
+            num_frames=2,
+            image_shapes=(3, size, size),
+            num_items=[2],
+            with_mask=True)
+    if preprocessor == 'ReIDDataPreprocessor':
+        return _identified(size)
+    return _detected(cfg, model, size)
+
+
+def _by_pipeline(cfg: Config) -> Any:
+    """Through the config's own transforms, for views and masks."""
+    from mmcv.transforms import Compose
+    steps = [x for x in _pipeline(cfg, 'train') if 'Load' not in x['type']]
+    transform = Compose(steps)
+    samples = []
+    for _ in range(2):
+        image = np.random.randint(0, 255, (256, 256, 3), np.uint8)
+        samples.append(
+            transform(
+                dict(
+                    img=image,
+                    img_shape=(256, 256),
+                    ori_shape=(256, 256),
+                    gt_label=0)))
+    return default_collate(samples)
+
+
+def _classified(model: torch.nn.Module, size: int) -> Any:
+    from mmpretrain.structures import DataSample
+    head = type(getattr(model, 'head', None)).__name__
+    several = 'MultiLabel' in head or 'CSRA' in head
+    return dict(
+        inputs=torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
+        data_samples=[
+            DataSample().set_gt_label([label] if several else label)
+            for label in (0, 1)
+        ])
+
+
+def _identified(size: int) -> Any:
+    from mmdet.structures import ReIDDataSample
+    return dict(
+        inputs=[torch.randint(0, 256, (2, 3, 2 * size, size)).byte()] * 2,
+        data_samples=[[ReIDDataSample().set_gt_label(i) for i in (0, 1)]] * 2)
+
+
+def _detected(cfg: Config, model: torch.nn.Module, size: int) -> Any:
+    """Boxes, masks and a semantic map, and proposals for a model that does not
+    make them."""
+    from mmdet.testing import demo_mm_inputs, demo_mm_proposals
+    shapes = [(3, size, size)] * 2
+    data = demo_mm_inputs(
+        2,
+        shapes,
+        num_items=[3, 2],
+        sem_seg_output_strides=_map_stride(cfg),
+        with_mask=True,
+        with_semantic=True)
+    proposals = demo_mm_proposals(shapes, 50)
+    for sample, proposal in zip(data['data_samples'], proposals):
+        # a class that every detector has
+        sample.gt_instances.labels.zero_()
+        if not getattr(model, 'with_rpn', False):
+            sample.proposals = proposal
+        _enlarge(sample.gt_instances, size)
+    return data
+
+
+def _enlarge(instances: Any, size: int) -> None:
+    """Boxes that no network overlooks, and masks that fill them."""
+    from mmdet.structures.mask import BitmapMasks
+    count = len(instances)
+    starts = torch.arange(count, dtype=torch.float32) * size / 8
+    instances.bboxes = torch.stack(
+        [starts, starts, starts + size / 2, starts + size / 2], 1)
+    masks = np.zeros((count, size, size), np.uint8)
+    for mask, box in zip(masks, instances.bboxes.int().tolist()):
+        mask[box[1]:box[3], box[0]:box[2]] = 1
+    instances.masks = BitmapMasks(masks, size, size)
+
+
+def _map_stride(cfg: Config) -> int:
+    """By how much a pipeline reduces semantic maps."""
+    scale: Optional[float] = None
+    for step in _pipeline(cfg, 'train') + list(cfg.get('train_pipeline', [])):
+        if step.get('type') == 'SegRescale':
+            scale = step.get('scale_factor')
+    return round(1 / scale) if scale else 1

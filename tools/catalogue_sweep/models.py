@@ -1,0 +1,105 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Models of the catalogue, with weights that let errors be seen."""
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .configs import without_pretrained
+
+#: Parameters that are all smaller than this do not count: residual branches
+#: that start at zero, layer scales of 1e-6, offsets.
+NEGLIGIBLE = 1e-2
+#: proposals of a two-stage detector; a thousand only take time
+REGIONS = 16
+
+
+def architecture(cfg: Config) -> ConfigDict:
+    """The model's config without weights from elsewhere, with its data
+    preprocessor, and with few regions to look at."""
+    model = without_pretrained(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    # teachers are compared with nothing here, their weights do not matter
+    if 'teacher_ckpt' in model:
+        model.teacher_ckpt = None
+    _set_all(model, 'rpn', 'max_per_img', REGIONS)
+    _set_all(model, 'rpn_proposal', 'max_per_img', REGIONS)
+    _set_all(model, 'sampler', 'num', REGIONS)
+    return model
+
+
+def _set_all(config: Any, name: str, key: str, value: Any) -> None:
+    """Overwrite a key in all sections of a name."""
+    if isinstance(config, dict):
+        for child_name, child in config.items():
+            if child_name == name and isinstance(child, dict) and key in child:
+                child[key] = value
+            _set_all(child, name, key, value)
+    elif isinstance(config, (list, tuple)):
+        for child in config:
+            _set_all(child, name, key, value)
+
+
+def build(cfg: Config) -> nn.Module:
+    """Build and initialise a model on the CPU.
+
+    Raises:
+        Exception: Whatever the catalogue raises.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    torch.manual_seed(0)
+    model = MODELS.build(architecture(cfg))
+    if hasattr(model, 'init_weights'):
+        model.init_weights()
+    if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+        # they ask for a run in progress, or for images in full size
+        model.data_preprocessor.batch_augments = None
+    enliven(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def enliven(model: nn.Module) -> None:
+    """Make all branches of a freshly initialised model count.
+
+    A branch that starts at zero would hide whatever is wrong behind it.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
+        if torch.isfinite(parameter).all() and (parameter.abs().max()
+                                                > NEGLIGIBLE):
+            continue
+        if parameter.dim() > 1:
+            fan_in = parameter[0].numel()
+            nn.init.normal_(parameter, std=fan_in**-0.5)
+        elif name.endswith('bias'):
+            nn.init.normal_(parameter, std=.1)
+        else:
+            nn.init.uniform_(parameter, .5, 1)
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, forward: Any) -> None:
+    """Give batch normalisations the statistics of an example.
+
+    Args:
+        model (nn.Module): The model, in evaluation mode before and after.
+        forward (Callable): Runs the model on the example.
+    """
+    norms = [x for x in model.modules() if isinstance(x, _BatchNorm)]
+    momenta = [x.momentum for x in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all uses of a shared one
+        norm.train()
+    try:
+        forward()
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            norm.eval()

@@ -1,0 +1,178 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""A process of its own for each model, with limits on memory and time."""
+import importlib
+import multiprocessing
+import os
+import os.path as osp
+import resource
+import time
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import torch
+
+from .checks import CatalogueError, Checked, describe
+from .configs import LIBRARIES, Entry, config_root, read_config
+
+#: who is to blame, by what the dense model's error says; the first counts
+CAUSES = (
+    ('optional dependency', ('install', 'ImportError', 'ModuleNotFoundError',
+                             'No module named', 'multi-modal dependencies')),
+    ('needs a download',
+     ('URLError', 'ConnectionError', 'MaxRetryError', 'OfflineMode',
+      "couldn't connect", 'Name or service not known')),
+    ('needs a GPU',
+     ('is not implemented for CPU', 'implementation for device',
+      'Default process group', 'CUDA', 'not compiled with', 'GPU', 'on CPU')),
+    ('memory limit', ('MemoryError', "can't allocate memory",
+                      'not enough memory', 'Cannot allocate memory')),
+)
+
+
+def cause_of(error: str, step: str) -> str:
+    """The kind of an error of the catalogue's own."""
+    for cause, signs in CAUSES:
+        if any(sign in error for sign in signs):
+            return cause
+    return ('the config is broken'
+            if step in ('read', 'build') else 'the dense model does not run')
+
+
+def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
+    """Check one model.
+
+    Returns:
+        dict: The facts, and ``status``: ``passed``, ``failed`` (by us),
+        ``catalogue`` (the dense model fails) or ``limit``; with ``cause``
+        and ``error``.
+    """
+    start = time.time()
+    facts: Dict[str, Any] = dict(step='read')
+    result: Dict[str, Any] = dict(status='passed')
+    try:
+        if entry.error:
+            raise CatalogueError(entry.error)
+        checked = Checked(entry.library,
+                          read_config(entry.library, entry.configs[0]), report)
+        facts = checked.facts
+        checked.run()
+    except CatalogueError as error:
+        result = dict(status='catalogue', error=str(error))
+        result['cause'] = cause_of(str(error), facts['step'])
+    except BaseException as error:
+        text = describe(error)
+        result = dict(status='failed', error=text, cause='ours')
+        if cause_of(text, facts['step']) == 'memory limit':
+            result.update(status='limit', cause='memory limit')
+        else:
+            result['traceback'] = traceback.format_exc()[-3000:]
+    return dict(result, **facts, seconds=round(time.time() - start, 1))
+
+
+def _child(entry: Entry, connection: Connection, memory_gb: float) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    warnings.simplefilter('ignore')
+    limit = int(_address_space() + memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    # some configs name others from where the library's repository lies
+    os.chdir(osp.dirname(config_root(entry.library)))
+    connection.send(check(entry, connection.send))
+
+
+def _address_space() -> int:
+    """What the process maps already: libraries, mostly."""
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+class _Running:
+    """A process at work on one model."""
+
+    def __init__(self, entry: Entry, memory_gb: float, seconds: float) -> None:
+        context = multiprocessing.get_context('fork')
+        self.entry, self.step, self.start = entry, 'start', time.time()
+        self.seconds = seconds
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_child, args=(entry, theirs, memory_gb))
+        self.process.start()
+        theirs.close()
+
+    def result(self) -> Dict[str, Any]:
+        """The result, empty while there is none."""
+        try:
+            while self.connection.poll():
+                message = self.connection.recv()
+                if isinstance(message, dict):
+                    return self._finish(message)
+                self.step = message
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode
+            return self._finish(
+                self._limited(f'the process died with exit code {code}'))
+        if time.time() - self.start > self.seconds:
+            self.process.kill()
+            return self._finish(
+                self._limited(f'longer than {self.seconds:.0f} s'))
+        return {}
+
+    def _limited(self, error: str) -> Dict[str, Any]:
+        return dict(
+            status='limit',
+            cause='time limit' if 'longer' in error else 'memory limit',
+            error=error,
+            step=self.step,
+            built=self.step not in ('start', 'read', 'build'),
+            seconds=round(time.time() - self.start, 1))
+
+    def _finish(self, result: Dict[str, Any]) -> Dict[str, Any]:
+        self.process.join()
+        self.connection.close()
+        return result
+
+
+def load_libraries() -> None:
+    """Import what the models need, once for all processes."""
+    os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
+    torch.set_num_threads(1)
+    for library in LIBRARIES:
+        for part in ('datasets', 'models'):
+            importlib.import_module(f'{library}.{part}')
+
+
+def check_all(entries: Sequence[Entry],
+              jobs: int = 1,
+              memory_gb: float = 6,
+              seconds: float = 600) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
+    """Check models in processes of their own.
+
+    Args:
+        entries (Sequence[Entry]): The models.
+        jobs (int): How many at a time. Defaults to 1.
+        memory_gb (float): What each may allocate. Defaults to 6.
+        seconds (float): What each may take. Defaults to 600.
+
+    Yields:
+        tuple[Entry, dict]: Model and result, in the order in which they are
+        ready.
+    """
+    load_libraries()
+    waiting = list(entries)
+    running: List[_Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_Running(waiting.pop(0), memory_gb, seconds))
+            time.sleep(.02)
+            for one in list(running):
+                result = one.result()
+                if result:
+                    running.remove(one)
+                    yield one.entry, result
+    finally:
+        for one in running:
+            one.process.kill()
