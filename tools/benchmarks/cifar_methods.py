@@ -37,6 +37,8 @@ from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate
 from mmbasis.visualization import plot_curves
 
+#: images in a calibration batch
+BATCH = 64
 LOCAL = dict(reconstruction='local', recalibration=False)
 PLAIN = dict(recalibration=False)
 #: name: (planner, how to compress, ingredients of reconstruction that are
@@ -113,7 +115,13 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=[.25, .359, .5, .6],
         help='fractions of the MACs of all convolutions')
-    parser.add_argument('--images', type=int, default=512)
+    parser.add_argument(
+        '--methods', nargs='+', choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=512,
+        help='for calibration, with those that are held out for choices')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--threads', type=int)
     return parser.parse_args()
@@ -142,19 +150,22 @@ def main() -> None:
         result['dense'] = evaluate(cfg, copy.deepcopy(model))
     done = {(r['method'], r['budget'], r['seed']) for r in result['runs']}
     todo = [
-        key for key in itertools.product(METHODS, args.budgets, args.seeds)
+        key
+        for key in itertools.product(args.methods, args.budgets, args.seeds)
         if key not in done
     ]
+    cfg.train_dataloader.batch_size = BATCH
     for name, budget, seed in track(todo, console=Console()):
         set_random_seed(seed)
-        size = cfg.train_dataloader.batch_size
         loader = calibration_dataloader(cfg, seed)
         settings, ways, off = METHODS[name]
+        # automatic recalibration holds one batch out
+        batches = args.images // BATCH - ('recalibration' not in ways)
         compressed = copy.deepcopy(model)
         start = time.time()
         with without(off):
             plan = mmbasis.compress(compressed, make_planner(settings, budget),
-                                    loader, args.images // size, **ways)
+                                    loader, batches, **ways)
         seconds = time.time() - start
         macs = plan.totals(convs_only=True)['macs']
         result['runs'].append(
@@ -182,9 +193,9 @@ def curves(result: dict) -> dict:
     return {
         name: {
             b: sum(v) / len(v)
-            for b, v in sorted(row.items())
+            for b, v in sorted(table[name].items())
         }
-        for name, row in table.items()
+        for name in METHODS if name in table
     }
 
 
