@@ -33,6 +33,17 @@ class Entry:
     def name(self) -> str:
         return f'{self.library}::{self.configs[0]}'
 
+    @property
+    def digest(self) -> str:
+        """Decides over order and thoroughness: as good as drawn by lot, and
+        the same wherever the catalogue is the same."""
+        return self.key.rsplit('-', 1)[-1]
+
+    @property
+    def thorough(self) -> bool:
+        """Whether it is one of the one in ten that are looked at closely."""
+        return int(self.digest[-4:], 16) % 10 == 0
+
 
 def config_root(library: str) -> str:
     """Folder of the configs that come with a library."""

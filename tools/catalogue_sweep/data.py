@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.dataset import default_collate
 
 #: image sizes to try, the smallest at which the dense model works counts
-SIZES = {'mmdet': (128, 256, 320, 512), 'mmpretrain': (96, )}
+SIZES = {'mmdet': (96, 128, 320, 512), 'mmpretrain': (96, )}
 
 
 def sizes(library: str, cfg: Config) -> List[int]:
@@ -86,6 +86,13 @@ def _by_pipeline(cfg: Config) -> Any:
     return default_collate(samples)
 
 
+def _batch_size(model: torch.nn.Module) -> int:
+    """Masked convolutions (guided anchors) take one image at a time in test
+    mode, which is also how mmbasis calibrates."""
+    names = {type(module).__name__ for module in model.modules()}
+    return 1 if 'MaskedConv2d' in names else 2
+
+
 def _classified(model: torch.nn.Module, size: int) -> Any:
     from mmpretrain.structures import DataSample
     head = type(getattr(model, 'head', None)).__name__
@@ -106,14 +113,15 @@ def _identified(size: int) -> Any:
 
 
 def _detected(cfg: Config, model: torch.nn.Module, size: int) -> Any:
-    """Boxes, masks and a semantic map, and proposals for a model that does not
-    make them."""
+    """Boxes, masks where they are loaded in training, a semantic map, and
+    proposals for a model that does not make them."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
-    shapes = [(3, size, size)] * 2
+    count = _batch_size(model)
+    shapes = [(3, size, size)] * count
     data = demo_mm_inputs(
-        2,
+        count,
         shapes,
-        num_items=[3, 2],
+        num_items=[3, 2][:count],
         sem_seg_output_strides=_map_stride(cfg),
         with_mask=True,
         with_semantic=True)
@@ -124,6 +132,9 @@ def _detected(cfg: Config, model: torch.nn.Module, size: int) -> Any:
         if not getattr(model, 'with_rpn', False):
             sample.proposals = proposal
         _enlarge(sample.gt_instances, size)
+        if not _loads_masks(cfg.get('train_dataloader')):
+            # which some assigners would trip over
+            del sample.gt_instances.masks
     return data
 
 
@@ -138,6 +149,13 @@ def _enlarge(instances: Any, size: int) -> None:
     for mask, box in zip(masks, instances.bboxes.int().tolist()):
         mask[box[1]:box[3], box[0]:box[2]] = 1
     instances.masks = BitmapMasks(masks, size, size)
+
+
+def _loads_masks(config: Any) -> bool:
+    if isinstance(config, dict):
+        return bool(config.get('with_mask')) or any(
+            map(_loads_masks, config.values()))
+    return isinstance(config, (list, tuple)) and any(map(_loads_masks, config))
 
 
 def _map_stride(cfg: Config) -> int:

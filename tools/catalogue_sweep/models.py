@@ -5,15 +5,17 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmbasis.compat import repair_ssd_head
 from .configs import without_pretrained
 
 #: Parameters that are all smaller than this do not count: residual branches
 #: that start at zero, layer scales of 1e-6, offsets.
 NEGLIGIBLE = 1e-2
-#: proposals of a two-stage detector; a thousand only take time
+#: proposals and detections; hundreds only take time
 REGIONS = 16
 
 
@@ -29,6 +31,8 @@ def architecture(cfg: Config) -> ConfigDict:
     _set_all(model, 'rpn', 'max_per_img', REGIONS)
     _set_all(model, 'rpn_proposal', 'max_per_img', REGIONS)
     _set_all(model, 'sampler', 'num', REGIONS)
+    for name in ('rcnn', 'test_cfg'):
+        _set_all(model, name, 'max_per_img', REGIONS)
     return model
 
 
@@ -51,7 +55,11 @@ def build(cfg: Config) -> nn.Module:
         Exception: Whatever the catalogue raises.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if cfg.get('default_scope') == 'mmdet':
+        repair_ssd_head()  # as all tools do
     torch.manual_seed(0)
+    # some heads ask the run how far it is
+    MessageHub.get_current_instance().update_info('epoch', 0)
     model = MODELS.build(architecture(cfg))
     if hasattr(model, 'init_weights'):
         model.init_weights()

@@ -1,10 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """A process of its own for each model, with limits on memory and time."""
+import faulthandler
 import importlib
 import multiprocessing
 import os
 import os.path as osp
 import resource
+import signal
 import time
 import traceback
 import warnings
@@ -12,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
+from mmengine.logging import MMLogger
 
 from .checks import CatalogueError, Checked, describe
 from .configs import LIBRARIES, Entry, config_root, read_config
@@ -54,8 +57,8 @@ def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
     try:
         if entry.error:
             raise CatalogueError(entry.error)
-        checked = Checked(entry.library,
-                          read_config(entry.library, entry.configs[0]), report)
+        cfg = read_config(entry.library, entry.configs[0])
+        checked = Checked(entry.library, cfg, report, entry.thorough)
         facts = checked.facts
         checked.run()
     except CatalogueError as error:
@@ -64,17 +67,23 @@ def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
     except BaseException as error:
         text = describe(error)
         result = dict(status='failed', error=text, cause='ours')
-        if cause_of(text, facts['step']) == 'memory limit':
-            result.update(status='limit', cause='memory limit')
-        else:
-            result['traceback'] = traceback.format_exc()[-3000:]
-    return dict(result, **facts, seconds=round(time.time() - start, 1))
+        result['traceback'] = traceback.format_exc()[-3000:]
+    if cause_of(result.get('error', ''), facts['step']) == 'memory limit':
+        result.update(status='limit', cause='memory limit')
+    return dict(
+        result,
+        **facts,
+        seconds=round(time.time() - start, 1),
+        cpu_seconds=round(time.process_time(), 1))
 
 
 def _child(entry: Entry, connection: Connection, memory_gb: float) -> None:
     for number in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     warnings.simplefilter('ignore')
+    faulthandler.disable()
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    torch.set_num_threads(1)
     limit = int(_address_space() + memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     # some configs name others from where the library's repository lies
@@ -112,18 +121,22 @@ class _Running:
         except EOFError:
             self.process.join()
             code = self.process.exitcode
-            return self._finish(
-                self._limited(f'the process died with exit code {code}'))
+            text = f'the process died with exit code {code}'
+            if -code in (signal.SIGKILL, signal.SIGABRT):
+                # by the system, or by C++ that got no memory
+                return self._finish(self._died('limit', 'memory limit', text))
+            return self._finish(self._died('failed', 'ours', text))
         if time.time() - self.start > self.seconds:
             self.process.kill()
             return self._finish(
-                self._limited(f'longer than {self.seconds:.0f} s'))
+                self._died('limit', 'time limit',
+                           f'longer than {self.seconds:.0f} s'))
         return {}
 
-    def _limited(self, error: str) -> Dict[str, Any]:
+    def _died(self, status: str, cause: str, error: str) -> Dict[str, Any]:
         return dict(
-            status='limit',
-            cause='time limit' if 'longer' in error else 'memory limit',
+            status=status,
+            cause=cause,
             error=error,
             step=self.step,
             built=self.step not in ('start', 'read', 'build'),
@@ -138,7 +151,6 @@ class _Running:
 def load_libraries() -> None:
     """Import what the models need, once for all processes."""
     os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
-    torch.set_num_threads(1)
     for library in LIBRARIES:
         for part in ('datasets', 'models'):
             importlib.import_module(f'{library}.{part}')

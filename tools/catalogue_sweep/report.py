@@ -6,80 +6,103 @@ from typing import Any, Dict, List, Sequence
 
 from mmbasis.utils.io import write_atomically
 
-_STATUS = {
-    'passed': 'passed',
-    'failed': 'failed, by mmbasis',
-    'catalogue': 'fail without mmbasis, too',
-    'limit': 'memory or time limit of the sweep',
+#: what can come out, in words
+STATUS = {
+    'passed': 'pass',
+    'failed': 'fail by mmbasis',
+    'catalogue': 'cannot run without mmbasis either',
+    'limit': 'exceed the memory or time limit of the sweep',
 }
 
 
-def summary(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+def summary(rows: Sequence[Dict[str, Any]], models: int) -> Dict[str, Any]:
     """How many models were built, passed, failed, and why the others did.
 
     Args:
         rows (Sequence[dict]): Results, with ``name`` and ``configs``.
+        models (int): How many models the catalogue has.
     """
     built = [x for x in rows if x.get('built')]
-    causes: Dict[str, Counter] = {}
+    causes: Dict[str, Counter] = dict(not_built=Counter(), built=Counter())
     for row in rows:
         if row['status'] != 'passed':
-            kind = 'built' if row.get('built') else 'not built'
-            causes.setdefault(kind, Counter())[row['cause']] += 1
-    passed = sum(x['status'] == 'passed' for x in built)
+            kind = 'built' if row.get('built') else 'not_built'
+            causes[kind][row['cause']] += 1
+    count = {k: sum(x['status'] == k for x in built) for k in STATUS}
+    runs = len(built) - count['catalogue']
     return dict(
-        models=len(rows),
+        models=models,
+        checked=len(rows),
         configs=sum(len(x['configs']) for x in rows),
         not_built=len(rows) - len(built),
         built=len(built),
-        **{k: sum(x['status'] == k for x in built)
-           for k in _STATUS},
-        passed_of_built=passed / max(len(built), 1),
+        **count,
+        passed_of_built=round(count['passed'] / max(len(built), 1), 4),
+        passed_of_running=round(count['passed'] / max(runs, 1), 4),
+        thorough=sum(x['status'] == 'passed' and x.get('thorough', False)
+                     for x in rows),
         causes={
             k: dict(v.most_common())
             for k, v in causes.items()
         },
-        seconds=round(sum(x['seconds'] for x in rows)))
+        seconds=round(sum(x['seconds'] for x in rows)),
+        cpu_seconds=round(sum(x.get('cpu_seconds', 0) for x in rows)))
 
 
-def markdown(rows: Sequence[Dict[str, Any]], versions: Dict[str, str]) -> str:
+def markdown(rows: Sequence[Dict[str, Any]], models: int,
+             versions: Dict[str, str]) -> str:
     """The report as text."""
-    total = summary(rows)
+    total = summary(rows, models)
     lines = [
         '# The model catalogue of MMDetection and MMPretrain', '',
         'Written by `tools/catalogue.py`, which says what is checked. '
         'Configs whose model is the same count once. ' +
         ', '.join(f'{k} {v}' for k, v in versions.items()) + '.', '',
-        f'- {total["models"]} distinct models in {total["configs"]} configs',
+        f'- {total["checked"]} of {models} distinct models were checked; they '
+        f'stand in {total["configs"]} configs',
         f'- {total["not_built"]} cannot be built on a CPU without downloads',
-        f'- {total["built"]} are built, of these {total["passed"]} pass: '
-        f'{total["passed_of_built"]:.1%}'
+        f'- {total["built"]} are built, of which'
     ]
+    lines += [f'  - {total[key]} {text}' for key, text in STATUS.items()]
     lines += [
-        f'- {total[key]} {text}' for key, text in _STATUS.items()
-        if key != 'passed'
+        f'- {total["passed_of_built"]:.1%} of those that are built pass, '
+        f'{total["passed_of_running"]:.1%} of those that also run without '
+        'mmbasis',
+        f'- {total["thorough"]} of those that pass were compressed by the '
+        'default pipeline, the others without gradients and reconstruction',
+        f'- {total["seconds"] / max(len(rows), 1):.0f} s per model, '
+        f'{total["cpu_seconds"] / max(len(rows), 1):.0f} s of one core'
     ]
     for kind, causes in total['causes'].items():
-        lines += ['', f'## Causes: {kind}', '', '| cause | models |', '|-|-|']
+        title = 'built' if kind == 'built' else 'not built'
+        lines += ['', f'## Causes: {title}', '', '| cause | models |', '|-|-|']
         lines += [f'| {k} | {v} |' for k, v in causes.items()]
-    others = [x for x in rows if x['status'] != 'passed']
-    lines += [
+    return '\n'.join(lines + _others(rows) + _passes(rows)) + '\n'
+
+
+def _others(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    lines = [
         '', '## Models that do not pass', '',
         '| config | configs | cause | step | error |', '|-|-|-|-|-|'
     ]
-    lines += [
+    return lines + [
         f'| {x["name"]} | {len(x["configs"])} | {x["cause"]} | {x["step"]} | '
-        f'{_cell(x["error"])} |' for x in others
+        f'{_cell(x["error"])} |' for x in rows if x['status'] != 'passed'
     ]
-    lines += [
+
+
+def _passes(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    lines = [
         '', '## Models that pass', '',
-        'Error: the largest relative difference of outputs at full rank. '
-        'MACs: of the compressible layers, kept by the plan.', '',
-        '| config | configs | M params | layers | error | MACs | s | '
-        'left dense |', '|-|-|-|-|-|-|-|-|'
+        'Layers: replaced at half the MACs, and at full rank. Error: the '
+        'largest relative difference of outputs at full rank. MACs: of the '
+        'compressible layers, kept by the plan. Lacks: the modes that the '
+        'dense model cannot do either. Dense: layers that cannot or shall not '
+        'be compressed, by reason.', '',
+        '| config | configs | M params | layers | error | MACs | s | lacks | '
+        'dense |', '|-|-|-|-|-|-|-|-|-|'
     ]
-    lines += [_passed(x) for x in rows if x['status'] == 'passed']
-    return '\n'.join(lines) + '\n'
+    return lines + [_passed(x) for x in rows if x['status'] == 'passed']
 
 
 def _passed(row: Dict[str, Any]) -> str:
@@ -90,7 +113,8 @@ def _passed(row: Dict[str, Any]) -> str:
         f'{row["layers"]} / {row["full_rank_layers"]}',
         f'{row["full_rank_error"]:.0e}',
         f'{macs["after"] / macs["before"]:.1%}', f'{row["seconds"]:.0f}',
-        '; '.join(f'{v} {_cell(k)}' for k, v in skipped.items())
+        ', '.join(row['dense_errors']), '; '.join(f'{v} {_cell(k)}'
+                                                  for k, v in skipped.items())
     ]
     return '| ' + ' | '.join(map(str, cells)) + ' |'
 
@@ -99,9 +123,19 @@ def _cell(text: str) -> str:
     return text.replace('|', '\\|').replace('<', '&lt;')[:160]
 
 
-def write(rows: Sequence[Dict[str, Any]], versions: Dict[str, str],
-          path: str) -> None:
-    """Write ``path.json`` and ``path.md``."""
-    content = dict(versions=versions, summary=summary(rows), models=rows)
-    write_atomically(f'{path}.json', json.dumps(content, indent=1) + '\n')
-    write_atomically(f'{path}.md', markdown(rows, versions))
+def write(rows: Sequence[Dict[str, Any]], models: int,
+          versions: Dict[str, str], path: str) -> None:
+    """Write ``path.json``, a line for each model, and ``path.md``.
+
+    Args:
+        rows (Sequence[dict]): Results, with ``name`` and ``configs``.
+        models (int): How many models the catalogue has.
+        versions (dict[str, str]): Of the libraries.
+        path (str): Without extension.
+    """
+    head = json.dumps(
+        dict(versions=versions, summary=summary(rows, models)), indent=1)
+    body = ',\n'.join(json.dumps(row) for row in rows)
+    text = f'{head[:-2]},\n "models": [\n{body}\n]}}\n'
+    write_atomically(f'{path}.json', text)
+    write_atomically(f'{path}.md', markdown(rows, models, versions))
