@@ -1,11 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Putting a plan into a model, and keeping wrong checkpoints out of it."""
 import copy
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from collections import defaultdict
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
+from mmengine.model import BaseAveragedModel
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 
 from ..layers import BasisLayer, basis_layer_type
@@ -22,7 +24,8 @@ def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
 
 
 def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever they hang, so that shared ones stay shared.
+    """Replace modules wherever they hang, so that shared ones stay shared;
+    moving averages inside the model get to know of it.
 
     Args:
         model (nn.Module): The model, changed in place.
@@ -32,6 +35,32 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in new:
                 parent._modules[name] = new[child]
+    for average in _averages(model):
+        average.avg_parameters = (
+            average.module.state_dict() if average.update_buffers else dict(
+                average.module.named_parameters()))
+
+
+def _averages(model: nn.Module) -> List[BaseAveragedModel]:
+    return [x for x in model.modules() if isinstance(x, BaseAveragedModel)]
+
+
+def _followers(model: nn.Module) -> Dict[nn.Module, List[nn.Module]]:
+    """The layers of moving averages inside a model, as the momentum encoders
+    of pretext tasks, by the layer that they are the average of."""
+    found = defaultdict(list)
+    for average in _averages(model):
+        inside, shapes = set(average.modules()), _shapes(average.module)
+        for source in model.modules():
+            if source not in inside and _shapes(source) == shapes:
+                for name, layer in source.named_modules():
+                    found[layer].append(average.module.get_submodule(name))
+                break
+    return found
+
+
+def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
+    return {name: x.shape for name, x in model.named_parameters()}
 
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
@@ -85,20 +114,23 @@ def apply_plan(model: nn.Module,
     _check_plan(model, plan)
     modules = dict(model.named_modules())
     infos = {layer.name: layer for layer in layers or ()}
+    followers = _followers(model)
     new = {}
     for name, entry in plan.layers.items():
-        dense = modules[name]
-        # new layers draw random numbers that nobody keeps
-        with torch.random.fork_rng():
-            layer = basis_layer_type(dense)(dense, entry.rank, entry.bias,
-                                            plan.norm)
-        if project:
-            info = infos.get(name)
-            if info is not None and info.spectrum is not None:
-                layer.project(dense, info.spectrum.vectors, info.mean)
-            else:
-                layer.project(dense)
-        new[dense] = layer
+        vectors = mean = None
+        info = infos.get(name)
+        if info is not None and info.spectrum is not None:
+            vectors, mean = info.spectrum.vectors, info.mean
+        # a moving average is projected on the subspace of what it follows, so
+        # that the factors of both can be averaged
+        for dense in (modules[name], *followers.get(modules[name], ())):
+            # new layers draw random numbers that nobody keeps
+            with torch.random.fork_rng():
+                layer = basis_layer_type(dense)(dense, entry.rank, entry.bias,
+                                                plan.norm)
+            if project:
+                layer.project(dense, vectors, mean)
+            new[dense] = layer
     replace_modules(model, new)
     _add_biases(model, plan)
     attach_plan(model, plan)

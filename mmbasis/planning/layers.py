@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Sequence, Type
 
 import torch
 import torch.nn as nn
+from mmengine.model import BaseAveragedModel
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -18,6 +19,8 @@ from .targets import is_offset_layer, is_prediction_layer
 #: why a layer stays dense unless somebody asks for it
 PREDICTION = 'prediction layer'
 OFFSETS = 'offset branch'
+#: why a layer becomes what another one becomes, see :func:`apply_plan`
+AVERAGE = 'moving average of other layers'
 
 
 @dataclass
@@ -115,7 +118,8 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
     A layer that several modules share is listed once, under its first name.
     Those that cannot be represented by a basis carry the reason. A layer
     inside another one, which computes the offsets of a deformable
-    convolution, goes wherever that one goes and stays dense.
+    convolution, goes wherever that one goes and stays dense. Those of a
+    moving average inside the model become what the averaged ones become.
 
     Args:
         model (nn.Module): Any model; modules that are already basis layers
@@ -125,13 +129,15 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
         list[LayerInfo]: Without costs and spectra.
     """
     layers, owners = [], defaultdict(list)
-    inside = branches = ()
+    inside = branches = averages = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
         if isinstance(module, BasisLayer):
             inside += (f'{name}.', )
             continue
+        if isinstance(module, BaseAveragedModel):
+            averages += (f'{name}.', )
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)].append(name)
         reason = why_not(module)
@@ -139,6 +145,8 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
             continue
         if name.startswith(branches):
             reason = OFFSETS
+        if name.startswith(averages):
+            reason = AVERAGE
         branches += (f'{name}.', )
         layers.append(
             LayerInfo(name, module, basis_layer_type(module), reason or ''))

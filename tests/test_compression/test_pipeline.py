@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.analysis import FlopAnalyzer
-from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.model import (BaseDataPreprocessor, BaseModel,
+                            ExponentialMovingAverage)
 
 import mmbasis
 from mmbasis.compression import (apply_plan, basis_layers, get_plan,
@@ -387,3 +388,43 @@ def test_linear_layers_are_represented_by_linear_layers():
     model = network()
     mmbasis.compress(model, FixedPlanner({'fc': 2}), batches())
     assert type(model.fc) is BasisLinear
+
+
+class Momentum(nn.Module):
+    """A pretext task: an encoder and its moving average."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Net()
+        self.average = ExponentialMovingAverage(self.encoder, momentum=.5)
+
+    def forward(self, x):
+        if self.training:
+            self.average.update_parameters(self.encoder)
+        return self.encoder(x) - 2 * self.average(x)
+
+
+def test_moving_average_inside_the_model_follows():
+    model = network(Momentum)
+    x, = batches(1, seed=1)
+    for parameter in model.encoder.parameters():
+        parameter.data.mul_(1.1)
+    expected = model(x)
+    full = copy.deepcopy(model)
+    planner = FixedPlanner({'.*': 'full'}, allow_dearer=True)
+    plan = mmbasis.compress(full, planner, batches(1), reconstruction='local')
+    assert (full(x) - expected).norm() < 1e-4 * expected.norm()
+    assert plan.dense['average.module.conv1'].reason.startswith('moving')
+
+    plan = mmbasis.compress(model, BudgetPlanner(macs=.5, loss_aware=False),
+                            batches(1))
+    layers = dict(basis_layers(model))
+    assert layers['average.module.conv1'].rank == layers['encoder.conv1'].rank
+    assert not layers['average.module.conv1'].basis.weight.requires_grad
+    model.train()(x)  # the first update copies
+    for name, value in model.encoder.named_parameters():
+        assert torch.equal(value, model.average.module.get_parameter(name))
+    other = network(Momentum)
+    apply_plan(other, plan, project=False)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model.eval()(x))
