@@ -50,13 +50,27 @@ def _followers(model: nn.Module) -> Dict[nn.Module, List[nn.Module]]:
     of pretext tasks, by the layer that they are the average of."""
     found = defaultdict(list)
     for average in _averages(model):
-        inside, shapes = set(average.modules()), _shapes(average.module)
-        for source in model.modules():
-            if source not in inside and _shapes(source) == shapes:
-                for name, layer in source.named_modules():
-                    found[layer].append(average.module.get_submodule(name))
-                break
+        inside = set(average.modules())
+        others = [(x, _shapes(x)) for x in model.modules() if x not in inside]
+        for source, copied in _copies(average.module, others):
+            for name, layer in source.named_modules():
+                found[layer].append(copied.get_submodule(name))
     return found
+
+
+def _copies(
+    average: nn.Module, others: Sequence[Tuple[nn.Module, Dict]]
+) -> Iterator[Tuple[nn.Module, nn.Module]]:
+    """Which of other modules, given with their shapes, an average or its parts
+    are copies of: MoCo's encoder is put together for the average only."""
+    shapes = _shapes(average)
+    source = next((x for x, other in others if shapes and other == shapes),
+                  None)
+    if source is not None:
+        yield source, average
+    else:
+        for child in average.children():
+            yield from _copies(child, others)
 
 
 def _shapes(model: nn.Module) -> Dict[str, torch.Size]:

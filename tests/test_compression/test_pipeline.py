@@ -396,16 +396,28 @@ class Momentum(nn.Module):
     def __init__(self):
         super().__init__()
         self.encoder = Net()
-        self.average = ExponentialMovingAverage(self.encoder, momentum=.5)
+        self.average = ExponentialMovingAverage(self.whole(), momentum=.5)
+
+    def whole(self):
+        return self.encoder
 
     def forward(self, x):
         if self.training:
-            self.average.update_parameters(self.encoder)
+            self.average.update_parameters(self.whole())
         return self.encoder(x) - 2 * self.average(x)
 
 
-def test_moving_average_inside_the_model_follows():
-    model = network(Momentum)
+class Parts(Momentum):
+    """One whose encoder is put together for the average only, as MoCo's."""
+
+    def whole(self):
+        return nn.Sequential(self.encoder, nn.Identity())
+
+
+@pytest.mark.parametrize('cls, prefix', [(Momentum, 'average.module.'),
+                                         (Parts, 'average.module.0.')])
+def test_moving_average_inside_the_model_follows(cls, prefix):
+    model = network(cls)
     x, = batches(1, seed=1)
     for parameter in model.encoder.parameters():
         parameter.data.mul_(1.1)
@@ -414,17 +426,18 @@ def test_moving_average_inside_the_model_follows():
     planner = FixedPlanner({'.*': 'full'}, allow_dearer=True)
     plan = mmbasis.compress(full, planner, batches(1), reconstruction='local')
     assert (full(x) - expected).norm() < 1e-4 * expected.norm()
-    assert plan.dense['average.module.conv1'].reason.startswith('moving')
+    assert plan.dense[f'{prefix}conv1'].reason.startswith('moving')
 
     plan = mmbasis.compress(model, BudgetPlanner(macs=.5, loss_aware=False),
                             batches(1))
     layers = dict(basis_layers(model))
-    assert layers['average.module.conv1'].rank == layers['encoder.conv1'].rank
-    assert not layers['average.module.conv1'].basis.weight.requires_grad
+    follower = layers[f'{prefix}conv1']
+    assert follower.rank == layers['encoder.conv1'].rank
+    assert not follower.basis.weight.requires_grad
     model.train()(x)  # the first update copies
     for name, value in model.encoder.named_parameters():
-        assert torch.equal(value, model.average.module.get_parameter(name))
-    other = network(Momentum)
+        assert torch.equal(value, model.get_parameter(f'{prefix}{name}'))
+    other = network(cls)
     apply_plan(other, plan, project=False)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model.eval()(x))
