@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """A process of its own for each model, with limits on memory and time."""
+import ctypes
 import faulthandler
 import importlib
 import multiprocessing
@@ -18,6 +19,8 @@ from mmengine.logging import MMLogger
 
 from .checks import CatalogueError, Checked, describe
 from .configs import LIBRARIES, Entry, config_root, read_config
+
+_PR_SET_PDEATHSIG = 1
 
 #: who is to blame, by what the dense model's error says; the first counts
 CAUSES = (
@@ -78,6 +81,8 @@ def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
 
 
 def _child(entry: Entry, connection: Connection, memory_gb: float) -> None:
+    # nobody waits for the result when the parent is killed
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     warnings.simplefilter('ignore')
