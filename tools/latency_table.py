@@ -15,14 +15,13 @@ import os.path as osp
 import sys
 import warnings
 
-import torch
 from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
 
 from mmbasis.compression import load_weights, read_checkpoint
-from mmbasis.deploy.layer_models import LayerModels, layer_shapes, rank_grid
+from mmbasis.deploy.layer_models import LayerModels
 from mmbasis.models import dense_architecture
 from mmbasis.planning.latency import LatencyTable
 from mmbasis.utils import load_config
@@ -103,19 +102,11 @@ def export(args: argparse.Namespace) -> None:
     load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
     samples = samples_for(cfg, args.input_shape)
-    inputs = torch.randn(*args.input_shape)
     models = LayerModels(args.out, args.torchscript)
-    console = Console(stderr=True)
-    shapes = layer_shapes(model, inputs, samples)
-    for index, (layer, seen) in enumerate(shapes):
-        console.print(f'{index + 1} of {len(shapes)}: {layer.name}')
-        ranks = rank_grid(layer, args.ranks, args.round_to)
-        for shape, count in seen.items():
-            models.add_layer(layer, shape, count, ranks)
-    models.add_model(model, args.input_shape, samples)
+    models.add_all(model, args.input_shape, samples, args.ranks, args.round_to,
+                   Console(stderr=True).print)
     models.write_index()
-    Console().print(f'{len(models.entries)} models of {len(shapes)} layers in '
-                    f'{args.out}')
+    Console().print(f'{len(models.entries)} models in {args.out}')
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -1,17 +1,19 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Small models of single layers, to be timed on the device."""
+import copy
 import json
 import os
 import os.path as osp
 import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+from ..compression.surgery import replace_modules
 from ..planning import LayerInfo, evaluation, find_layers
-from ..planning.latency import CARRIER, MODEL_ID
+from ..planning.latency import CARRIER, COMPRESSED_ID, MODEL_ID
 from ..planning.layers import choose_layers
 from ..utils.io import write_atomically
 
@@ -188,9 +190,60 @@ class LayerModels:
                 uses={layer.name: count})
 
     def add_model(self, model: nn.Module, shape: Sequence[int],
-                  samples: Optional[list]) -> None:
-        """Add the whole model, up to its raw outputs."""
+                  samples: Optional[list], ranks: Dict[str, int]) -> None:
+        """Add the whole model up to its raw outputs, dense and at ranks.
+
+        Inside a network, layers take longer than alone, where weights and
+        activations stay in the cache; two measured networks say how much.
+
+        Args:
+            model (nn.Module): The dense model.
+            shape (Sequence[int]): Of its input.
+            samples (list, optional): See :func:`layer_shapes`.
+            ranks (dict[str, int]): Of the layers to compress.
+        """
         self.add(MODEL_ID, RawOutputs(model, samples), shape, role=MODEL_ID)
+        compressed = copy.deepcopy(model)
+        replace_modules(
+            compressed, {
+                layer.module: _fill(
+                    layer.kind(layer.module, ranks[layer.name]))
+                for layer in find_layers(compressed) if layer.name in ranks
+            })
+        self.add(
+            COMPRESSED_ID,
+            RawOutputs(compressed, samples),
+            shape,
+            role=MODEL_ID,
+            ranks=ranks)
+
+    def add_all(self,
+                model: nn.Module,
+                shape: Sequence[int],
+                samples: Optional[list],
+                count: int,
+                round_to: int,
+                listener: Callable[[str], None] = lambda text: None) -> None:
+        """Add all layers that a model has, at a grid of ranks, and the model.
+
+        Args:
+            model (nn.Module): The dense model.
+            shape (Sequence[int]): Of its input.
+            samples (list, optional): See :func:`layer_shapes`.
+            count (int): Ranks for each layer.
+            round_to (int): Ranks are multiples of this.
+            listener (Callable): Takes a line of progress for each layer.
+        """
+        layers = layer_shapes(model, torch.randn(*shape), samples)
+        middle = {}
+        for index, (layer, seen) in enumerate(layers):
+            listener(f'{index + 1} of {len(layers)}: {layer.name}')
+            ranks = rank_grid(layer, count, round_to)
+            for layer_shape, uses in seen.items():
+                self.add_layer(layer, layer_shape, uses, ranks)
+            if ranks:
+                middle[layer.name] = ranks[len(ranks) // 2]
+        self.add_model(model, shape, samples, middle)
 
     def write_index(self) -> str:
         """Write ``index.json`` and return its path."""

@@ -11,7 +11,7 @@ from .layers import LayerInfo
 
 SCHEMA, VERSION = 'mmbasis.latency_table', 1
 #: ids of the entries that are no layer
-MODEL_ID, CARRIER = 'model', 'carrier'
+MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
 
 
 @dataclass
@@ -62,6 +62,8 @@ class LatencyTable:
             curves of the input shapes it sees and how often it sees them in
             one forward pass.
         model_ms (float, optional): Latency of the whole dense model.
+        compressed_ms (float, optional): Of the whole model at some ranks.
+        compressed_ranks (dict[str, int], optional): Those ranks.
     """
 
     def __init__(self,
@@ -70,13 +72,36 @@ class LatencyTable:
                  backend: str,
                  precision: str,
                  curves: Dict[str, List[Tuple[Curve, int]]],
-                 model_ms: Optional[float] = None) -> None:
+                 model_ms: Optional[float] = None,
+                 compressed_ms: Optional[float] = None,
+                 compressed_ranks: Optional[Dict[str, int]] = None) -> None:
         self.path = path
         self.device = device
         self.backend = backend
         self.precision = precision
         self.curves = curves
         self.model_ms = model_ms
+        #: how much longer layers take inside the model than alone
+        self._dense_scale = self._basis_scale = 1.
+        self._fit_scales(compressed_ms, compressed_ranks or {})
+
+    def _fit_scales(self, compressed_ms: Optional[float],
+                    ranks: Dict[str, int]) -> None:
+        """Make the predictions of the dense and of the compressed model those
+        that were measured, as far as that is no speed-up of basis layers."""
+        if self.model_ms is None:
+            return
+        alone = sum(self.cost(name, None) for name in self.curves)
+        if alone > self.model_ms:
+            self._dense_scale = self._basis_scale = self.model_ms / alone
+        if compressed_ms is None:
+            return
+        basis = sum(
+            self.cost(name, rank) for name, rank in ranks.items()
+            if name in self.curves)
+        excess = compressed_ms - self.predict(ranks)
+        if basis > 0 and excess > 0:
+            self._basis_scale *= 1 + excess / basis
 
     @property
     def device_name(self) -> str:
@@ -146,7 +171,7 @@ class LatencyTable:
         try:
             table = cls(path, data['device'], data['backend'],
                         data['precision'], _curves(data['entries']),
-                        _model_ms(data['entries']))
+                        *_model_ms(data['entries']))
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f'{path} is malformed: {error!r} in its entries; '
                              'was the index of tools/latency_table.py export '
@@ -198,13 +223,16 @@ class LatencyTable:
                 f'({len(missing) + len(wrong)} layers in all)')
 
     def cost(self, name: str, rank: Optional[int]) -> float:
-        """Milliseconds that a layer takes in one forward pass, at all its
-        input shapes; ``rank`` None is the dense layer."""
-        return sum(n * curve.cost(rank) for curve, n in self.curves[name])
+        """Milliseconds that a layer takes in one forward pass of the model,
+        at all its input shapes; ``rank`` None is the dense layer."""
+        scale = self._dense_scale if rank is None else self._basis_scale
+        return scale * sum(n * curve.cost(rank)
+                           for curve, n in self.curves[name])
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""
-        return sum(n * curve.noise for curve, n in self.curves[name])
+        return self._basis_scale * sum(n * curve.noise
+                                       for curve, n in self.curves[name])
 
     def is_faster(self, name: str, rank: int) -> bool:
         """Whether a layer is faster at a rank than dense, beyond noise."""
@@ -247,17 +275,16 @@ class LatencyTable:
         Returns:
             float: Milliseconds for one forward pass.
         """
-        layers = sum(self.cost(name, ranks.get(name)) for name in self.curves)
-        dense = sum(self.cost(name, None) for name in self.curves)
-        total = self.rest() + layers
-        if self.model_ms is not None and dense > self.model_ms:
-            # alone the layers took longer than in the model
-            total *= self.model_ms / dense
-        return total
+        return self.rest() + sum(
+            self.cost(name, ranks.get(name)) for name in self.curves)
 
 
-def _model_ms(entries: List[dict]) -> Optional[float]:
-    return next((e['median_ms'] for e in entries if e['id'] == MODEL_ID), None)
+def _model_ms(entries: List[dict]) -> tuple:
+    """Latency of the whole model, dense and compressed, and the ranks."""
+    whole = {e['id']: e for e in entries}
+    compressed = whole.get(COMPRESSED_ID, {})
+    return (whole.get(MODEL_ID, {}).get('median_ms'),
+            compressed.get('median_ms'), compressed.get('ranks'))
 
 
 def _curves(entries: List[dict]) -> Dict[str, List[Tuple[Curve, int]]]:

@@ -126,7 +126,8 @@ def test_interpolation_never_invents_a_speed_up(write):
 
 
 def test_a_layer_that_is_used_twice_costs_twice(write, model):
-    table = LatencyTable.load(write(entries=entries(model, uses=2)))
+    rows = [x for x in entries(model, uses=2) if x['id'] != 'model']
+    table = LatencyTable.load(write(entries=rows))
     assert table.cost('2', 4) == pytest.approx(2)
     assert table.noise('2') == pytest.approx(.1)
 
@@ -141,6 +142,24 @@ def test_prediction_of_the_whole_model(write, model):
     table = LatencyTable.load(write(entries=rows))
     assert table.predict({}) == pytest.approx(2.5)
     assert table.predict({'2': 4}) == pytest.approx(1)
+
+
+def test_layers_take_longer_inside_the_model(write, model):
+    """The compressed model was measured, too: 6 ms instead of 4."""
+
+    def table(ms):
+        row = dict(
+            id='model/compressed', median_ms=ms, ranks={'2': 4}, noise_ms=0.)
+        return LatencyTable.load(write(entries=entries(model) + [row]))
+
+    slower = table(6.)
+    assert slower.predict({}) == pytest.approx(7)
+    assert slower.predict({'2': 4}) == pytest.approx(6)
+    assert slower.cost('2', 4) == pytest.approx(3)
+    assert slower.cost('2', None) == pytest.approx(4)
+    assert slower.is_faster('2', 4) and not slower.is_faster('2', 8)
+    # but never that they are faster than alone
+    assert table(3.).predict({'2': 4}) == pytest.approx(4)
 
 
 @pytest.mark.parametrize('changes, text', [

@@ -32,8 +32,7 @@ from rich.table import Table
 
 from mmbasis.compression import (analyze, apply_plan, as_planner, load_weights,
                                  read_checkpoint)
-from mmbasis.deploy.layer_models import (LayerModels, RawOutputs, layer_shapes,
-                                         rank_grid)
+from mmbasis.deploy.layer_models import LayerModels, RawOutputs
 from mmbasis.models import dense_architecture
 from mmbasis.planning.latency import LatencyTable
 from mmbasis.utils import load_config
@@ -80,12 +79,8 @@ def measure_layers(args, model, samples) -> LatencyTable:
     path = osp.join(args.work_dir, 'table.json')
     if not osp.isfile(osp.join(folder, 'index.json')):
         models = LayerModels(folder)
-        for layer, seen in layer_shapes(model, torch.randn(*args.input_shape),
-                                        samples):
-            ranks = rank_grid(layer, args.ranks, args.round_to)
-            for shape, count in seen.items():
-                models.add_layer(layer, shape, count, ranks)
-        models.add_model(model, args.input_shape, samples)
+        models.add_all(model, args.input_shape, samples, args.ranks,
+                       args.round_to)
         models.write_index()
     measure_table(
         folder,
@@ -150,13 +145,17 @@ def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
     }
     feed = dict(input=np.random.rand(*shape).astype(np.float32))
     times = {name: [] for name in paths}
-    for repeat in range(repeats + 3):
+    for repeat in range(repeats + 2):
         for name, session in sessions.items():
-            session.run(None, feed)  # its own memory and caches first
-            start = time.perf_counter()
-            session.run(None, feed)
-            if repeat >= 3:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            # its own memory and caches first, and the threads of the one
+            # before go to sleep
+            for _ in range(2):
+                session.run(None, feed)
+            for _ in range(3):
+                start = time.perf_counter()
+                session.run(None, feed)
+                if repeat >= 2:
+                    times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
