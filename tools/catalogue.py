@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
         '--timeout',
         type=float,
         default=600,
-        help='seconds that each model may take (default 600)')
+        help='CPU seconds that each model may take (default 600)')
     parser.add_argument(
         '--only',
         nargs='+',

@@ -155,14 +155,15 @@ class Checked:
                 errors[mode] = describe(error)
         return errors
 
-    def _outputs(self, model: nn.Module) -> List[Any]:
+    def _outputs(self, model: nn.Module, data: Any = None) -> List[Any]:
         """What is compared: outputs before post-processing; final ones of a
         model that has no others; also the loss of one that has no final ones.
         """
+        data = self.data if data is None else data
         modes = self.facts['modes']
         chosen = modes[:1] if 'predict' in modes else modes
         self.facts['compared'] = ' and '.join(chosen)
-        return [forward(model, self.data, mode) for mode in chosen]
+        return [forward(model, data, mode) for mode in chosen]
 
     # -------------------------------------------------------- full rank
     def _full_rank(self, plan: CompressionPlan,
@@ -183,17 +184,22 @@ class Checked:
         model = copy.deepcopy(self.model).double()
         apply_plan(model, plan, layers)
         for dtype in (torch.float32, torch.float64):
+            data = self.data
+            if dtype == torch.float64 and 'loss' not in self.facts['compared']:
+                data = self._first_image()  # convolutions are slow then
             with precision(dtype), torch.no_grad():
                 # copies: a queue or a moving average changes with each run
                 dense = copy.deepcopy(self.model).to(dtype)
-                basis = copy.deepcopy(model).to(dtype)
+                basis = (
+                    copy.deepcopy(model).float()
+                    if dtype == torch.float32 else model)
                 try:
-                    expected = self._outputs(dense)
+                    expected = self._outputs(dense, data)
                 except Exception:
                     if dtype == torch.float64:
                         break  # operators that know float32 only
                     raise
-                error = difference(self._outputs(basis), expected)
+                error = difference(self._outputs(basis, data), expected)
             self.facts.update(
                 full_rank_error=error, precision=str(dtype)[len('torch.'):])
             if error <= TOLERANCE:
@@ -267,13 +273,15 @@ class Checked:
         apply_plan(self.model, plan, layers)
         return plan
 
+    def _first_image(self) -> Any:
+        return {k: v[:1] for k, v in copy.deepcopy(self.data).items()}
+
     def _counted(self) -> Dict[str, Any]:
         """What MMEngine counts for one image; the error if it cannot."""
         if not {'tensor', 'predict'} <= set(self.facts['modes']):
             return dict(error='mode tensor is not all that the model does')
         try:
-            one = {k: v[:1] for k, v in copy.deepcopy(self.data).items()}
-            return model_complexity(self.model, one)
+            return model_complexity(self.model, self._first_image())
         except Exception as error:
             return dict(error=describe(error))
 

@@ -63,9 +63,11 @@ def build(cfg: Config) -> nn.Module:
     model = MODELS.build(architecture(cfg))
     if hasattr(model, 'init_weights'):
         model.init_weights()
-    if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
-        # they ask for a run in progress, or for images in full size
-        model.data_preprocessor.batch_augments = None
+    preprocessor = model.data_preprocessor
+    if isinstance(
+            getattr(preprocessor, 'batch_augments', None), nn.ModuleList):
+        # detectors' ask for a run in progress, or for images in full size
+        preprocessor.batch_augments = None
     enliven(model)
     return model.eval()
 

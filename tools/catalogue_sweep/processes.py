@@ -80,7 +80,8 @@ def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
         cpu_seconds=round(time.process_time(), 1))
 
 
-def _child(entry: Entry, connection: Connection, memory_gb: float) -> None:
+def _child(entry: Entry, connection: Connection, memory_gb: float,
+           seconds: float) -> None:
     # nobody waits for the result when the parent is killed
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (1, 2):
@@ -91,6 +92,8 @@ def _child(entry: Entry, connection: Connection, memory_gb: float) -> None:
     torch.set_num_threads(1)
     limit = int(_address_space() + memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = max(1, round(seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     # some configs name others from where the library's repository lies
     os.chdir(osp.dirname(config_root(entry.library)))
     connection.send(check(entry, connection.send))
@@ -111,7 +114,7 @@ class _Running:
         self.seconds = seconds
         self.connection, theirs = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=_child, args=(entry, theirs, memory_gb))
+            target=_child, args=(entry, theirs, memory_gb, seconds))
         self.process.start()
         theirs.close()
 
@@ -127,16 +130,21 @@ class _Running:
             self.process.join()
             code = self.process.exitcode
             text = f'the process died with exit code {code}'
+            if -code == signal.SIGXCPU:
+                return self._finish(self._late())
             if -code in (signal.SIGKILL, signal.SIGABRT):
                 # by the system, or by C++ that got no memory
                 return self._finish(self._died('limit', 'memory limit', text))
             return self._finish(self._died('failed', 'ours', text))
-        if time.time() - self.start > self.seconds:
+        # a process that waits takes no CPU time
+        if time.time() - self.start > 10 * self.seconds:
             self.process.kill()
-            return self._finish(
-                self._died('limit', 'time limit',
-                           f'longer than {self.seconds:.0f} s'))
+            return self._finish(self._late())
         return {}
+
+    def _late(self) -> Dict[str, Any]:
+        return self._died('limit', 'time limit',
+                          f'longer than {self.seconds:.0f} s')
 
     def _died(self, status: str, cause: str, error: str) -> Dict[str, Any]:
         return dict(
@@ -171,7 +179,7 @@ def check_all(entries: Sequence[Entry],
         entries (Sequence[Entry]): The models.
         jobs (int): How many at a time. Defaults to 1.
         memory_gb (float): What each may allocate. Defaults to 6.
-        seconds (float): What each may take. Defaults to 600.
+        seconds (float): CPU time that each may take. Defaults to 600.
 
     Yields:
         tuple[Entry, dict]: Model and result, in the order in which they are
