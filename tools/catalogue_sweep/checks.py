@@ -20,7 +20,8 @@ from mmbasis.compression import (Compressor, analyze, apply_plan, basis_layers,
 from mmbasis.models import build_compressed
 from mmbasis.planning import (BudgetPlanner, CompressionPlan, FixedPlanner,
                               LayerInfo, find_layers)
-from .compare import difference, forward, layer_differences, precision, tensors
+from .compare import (difference, forward, in_float32, layer_differences,
+                      precision, tensors)
 from .data import make_batch, sizes
 from .models import architecture, build, settle_norms
 
@@ -191,8 +192,7 @@ class Checked:
                 # copies: a queue or a moving average changes with each run
                 dense = copy.deepcopy(self.model).to(dtype)
                 basis = (
-                    copy.deepcopy(model).float()
-                    if dtype == torch.float32 else model)
+                    in_float32(model) if dtype == torch.float32 else model)
                 try:
                     expected = self._outputs(dense, data)
                 except Exception:
@@ -301,8 +301,9 @@ class Checked:
             before=before['macs'], after=after['macs'], planned=planned)
         # the number of proposals depends on the weights
         loose = hasattr(self.model, 'roi_head')
-        if not (loose and saved > 0 or any(
-                abs(saved - x) <= .01 * planned for x in (planned, used))):
+        # deformable convolutions of MMCV pad what is smaller than the kernel
+        if not (loose and saved > 0 or any(-.01 <= (saved - x) / planned <= .05
+                                           for x in (planned, used))):
             raise AssertionError(f'{saved} MACs are saved, {planned} planned')
 
     # ------------------------------------------------------ afterwards

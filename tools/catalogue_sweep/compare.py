@@ -75,6 +75,16 @@ def _in_float32(function: Any) -> Any:
     return forward
 
 
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy in float32, without one in float64 on the way: large models leave
+    no room for that."""
+    memo = {
+        id(x): nn.Parameter(x.detach().float(), x.requires_grad)
+        for x in model.parameters()
+    }
+    return copy.deepcopy(model, memo).float()
+
+
 def tensors(value: Any) -> List[Tensor]:
     """All tensors in nested outputs, in order."""
     if isinstance(value, Tensor):
