@@ -200,6 +200,7 @@ class Checked:
                         break  # operators that know float32 only
                     raise
                 error = difference(self._outputs(basis, data), expected)
+            del dense, basis  # large models leave no room for the next
             self.facts.update(
                 full_rank_error=error, precision=str(dtype)[len('torch.'):])
             if error <= TOLERANCE:
