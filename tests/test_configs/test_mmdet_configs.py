@@ -14,7 +14,7 @@ from mmbasis.planning.layers import choose_layers
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'mmdet'
 BUDGETS = {'macs50': 0.5, 'macs25': 0.25}
-COMPRESSING = sorted(path.stem for path in FOLDER.glob('*_basis-*.py'))
+COMPRESSING = sorted(path.stem for path in FOLDER.glob('*_coco_basis-*.py'))
 DENSE = sorted({name.split('_basis-')[0] for name in COMPRESSING})
 SMALL = ('rtmdet_tiny_bccd', 'retinanet_r18_bccd')
 
@@ -126,6 +126,16 @@ def test_small_detector(name, monkeypatch):
     model.train()
     assert all(x.training for x in model.modules()
                if isinstance(x, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_small_detector_is_compressed(name):
+    cfg = load(f'{name}_basis-macs50')
+    assert cfg.model == load(name).model
+    assert cfg.load_from.endswith(f'{name}.pth')
+    hook, = (x for x in cfg.custom_hooks if 'mmbasis' in x.type)
+    assert as_planner(HOOKS.build(dict(hook)).planner).budget == 0.5
+    assert cfg.param_scheduler.end == 26 * cfg.train_cfg.max_epochs
 
 
 def test_small_rtmdet_takes_the_trained_weights(shared_data):

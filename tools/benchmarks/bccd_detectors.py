@@ -119,7 +119,8 @@ def test(cfg: Config, model: torch.nn.Module) -> dict:
 
 def draw(cfg: Config, models: dict, folder: str, images: int = 8) -> None:
     """Paint the detections of all models side by side."""
-    visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer'))
+    visualizer = VISUALIZERS.build(
+        dict(type='DetLocalVisualizer', name='detections'))
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     visualizer.dataset_meta = dataset.metainfo
     os.makedirs(folder, exist_ok=True)
@@ -171,7 +172,6 @@ def main() -> None:
             step: test(cfg, model)
             for step, model in track(models.items(), console=Console())
         }
-        draw(cfg, models, osp.join(args.work_dir, f'{name}_detections'))
         totals = plan_of(read_checkpoint(paths['fine-tuned'])).totals()
         runs.append(dict(detector=name, steps=steps, **totals))
         result = dict(
@@ -185,6 +185,7 @@ def main() -> None:
             runs=runs)
         write_atomically(f'{args.out}.json', json.dumps(result, indent=1))
         write_atomically(f'{args.out}.md', to_markdown(runs))
+        draw(cfg, models, osp.join(args.work_dir, f'{name}_detections'))
 
 
 if __name__ == '__main__':
