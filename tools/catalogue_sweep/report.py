@@ -41,6 +41,8 @@ def summary(rows: Sequence[Dict[str, Any]], models: int) -> Dict[str, Any]:
         passed_of_running=round(count['passed'] / max(runs, 1), 4),
         thorough=sum(x['status'] == 'passed' and x.get('thorough', False)
                      for x in rows),
+        layer_by_layer=sum(x['status'] == 'passed' and 'layer_error' in x
+                           for x in rows),
         causes={
             k: dict(v.most_common())
             for k, v in causes.items()
@@ -70,6 +72,10 @@ def markdown(rows: Sequence[Dict[str, Any]], models: int,
         'mmbasis',
         f'- {total["thorough"]} of those that pass were compressed by the '
         'default pipeline, the others without gradients and reconstruction',
+        f'- {total["layer_by_layer"]} of those that pass were compared layer '
+        'by layer, each on its own inputs: their output is a loss only, or '
+        'the dense model turns rounding of its weights into differences '
+        'above 1e-4, too',
         f'- {total["seconds"] / max(len(rows), 1):.0f} s per model, '
         f'{total["cpu_seconds"] / max(len(rows), 1):.0f} s of one core'
     ]
@@ -111,8 +117,9 @@ def _passed(row: Dict[str, Any]) -> str:
         row['name'],
         len(row['configs']), f'{row["params"] / 1e6:.1f}',
         f'{row["layers"]} / {row["full_rank_layers"]}',
-        f'{row["full_rank_error"]:.0e}',
-        f'{macs["after"] / macs["before"]:.1%}', f'{row["seconds"]:.0f}',
+        f'{row["full_rank_error"]:.0e}' +
+        (f' (layers {row["layer_error"]:.0e})' if 'layer_error' in row else
+         ''), f'{macs["after"] / macs["before"]:.1%}', f'{row["seconds"]:.0f}',
         ', '.join(row['dense_errors']), '; '.join(f'{v} {_cell(k)}'
                                                   for k, v in skipped.items())
     ]
