@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 import mmbasis
+from mmbasis.compression import plan_of, read_checkpoint
 from mmbasis.utils.io import write_atomically
 
 ROOT = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
@@ -172,12 +173,8 @@ def read_logs(work_dir: str) -> dict:
         if osp.basename(path) == 'scalars.json':
             with open(path) as file:
                 rows += [json.loads(line) for line in file]
-    plan = torch.load(
-        sorted(glob.glob(osp.join(work_dir, 'epoch_*.pth')))[-1],
-        map_location='cpu',
-        weights_only=True)['meta']['mmbasis']
-    macs = mmbasis.CompressionPlan.from_dict(plan).totals(
-        convs_only=True)['macs']
+    last = sorted(glob.glob(osp.join(work_dir, 'epoch_*.pth')))[-1]
+    macs = plan_of(read_checkpoint(last)).totals(convs_only=True)['macs']
     return dict(
         conv_macs=macs['after'] / macs['before'],
         top1=[r for r in rows if 'accuracy/top1' in r][-1]['accuracy/top1'],
