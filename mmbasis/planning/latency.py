@@ -223,8 +223,8 @@ class LatencyTable:
                 f'({len(missing) + len(wrong)} layers in all)')
 
     def cost(self, name: str, rank: Optional[int]) -> float:
-        """Milliseconds that a layer takes in one forward pass of the model,
-        at all its input shapes; ``rank`` None is the dense layer."""
+        """Milliseconds that a layer takes in one forward pass of the model, at
+        all its input shapes; ``rank`` None is the dense layer."""
         scale = self._dense_scale if rank is None else self._basis_scale
         return scale * sum(n * curve.cost(rank)
                            for curve, n in self.curves[name])

@@ -102,7 +102,7 @@ def load(cfg: Config, checkpoint: str) -> torch.nn.Module:
 
 
 def test(cfg: Config, model: torch.nn.Module) -> dict:
-    """mAP at an IoU of 0.5 on each split."""
+    """The mAP at an IoU of 0.5 on each split."""
     cfg = copy.deepcopy(cfg)
     dataset = cfg.val_dataloader.dataset
     result = {}

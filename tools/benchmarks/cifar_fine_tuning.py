@@ -1,12 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Fine-tune compressed ResNet-56 on CIFAR-10 by several recipes.
 
-Each run is one call of tools/train.py, with the same dense weights, images
-and number of epochs; the accuracy is that of the last epoch on the test
-images, which decide nothing. Runs that are there already are not run again,
-and one that was interrupted is resumed.
+Each run is one call of tools/train.py, with the same dense weights, images and
+number of epochs; the accuracy is that of the last epoch on the test images,
+which decide nothing. Runs that are there already are not run again, and one
+that was interrupted is resumed.
 
-    MMBASIS_DATA=data python tools/benchmarks/cifar_fine_tuning.py \
+    export MMBASIS_DATA=data
+    python tools/benchmarks/cifar_fine_tuning.py \
         data/resnet56_cifar10_jpeg.pth --out docs/results/cifar_fine_tuning
 """
 import argparse
