@@ -1,13 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Forward passes that stop at layers, and at the sums that layers go into."""
 import inspect
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -36,7 +37,7 @@ class Sum:
     scale: Tensor
 
 
-class Pass(greenlet):
+class Pass:
     """The forward pass of one batch, which stops at layers.
 
     A hook of the layer hands control back to who advanced the pass, in the
@@ -44,23 +45,56 @@ class Pass(greenlet):
     advanced again. So all batches go through the model side by side and
     once, without anybody knowing how the model is built.
 
+    Each pass is a thread, of which one runs at a time, and not a coroutine:
+    PyTorch keeps the states of gradients, autocast, modes and warnings by
+    thread, and they have to stay those of the pass where it stopped. It can
+    be left at any time: as a context manager, it is ended on exit.
+
     Args:
         model (nn.Module): The model.
         data (Any): The batch.
+        watch (SumWatch, optional): Sees the sums of this pass.
     """
 
-    def __init__(self, model: nn.Module, data: Any) -> None:
-        super().__init__()
-        self.model, self.data = model, data
+    def __init__(self,
+                 model: nn.Module,
+                 data: Any,
+                 watch: Optional['SumWatch'] = None) -> None:
+        self.model, self.data, self.watch = model, data, watch
         #: inputs of layers that wait for their sums
         self.inputs: Dict[str, Tensor] = {}
         #: where the pass stands; None at its end
         self.name: Optional[str] = None
         self.tensor: Optional[Tensor] = None
         self.sum: Optional[Sum] = None
+        self._goes_on = threading.Semaphore(0)
+        self._stands = threading.Semaphore(0)
+        self._error: Optional[BaseException] = None
+        self._left = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def run(self, *_) -> None:
-        forward_batch(self.model, self.data)
+    def __enter__(self) -> 'Pass':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._left = True
+        if self._thread.is_alive():
+            self._goes_on.release()
+            self._thread.join()
+
+    def advance(self) -> None:
+        """Go on to the next layer, or to the end of the pass.
+
+        Raises:
+            Exception: What the model raised on the way.
+        """
+        self.name = self.tensor = self.sum = None
+        if self._thread.ident is None:
+            self._thread.start()
+        self._goes_on.release()
+        self._stands.acquire()
+        if self._error is not None:
+            raise self._error
 
     def stop(self,
              name: str,
@@ -68,18 +102,41 @@ class Pass(greenlet):
              into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
         self.name, self.tensor, self.sum = name, tensor, into
-        self.parent.switch()
+        self._stands.release()
+        self._wait()
 
-    def advance(self) -> None:
-        """Go on to the next layer, or to the end of the pass."""
-        self.name = self.tensor = self.sum = None
-        self.switch()
+    def _wait(self) -> None:
+        self._goes_on.acquire()
+        if self._left:
+            raise _PassLeft
+
+    def _run(self) -> None:
+        _CURRENT.value = self
+        try:
+            self._wait()
+            weight = next(self.model.parameters())
+            if weight.is_cuda:  # the device is by thread, too
+                torch.cuda.set_device(weight.device)
+            with torch.no_grad(), self.watch or nullcontext():
+                forward_batch(self.model, self.data)
+        except _PassLeft:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._stands.release()
+
+
+class _PassLeft(BaseException):
+    """Ends the thread of a pass that nobody advances any more."""
+
+
+_CURRENT = threading.local()
 
 
 def current_pass() -> Optional[Pass]:
     """The pass that is running, None outside of any."""
-    current = getcurrent()
-    return current if isinstance(current, Pass) else None
+    return getattr(_CURRENT, 'value', None)
 
 
 class SumWatch(TorchFunctionMode):
@@ -162,9 +219,8 @@ class SumWatch(TorchFunctionMode):
             return
         current = current_pass()
         if current is not None:
-            with self:  # which is off while it handles a function
-                current.stop(name, current.inputs.pop(name, None),
-                             Sum(branch, other, scale))
+            current.stop(name, current.inputs.pop(name, None),
+                         Sum(branch, other, scale))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -91,11 +91,15 @@ class Reconstruction:
                           batches: Sequence[Any]) -> None:
         if not names:
             return
-        with ExitStack() as stack, self.watch:
+        with ExitStack() as stack:
             for name in names:
                 self._stop_at(name, stack)
-            passes = [(Pass(self.reference, data), Pass(self.model, data))
-                      for data in batches]
+            passes = [
+                tuple(
+                    stack.enter_context(Pass(model, data, self.watch))
+                    for model in (self.reference, self.model))
+                for data in batches
+            ]
             for one in itertools.chain(*passes):
                 one.advance()
             while any(student.name for _, student in passes):

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+import threading
 
 import pytest
 import torch
@@ -279,6 +280,36 @@ def test_errors_in_a_pass_surface(model, batches):
     with pytest.raises(RuntimeError, match='channels'):
         compressed(model, batches + [torch.randn(1, 4, 12, 12)], 'sequential',
                    RANKS)
+
+
+def test_passes_that_are_left_end(model, batches):
+    """When a batch fails, the others stand in the middle of the model."""
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match='channels'):
+        compressed(model, batches + [torch.randn(1, 4, 12, 12)], 'sequential',
+                   RANKS)
+    assert threading.active_count() == before
+
+
+def test_states_stay_those_of_a_pass(batches):
+    """A pass that stops where gradients are switched on leaves the others, and
+    who called, as they were."""
+    seen = []
+
+    class Switching(Block):
+
+        def forward(self, x):
+            seen.append(torch.is_grad_enabled())
+            with torch.enable_grad():
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Switching().eval()
+    with torch.no_grad():
+        compressed(model, batches, 'sequential', dict(stem=6, conv2=10))
+        assert not torch.is_grad_enabled()
+    # of the dense and of the compressed model
+    assert seen[-2 * len(batches):] == [False] * (2 * len(batches))
 
 
 def test_unknown_way(model, batches):
