@@ -19,7 +19,7 @@ def folder(tmp_path):
     path = tmp_path / 'layers'
     path.mkdir()
     entries = []
-    for i, channels in enumerate((4, 32, 8)):
+    for i, channels in enumerate((4, 128, 8)):
         helpers.conv_model(path / ('%d.onnx' % i), channels, 32)
         entries.append(
             dict(
@@ -46,12 +46,12 @@ def test_table(folder, tmp_path):
     assert table['backend'] == 'onnxruntime'
     assert table['precision'] == 'fp32' and table['device']['cores'] > 0
     assert [e['id']
-            for e in table['entries']] == ['conv/4', 'conv/32', 'conv/8']
+            for e in table['entries']] == ['conv/4', 'conv/128', 'conv/8']
     assert table['entries'][1]['extra'] == dict(stage=1)
     for e in table['entries']:
         assert e['median_ms'] > 0 and e['noise_ms'] >= 0
     assert table['entries'][1]['median_ms'] > table['entries'][0]['median_ms']
-    assert 'left]' in err and 'conv/32' in out
+    assert 'left]' in err and 'conv/128' in out
 
 
 def test_only_what_is_missing_is_measured_again(folder, tmp_path):
@@ -97,6 +97,6 @@ def test_bad_indices(folder):
 def test_entry_that_does_not_run_keeps_the_rest(folder, tmp_path):
     (folder / '1.onnx').write_text('no model')
     status, _, err = measure(folder, tmp_path / 't.json')
-    assert status == 1 and "entry 'conv/32'" in err
+    assert status == 1 and "entry 'conv/128'" in err
     table = json.loads((tmp_path / 't.json').read_text())
     assert table['status'] == 'partial' and len(table['entries']) == 1
