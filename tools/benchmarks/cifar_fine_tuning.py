@@ -6,7 +6,6 @@ number of epochs; the accuracy is that of the last epoch on the test images,
 which decide nothing. Runs that are there already are not run again, and one
 that was interrupted is resumed.
 
-    export MMBASIS_DATA=data
     python tools/benchmarks/cifar_fine_tuning.py \
         data/resnet56_cifar10_jpeg.pth --out docs/results/cifar_fine_tuning
 """
