@@ -3,11 +3,12 @@
 
 Each run is one call of tools/train.py, with the same dense weights, images and
 number of epochs; the accuracy is that of the last epoch on the test images,
-which decide nothing. Runs that are there already are not run again, and one
-that was interrupted is resumed.
+which decide nothing. What is there already is not run again, and what was
+interrupted is resumed.
 
     python tools/benchmarks/cifar_fine_tuning.py \
-        data/resnet56_cifar10_jpeg.pth --out docs/results/cifar_fine_tuning
+        data/resnet56_cifar10_jpeg.pth \
+        --out docs/results/cifar_fine_tuning
 """
 import argparse
 import glob
