@@ -3,8 +3,9 @@
 import copy
 import functools
 import os.path as osp
+import re
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -24,12 +25,13 @@ class Distillation:
         checkpoint (str, optional): Weights of the teacher. By default it is
             given later, by :meth:`take` or :meth:`load`.
         terms (Sequence[dict], optional): What is compared: ``module`` (its
-            name in the model), ``type`` (``'kl'`` for logits, ``'mse'`` for
-            features and maps, each channel in units of its variance),
-            ``weight`` and, for ``'kl'``, ``temperature``. Defaults to the
-            logits of a classifier (``head.fc``), the outputs of a detector's
-            neck, dense head and region proposals, otherwise to those of the
-            backbone.
+            name in the model, or a regular expression that matches whole
+            names: a term for each of these, logged as their sum), ``type``
+            (``'kl'`` for logits, ``'mse'`` for features and maps, each
+            channel in units of its variance), ``weight`` and, for ``'kl'``,
+            ``temperature``. Defaults to the logits of a classifier
+            (``head.fc``), the outputs of a detector's neck, dense head and
+            region proposals, otherwise to those of the backbone.
         task_weight (float, optional): Factor of the model's own losses.
             Defaults to 0.3 where logits are compared, otherwise to 1.
 
@@ -45,9 +47,11 @@ class Distillation:
                  task_weight: Optional[float] = None) -> None:
         names = dict(architecture.named_modules(remove_duplicate=False))
         self.terms = [
-            _check_term(term, names)
+            _check_term(term)
             for term in (_default_terms(names) if terms is None else terms)
         ]
+        #: names of the modules that each term compares
+        self.modules = [_find(term['module'], names) for term in self.terms]
         if task_weight is None:
             logits = any(term['type'] == 'kl' for term in self.terms)
             task_weight = .3 if logits else 1.
@@ -116,19 +120,19 @@ class Distillation:
         device = next(model.parameters()).device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
-        names = [term['module'] for term in self.terms]
+        names = {name for found in self.modules for name in found}
         with torch.no_grad(), _capture(self.teacher, names) as targets:
             self.teacher(inputs, data_samples, mode='tensor')
         with _capture(model, names) as outputs:
             losses = _scaled(forward(), self.task_weight)
-        for term in self.terms:
-            name = term['module']
-            losses[f'loss_distill_{name}'] = term['weight'] * _compare(
-                term, outputs[name], targets[name])
+        for term, found in zip(self.terms, self.modules):
+            losses[f'loss_distill_{term["module"]}'] = term['weight'] * sum(
+                _compare(term, name, outputs[name], targets[name])
+                for name in found)
         return losses
 
 
-def _check_term(term: dict, names: Dict[str, nn.Module]) -> dict:
+def _check_term(term: dict) -> dict:
     term = dict(dict(weight=1.), **term)
     if term.get('type') == 'kl':
         term.setdefault('temperature', 4.)
@@ -139,10 +143,17 @@ def _check_term(term: dict, names: Dict[str, nn.Module]) -> dict:
         raise ValueError("a term of distillation is dict(module=…, type='kl' "
                          "or 'mse', weight=…), with 'kl' also temperature, "
                          f'but got {term}')
-    if term['module'] not in names:
-        raise ValueError(f'distillation: the model has no module '
-                         f'{term["module"]!r}')
     return term
+
+
+def _find(module: str, names: Dict[str, nn.Module]) -> List[str]:
+    if module in names:
+        return [module]
+    found = [name for name in names if re.fullmatch(module, name)]
+    if not found:
+        raise ValueError(f'distillation: the model has no module {module!r}, '
+                         'nor does it match a name as a regular expression')
+    return found
 
 
 def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
@@ -166,7 +177,7 @@ class _capture(ExitStack):
     ``forward`` itself is wrapped.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
         self.outputs: Dict[str, List[Tensor]] = {name: [] for name in names}
         for name in names:
@@ -197,7 +208,7 @@ def _tensors(output: Any) -> List[Tensor]:
     return []
 
 
-def _compare(term: dict, students: Sequence[Tensor],
+def _compare(term: dict, name: str, students: Sequence[Tensor],
              teachers: Sequence[Tensor]) -> Tensor:
     """Mean distance of the outputs that pair: a detector in training may put
     out more than its teacher (queries for denoising, proposals)."""
@@ -207,7 +218,7 @@ def _compare(term: dict, students: Sequence[Tensor],
         shapes = [[tuple(x.shape) for x in y[:3]]
                   for y in (students, teachers)]
         raise RuntimeError(
-            f'distillation: {term["module"]} puts out {shapes[0]} in the '
+            f'distillation: {name} puts out {shapes[0]} in the '
             f'model and {shapes[1]} in the teacher: nothing to compare')
     if term['type'] == 'kl':
         losses = [kl_divergence(s, t, term['temperature']) for s, t in pairs]

@@ -45,6 +45,23 @@ def test_no_loss_between_equals(dense, batch):
     torch.testing.assert_close(losses['loss'], expected)
 
 
+def test_pattern_is_a_term_for_each_module(dense, batch):
+    names = ('conv1', 'conv2', 'conv3')
+    losses = []
+    for terms in ([dict(module='conv[1-3]', type='mse', weight=2.)],
+                  [dict(module=x, type='mse', weight=2.) for x in names]):
+        net = model(dense, terms=terms).eval()
+        net.conv1.weight.data *= 1.1
+        losses.append({
+            k: v
+            for k, v in net(*batch, mode='loss').items() if 'distill' in k
+        })
+    assert list(losses[0]) == ['loss_distill_conv[1-3]']
+    assert len(losses[1]) == 3 and all(x > 0 for x in losses[1].values())
+    torch.testing.assert_close(
+        losses[0]['loss_distill_conv[1-3]'], sum(losses[1].values()))
+
+
 def test_gradient_reaches_the_student_alone(dense, batch):
     student = model(dense, task_weight=0.)
     student.fc.weight.data += .1 * torch.randn_like(student.fc.weight)
@@ -204,7 +221,7 @@ def test_calls_of_forward_itself_are_seen():
 
 
 @pytest.mark.parametrize('terms, message', [
-    ([dict(module='nothing', type='mse')], "no module 'nothing'"),
+    ([dict(module='nothing', type='mse')], "no module 'nothing', nor"),
     ([dict(module='fc', type='mae')], "type='kl'"),
     ([dict(module='fc', type='mse', temperature=2.)], 'term of distillation'),
     (None, 'no head.fc, neck'),

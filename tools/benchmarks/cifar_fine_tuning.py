@@ -42,13 +42,6 @@ def budget(macs: float) -> dict:
     return dict(type='BudgetPlanner', macs=macs)
 
 
-def terms(feature_weight: float) -> list:
-    return [
-        dict(module='head.fc', type='kl', weight=.7),
-        dict(module='backbone', type='mse', weight=feature_weight)
-    ]
-
-
 #: (config, options) by name. From the fourth on it is ours with one change.
 RECIPES = {
     'paper': (PAPER, {}),
@@ -58,6 +51,10 @@ RECIPES = {
     }),
     'no distillation': (OURS, {
         f'{HOOK}.distillation': False
+    }),
+    'logits distilled alone': (OURS, {
+        f'{HOOK}.distillation.terms':
+        [dict(module='head.fc', type='kl', weight=.7)]
     }),
     'local reconstruction': (OURS, {
         f'{HOOK}.reconstruction': 'local'
@@ -82,9 +79,6 @@ RECIPES = {
     'no weight decay on bases': (OURS, {
         'optim_wrapper.paramwise_cfg':
         dict(custom_keys={'.basis.': dict(decay_mult=0.)})
-    }),
-    'features distilled, too': (OURS, {
-        f'{HOOK}.distillation': dict(terms=terms(.1))
     }),
     'progressive truncation': (OURS, {
         f'{HOOK}.planner':
