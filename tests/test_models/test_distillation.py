@@ -58,8 +58,8 @@ def test_pattern_is_a_term_for_each_module(dense, batch):
         })
     assert list(losses[0]) == ['loss_distill_conv[1-3]']
     assert len(losses[1]) == 3 and all(x > 0 for x in losses[1].values())
-    torch.testing.assert_close(
-        losses[0]['loss_distill_conv[1-3]'], sum(losses[1].values()))
+    torch.testing.assert_close(losses[0]['loss_distill_conv[1-3]'],
+                               sum(losses[1].values()))
 
 
 def test_gradient_reaches_the_student_alone(dense, batch):
