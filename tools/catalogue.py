@@ -19,9 +19,9 @@ in a process of its own:
   puts out the same;
 - test mode and train mode work, with finite losses and gradients.
 
-The results lie in the work directory, one file for each model; what is there
-is not done again. The order is a shuffle that is the same each time, so that
-a part of the sweep says something of the whole:
+The results lie in the work directory, one file for each model; what is there,
+or in the report to be written, is not done again. The order is a shuffle that
+is the same each time, so that a part of the sweep says something of the whole:
 
     python tools/catalogue.py --jobs 2 --limit 100 --out report
 """
@@ -30,7 +30,7 @@ import json
 import os.path as osp
 import re
 from dataclasses import asdict
-from typing import List
+from typing import Dict, List, Optional
 
 import mmdet
 import mmpretrain
@@ -63,7 +63,9 @@ def parse_args() -> argparse.Namespace:
         default='work_dirs/catalogue',
         help='where the results of single models go')
     parser.add_argument(
-        '--out', help='write the report as OUT.json and OUT.md')
+        '--out',
+        help='write the report as OUT.json and OUT.md; models that are in '
+        'it already, with the same versions, are not checked again')
     parser.add_argument(
         '--jobs', type=int, default=1, help='models at a time (default 1)')
     parser.add_argument(
@@ -118,13 +120,25 @@ def result_path(work_dir: str, entry: Entry) -> str:
     return osp.join(work_dir, 'results', f'{entry.key}.json')
 
 
-def load_result(work_dir: str, entry: Entry) -> dict:
-    """The result of a model with its name, empty if there is none."""
-    path = result_path(work_dir, entry)
-    if not osp.isfile(path):
-        return {}
-    with open(path) as file:
-        return dict(json.load(file), name=entry.name, configs=entry.configs)
+def load_results(entries: List[Entry], work_dir: str,
+                 report: Optional[str]) -> Dict[str, dict]:
+    """Results by key, of models that were checked with these versions."""
+    rows = {}
+    if report and osp.isfile(f'{report}.json'):
+        with open(f'{report}.json') as file:
+            content = json.load(file)
+        if content['versions'] == VERSIONS:
+            rows = {row['name']: row for row in content['models']}
+    results = {}
+    for entry in entries:
+        path = result_path(work_dir, entry)
+        if osp.isfile(path):
+            with open(path) as file:
+                rows[entry.name] = dict(
+                    json.load(file), name=entry.name, configs=entry.configs)
+        if entry.name in rows:
+            results[entry.key] = rows[entry.name]
+    return results
 
 
 def main() -> None:
@@ -132,20 +146,19 @@ def main() -> None:
     args = parse_args()
     mkdir_or_exist(osp.join(args.work_dir, 'results'))
     catalogue = find_entries(args.work_dir)
+    results = load_results(catalogue, args.work_dir, args.out)
     entries = [
         x for x in catalogue
         if not args.only or any(re.search(p, x.name) for p in args.only)
     ]
     entries = sorted(entries, key=lambda x: x.digest)[:args.limit]
-    todo = []
-    for entry in entries:
-        result = load_result(args.work_dir, entry)
-        if not result or result['status'] in args.again:
-            todo.append(entry)
     if not args.report_only:
-        sweep(todo, args)
-    rows = [load_result(args.work_dir, x) for x in entries]
-    rows = sorted((x for x in rows if x), key=lambda x: x['name'])
+        sweep([
+            x for x in entries if x.key not in results
+            or results[x.key]['status'] in args.again
+        ], args)
+        results = load_results(catalogue, args.work_dir, args.out)
+    rows = sorted(results.values(), key=lambda x: x['name'])
     if args.out:
         write(rows, len(catalogue), VERSIONS, args.out)
     Console().print_json(data=summary(rows, len(catalogue)))

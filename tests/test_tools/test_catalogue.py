@@ -182,6 +182,19 @@ def test_resume_and_report(tmp_path, monkeypatch, capsys):
     text = (tmp_path / 'b.md').read_text()
     assert '2 of 2 distinct models' in text and 'E: f' in text
     assert capsys.readouterr().out
+    # a report alone will do, on another machine
+    for file in result.parent.iterdir():
+        file.unlink()
+    monkeypatch.setattr(sys, 'argv', argv + [str(tmp_path / 'b')])
+    catalogue.main()
+    assert not list(result.parent.iterdir())
+    assert json.loads((tmp_path / 'b.json').read_text()) == content
+    content['versions']['mmdet'] = 'another'
+    (tmp_path / 'b.json').write_text(json.dumps(content))
+    monkeypatch.setattr(sys, 'argv',
+                        argv + [str(tmp_path / 'b'), '--report-only'])
+    catalogue.main()
+    assert not json.loads((tmp_path / 'b.json').read_text())['models']
 
 
 def test_counts():
