@@ -10,8 +10,9 @@ custom_hooks = [
     dict(
         type='mmbasis.BasisCompressionHook',
         planner=dict(type='BudgetPlanner', macs=0.359),
-        # 512 images
-        calibration=dict(num_batches=4),
+        # 3072 images: six times the 512 that do without training halve what
+        # is left to the first epoch, in four minutes of two cores
+        calibration=dict(num_batches=24),
         # with features of all stages, a third of the iterations bring the
         # logits as near to the teacher's as logits alone do
         distillation=dict(terms=[

@@ -52,7 +52,12 @@ RECIPES = {
     'no distillation': (OURS, {
         f'{HOOK}.distillation': False
     }),
-    'logits distilled alone': (OURS, {
+    '512 images to calibrate': (OURS, {
+        f'{HOOK}.calibration.num_batches': 4
+    }),
+    'the same, logits distilled alone': (OURS, {
+        f'{HOOK}.calibration.num_batches':
+        4,
         f'{HOOK}.distillation.terms':
         [dict(module='head.fc', type='kl', weight=.7)]
     }),
