@@ -167,18 +167,23 @@ def run(recipe: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def read_logs(work_dir: str) -> dict:
-    """Accuracy of the last epoch, cost, and the losses along the way."""
+    """Accuracy of the last epoch, cost, and the losses along the way: by
+    name, ``loss`` being the model's own."""
     rows = []
     for path in sorted(glob.glob(osp.join(work_dir, '*/vis_data/*.json'))):
         if osp.basename(path) == 'scalars.json':
             with open(path) as file:
                 rows += [json.loads(line) for line in file]
+    names = sorted({key for row in rows for key in row if 'loss' in key})
     last = sorted(glob.glob(osp.join(work_dir, 'epoch_*.pth')))[-1]
     macs = plan_of(read_checkpoint(last)).totals(convs_only=True)['macs']
     return dict(
         conv_macs=macs['after'] / macs['before'],
         top1=[r for r in rows if 'accuracy/top1' in r][-1]['accuracy/top1'],
-        losses=[[r['step'], round(r['loss'], 4)] for r in rows if 'loss' in r])
+        losses={
+            name: [[r['step'], round(r[name], 4)] for r in rows if name in r]
+            for name in names
+        })
 
 
 def to_markdown(runs: list) -> str:
