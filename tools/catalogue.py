@@ -154,8 +154,8 @@ def main() -> None:
     entries = sorted(entries, key=lambda x: x.digest)[:args.limit]
     if not args.report_only:
         sweep([
-            x for x in entries if x.key not in results
-            or results[x.key]['status'] in args.again
+            x for x in entries
+            if x.key not in results or results[x.key]['status'] in args.again
         ], args)
         results = load_results(catalogue, args.work_dir, args.out)
     rows = sorted(results.values(), key=lambda x: x['name'])

@@ -167,8 +167,8 @@ def run(recipe: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def read_logs(work_dir: str) -> dict:
-    """Accuracy of the last epoch, cost, and the losses along the way: by
-    name, ``loss`` being the model's own."""
+    """Accuracy of the last epoch, cost, and the losses along the way: by name,
+    ``loss`` being the model's own."""
     rows = []
     for path in sorted(glob.glob(osp.join(work_dir, '*/vis_data/*.json'))):
         if osp.basename(path) == 'scalars.json':
