@@ -152,7 +152,8 @@ class SumWatch(TorchFunctionMode):
         super().__init__()
         #: layers whose output goes into a sum and nowhere else
         self.residual: Set[str] = set()
-        #: all layers, in the order in which they ran
+        #: all layers that take one input (not offsets, too), in the order in
+        #: which they ran
         self.order: List[str] = []
         self._probing = False
 
@@ -166,14 +167,14 @@ class SumWatch(TorchFunctionMode):
             data (Any): A batch.
         """
 
-        def hook(name: str, y: Any) -> None:
-            if name not in self.order:
+        def hook(name: str, args: tuple, y: Any) -> None:
+            if name not in self.order and len(args) == 1:
                 self.order.append(name)
                 self.mark(name, y)
 
         handles = [
             module.register_forward_hook(
-                lambda _, args, y, name=name: hook(name, y))
+                lambda _, args, y, name=name: hook(name, args, y))
             for name, module in layers.items()
         ]
         self._probing = True

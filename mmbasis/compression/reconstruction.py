@@ -67,6 +67,10 @@ class Reconstruction:
                 for name in self.todo
             }, batches[0])
             order = self.watch.order
+            for name in set(self.todo) - set(order):
+                MMLogger.get_current_instance().info(
+                    'Reconstruction: %s is left as it was: it does not run, '
+                    'or takes more than one input', name)
             self.todo = {name: self.todo[name] for name in order}
             shared = [name for name in order if self.todo[name].calls > 1]
             first = order.index(shared[0]) if shared else len(order)

@@ -162,6 +162,19 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         return self.to_matrix(self.basis), weight.reshape(
             self.groups, -1, self.rank)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the dense layer that this one stands for, computed:
+        some models ask a layer for the type or device of its weights.
+
+        Raises:
+            AttributeError: If a normalisation stands between the factors.
+        """
+        if self.norm is not None:
+            raise AttributeError('a layer with a normalisation between basis '
+                                 'and coefficients has no weight')
+        return self.from_matrix(merge(*self.factors), self.basis)
+
     @torch.no_grad()
     def set_factors(self,
                     basis: Tensor,

@@ -147,4 +147,5 @@ def load_compressed(config: Union[str, Config],
                          'a dense model, or not written by mmbasis')
     model = build_compressed(dense_architecture(cfg), plan)
     load_weights(model, content, checkpoint)
-    return model.to(device).eval()
+    model.to(device).eval()  # which some models override without a result
+    return model

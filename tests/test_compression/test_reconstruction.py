@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
+from mmcv.ops import DeformConv2d
 
 import mmbasis
 from mmbasis.compression import basis_layers
@@ -349,3 +350,27 @@ def test_regression_against_brute_force():
         for _ in range(20):
             u, s, v = torch.linalg.svd(mapping + .01 * torch.randn(9, 6))
             assert error(u[:, :3] * s[:3] @ v[:3]) > error(mapping)
+
+
+class Offset(nn.Module):
+    """A deformable convolution whose offsets another layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.offset = nn.Conv2d(16, 18, 3, padding=1)
+        self.deform = DeformConv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.deform(x, self.offset(x))
+
+
+def test_layer_of_two_inputs_is_left_as_it_was(batches):
+    torch.manual_seed(0)
+    model = Offset().eval()
+    ranks = dict(stem=5, deform=6)
+    local = compressed(model, batches, 'local', ranks)
+    sequential = compressed(model, batches, 'sequential', ranks)
+    torch.testing.assert_close(sequential.deform.weight, local.deform.weight)
+    assert not torch.equal(sequential.stem.weight, local.stem.weight)

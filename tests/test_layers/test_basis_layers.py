@@ -114,6 +114,17 @@ def test_full_rank_is_the_same_function(name):
 
 
 @every_layer
+def test_weight_is_that_of_the_dense_layer(name):
+    dense, _ = build(name)
+    layer = represent(dense)
+    torch.testing.assert_close(
+        layer.weight, dense.weight, rtol=1e-4, atol=1e-5)
+    assert 'weight' not in layer.state_dict()
+    if dense.weight.dim() == 4:
+        assert not hasattr(represent(dense, norm=True), 'weight')
+
+
+@every_layer
 def test_truncation_loses_the_dropped_singular_values(name):
     dense, _ = build(name)
     matrix = basis_layer_type(dense).to_matrix(dense).detach().double()

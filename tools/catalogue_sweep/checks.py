@@ -320,10 +320,11 @@ class Checked:
             load_weights(model, content, path)
         if model.state_dict().keys() != self.model.state_dict().keys():
             raise AssertionError('the keys of the state dict differ')
+        model.eval()
         with torch.no_grad():
             # on copies: a queue or a moving average changes with each run
             error = difference(
-                self._outputs(model.eval()),
+                self._outputs(model),
                 self._outputs(copy.deepcopy(self.model)))
         self.facts['round_trip_error'] = error
         if error > 1e-6:

@@ -69,7 +69,8 @@ def build(cfg: Config) -> nn.Module:
         # detectors' ask for a run in progress, or for images in full size
         preprocessor.batch_augments = None
     enliven(model)
-    return model.eval()
+    model.eval()  # whose result is None where a model overrides it so (LAD)
+    return model
 
 
 @torch.no_grad()
