@@ -190,7 +190,8 @@ class Checked:
                 data = self._first_image()  # convolutions are slow then
             with precision(dtype), torch.no_grad():
                 # copies: a queue or a moving average changes with each run
-                dense = copy.deepcopy(self.model).to(dtype)
+                # (LAD has a to() of its own, for devices only)
+                dense = nn.Module.to(copy.deepcopy(self.model), dtype)
                 basis = (
                     in_float32(model) if dtype == torch.float32 else model)
                 try:
@@ -215,10 +216,10 @@ class Checked:
         dtype = getattr(torch, self.facts['precision'])
         self.facts['compared'] += ', and each layer on its own inputs'
         with precision(dtype), torch.no_grad():
-            dense = copy.deepcopy(self.model).to(dtype)
-            worst = layer_differences(dense,
-                                      dict(basis_layers(model.to(dtype))),
-                                      lambda: self._outputs(dense))
+            dense = nn.Module.to(copy.deepcopy(self.model), dtype)
+            worst = layer_differences(
+                dense, dict(basis_layers(nn.Module.to(model, dtype))),
+                lambda: self._outputs(dense))
             self.facts['layer_error'] = worst
             error = self.facts['full_rank_error']
             if worst > TOLERANCE or error > TOLERANCE and not self._is_chaotic(
@@ -324,8 +325,7 @@ class Checked:
         with torch.no_grad():
             # on copies: a queue or a moving average changes with each run
             error = difference(
-                self._outputs(model),
-                self._outputs(copy.deepcopy(self.model)))
+                self._outputs(model), self._outputs(copy.deepcopy(self.model)))
         self.facts['round_trip_error'] = error
         if error > 1e-6:
             raise AssertionError(f'outputs differ by {error:.2g} after saving '
