@@ -147,5 +147,6 @@ def load_compressed(config: Union[str, Config],
                          'a dense model, or not written by mmbasis')
     model = build_compressed(dense_architecture(cfg), plan)
     load_weights(model, content, checkpoint)
-    model.to(device).eval()  # which some models override without a result
+    model.to(device)  # apart: some models override these without a result
+    model.eval()
     return model
