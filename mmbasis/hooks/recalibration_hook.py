@@ -8,7 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ..compression import recalibrate_if_better, take_batches
-from ..planning import evaluation
+from ..planning import evaluation, train_deterministically
 from ..registry import HOOKS
 from ..utils.runner import calibration_dataloader
 
@@ -70,7 +70,8 @@ class RecalibrationHook(Hook):
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
-    """The training loss of a model in evaluation mode.
+    """The training loss of a model, with normalisations as in evaluation
+    mode and without dropout.
 
     Args:
         model (nn.Module): An MMEngine model.
@@ -81,6 +82,7 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
     """
     losses = []
     with evaluation(model):
+        train_deterministically(model)
         torch.manual_seed(0)  # two-stage detectors draw among proposals
         for data in batches:
             data = model.data_preprocessor(data, False)

@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..compression import densified, load_weights, read_checkpoint
+from ..planning import train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
 
@@ -71,7 +72,9 @@ class Distillation:
             source (str, optional): The file that they came from.
         """
         self.teacher = copy.deepcopy(architecture)
-        self.teacher.requires_grad_(False).eval()
+        self.teacher.requires_grad_(False)
+        # what it puts out must be what the student does in training
+        train_deterministically(self.teacher)
         if source is not None and osp.isfile(source):
             source = osp.abspath(source)
         self.source = source
@@ -121,8 +124,13 @@ class Distillation:
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
         names = {name for found in self.modules for name in found}
-        with torch.no_grad(), _capture(self.teacher, names) as targets:
-            self.teacher(inputs, data_samples, mode='tensor')
+        # both draw the same queries to denoise (DINO)
+        devices = [device] if device.type == 'cuda' else []
+        with torch.no_grad(), torch.random.fork_rng(devices), _capture(
+                self.teacher, names) as targets:
+            # the same way through the code as the student takes: detectors
+            # put out other things in the other modes
+            self.teacher(inputs, copy.deepcopy(data_samples), mode='loss')
         with _capture(model, names) as outputs:
             losses = _scaled(forward(), self.task_weight)
         for term, found in zip(self.terms, self.modules):

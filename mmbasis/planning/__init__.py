@@ -2,7 +2,8 @@
 from .budget import BudgetPlanner
 from .calibration import (calibrate, count_images, evaluation, forward_batch,
                           input_samples, is_expansion, output_samples,
-                          sum_of_products, tensor_outputs)
+                          sum_of_products, tensor_outputs,
+                          train_deterministically)
 from .layers import LayerInfo, check_finite, find_layers
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .planners import (BasePlanner, EnergyPlanner, FixedPlanner, PlanFollower,
@@ -14,6 +15,6 @@ __all__ = [
     'input_samples', 'is_expansion', 'output_samples', 'sum_of_products',
     'LayerInfo', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'BudgetPlanner', 'EnergyPlanner',
-    'FixedPlanner', 'PlanFollower', 'tensor_outputs', 'RatioPlanner',
-    'UnknownLossError', 'record_gradients'
+    'FixedPlanner', 'PlanFollower', 'tensor_outputs', 'train_deterministically',
+    'RatioPlanner', 'UnknownLossError', 'record_gradients'
 ]

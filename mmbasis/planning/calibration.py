@@ -11,6 +11,8 @@ import torch.nn as nn
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..factorization import spectrum_of_factor, spectrum_of_moment
 from .layers import LayerInfo
@@ -332,6 +334,24 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def train_deterministically(model: nn.Module) -> None:
+    """Put a model in training mode, but what changes with the batch or by
+    chance in evaluation mode: normalisations, dropout, stochastic depth.
+
+    A loss, and whatever is compared with what a model puts out in training,
+    needs that mode: heads put out other things (VFNet, RepPoints), or the same
+    in other units (FCOS), in evaluation mode.
+
+    Args:
+        model (nn.Module): The model, changed in place.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (_NormBase, _DropoutNd, nn.MultiheadAttention)
+                      ) or type(module).__name__.startswith('Drop'):
+            module.eval()
 
 
 def calibrate(model: nn.Module,

@@ -10,7 +10,8 @@ from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from .calibration import evaluation, output_samples, tensor_outputs
+from .calibration import (evaluation, output_samples, tensor_outputs,
+                          train_deterministically)
 from .layers import LayerInfo
 
 #: Labels are drawn from softened predictions: on its training images a
@@ -173,9 +174,13 @@ def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
     logger = MMLogger.get_current_instance()
     with evaluation(model):
         classifies = _classifies(model, batches[0])
+        if not classifies:
+            train_deterministically(model)
         with torch.enable_grad(), GradientRecorder(layers) as recorder:
             for index, data in enumerate(batches):
                 inputs, samples = _prepare(model, data)
+                # detectors draw among proposals, and queries to denoise
+                torch.manual_seed(index)
                 # in-place layers may not change a leaf
                 loss = total_loss(model, inputs + 0, samples, index,
                                   classifies)

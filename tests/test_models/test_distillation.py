@@ -78,8 +78,15 @@ def test_teacher_is_not_part_of_the_model(dense):
     assert len(list(with_teacher.parameters())) == len(list(bare.parameters()))
     twin = copy.deepcopy(with_teacher)
     assert twin.distillation is with_teacher.distillation
+    # nor does it follow the model into training
+    teacher = with_teacher.distillation.teacher
+    before = copy.deepcopy(teacher.state_dict())
+    x = torch.rand(8, 3, 8, 8)
+    expected = copy.deepcopy(teacher).eval()(x)
     with_teacher.train()
-    assert not with_teacher.distillation.teacher.training
+    assert torch.equal(teacher(x), expected)
+    assert all(torch.equal(v, before[k])
+               for k, v in teacher.state_dict().items())
 
 
 def test_losses():

@@ -1,0 +1,64 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Detectors that do other things in training than in evaluation mode."""
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
+
+from mmbasis.compression import analyze
+from mmbasis.hooks.recalibration_hook import mean_loss
+from mmbasis.models.distillation import Distillation
+from mmbasis.planning import BudgetPlanner, train_deterministically
+
+#: what differs
+CONFIGS = {
+    'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou'
+    '_1x_coco.py': 'the unit of boxes',
+    'vfnet/vfnet_r50_fpn_1x_coco.py': 'the number of outputs',
+    'reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py': 'the outputs',
+    'dino/dino-4scale_r50_8xb2-12e_coco.py': 'queries to denoise'
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=[x.split('/')[0] for x in CONFIGS])
+def detector(request):
+    cfg = get_config(f'mmdet::{request.param}').model
+    init_default_scope('mmdet')
+    cfg.backbone.update(depth=18, init_cfg=None)
+    channels = [64, 128, 256, 512]
+    cfg.neck.in_channels = channels[-len(cfg.neck.in_channels):]
+    if 'decoder' in cfg:
+        cfg.num_queries = 10
+        cfg.encoder.num_layers = cfg.decoder.num_layers = 2
+    torch.manual_seed(0)
+    model = MODELS.build(cfg)
+    model.init_weights()
+    data = demo_mm_inputs(2, [(3, 64, 64)] * 2, num_items=[2, 1])
+    return model.eval(), data
+
+
+def test_loss_is_that_of_training(detector):
+    model, data = detector
+    modes = [x.training for x in model.modules()]
+    layers = analyze(model, BudgetPlanner(macs=.5), [data])
+    assert modes == [x.training for x in model.modules()]
+    known = [x.sensitivity for x in layers if x.compressible]
+    assert known and all(x.isfinite().all() for x in known)
+    assert sum(float(x.sum()) for x in known) > 0
+    assert 0 < mean_loss(model, [data]) < float('inf')
+
+
+def test_dense_model_has_nothing_to_learn_from_itself(detector):
+    model, data = detector
+    distillation = Distillation(model)
+    distillation.take(model, None)
+    train_deterministically(model)
+    data = model.data_preprocessor(data, True)
+    losses = distillation.losses(
+        model, data['inputs'], lambda: model(**data, mode='loss'),
+        data['data_samples'])
+    terms = {k: float(v) for k, v in losses.items() if 'distill' in k}
+    assert 'loss_distill_bbox_head' in terms
+    assert max(terms.values()) < 1e-9
