@@ -70,8 +70,8 @@ class RecalibrationHook(Hook):
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
-    """The training loss of a model, with normalisations as in evaluation
-    mode and without dropout.
+    """The training loss of a model, with normalisations as in evaluation mode
+    and without dropout.
 
     Args:
         model (nn.Module): An MMEngine model.

@@ -15,6 +15,7 @@ __all__ = [
     'input_samples', 'is_expansion', 'output_samples', 'sum_of_products',
     'LayerInfo', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'BudgetPlanner', 'EnergyPlanner',
-    'FixedPlanner', 'PlanFollower', 'tensor_outputs', 'train_deterministically',
-    'RatioPlanner', 'UnknownLossError', 'record_gradients'
+    'FixedPlanner', 'PlanFollower', 'tensor_outputs',
+    'train_deterministically', 'RatioPlanner', 'UnknownLossError',
+    'record_gradients'
 ]

@@ -349,8 +349,8 @@ def train_deterministically(model: nn.Module) -> None:
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, (_NormBase, _DropoutNd, nn.MultiheadAttention)
-                      ) or type(module).__name__.startswith('Drop'):
+        if isinstance(module, (_NormBase, _DropoutNd, nn.MultiheadAttention
+                               )) or type(module).__name__.startswith('Drop'):
             module.eval()
 
 

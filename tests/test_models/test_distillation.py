@@ -85,8 +85,8 @@ def test_teacher_is_not_part_of_the_model(dense):
     expected = copy.deepcopy(teacher).eval()(x)
     with_teacher.train()
     assert torch.equal(teacher(x), expected)
-    assert all(torch.equal(v, before[k])
-               for k, v in teacher.state_dict().items())
+    assert all(
+        torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
 def test_losses():

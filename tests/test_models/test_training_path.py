@@ -15,10 +15,14 @@ from mmbasis.planning import BudgetPlanner, train_deterministically
 #: what differs
 CONFIGS = {
     'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou'
-    '_1x_coco.py': 'the unit of boxes',
-    'vfnet/vfnet_r50_fpn_1x_coco.py': 'the number of outputs',
-    'reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py': 'the outputs',
-    'dino/dino-4scale_r50_8xb2-12e_coco.py': 'queries to denoise'
+    '_1x_coco.py':
+    'the unit of boxes',
+    'vfnet/vfnet_r50_fpn_1x_coco.py':
+    'the number of outputs',
+    'reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py':
+    'the outputs',
+    'dino/dino-4scale_r50_8xb2-12e_coco.py':
+    'queries to denoise'
 }
 
 
@@ -56,9 +60,9 @@ def test_dense_model_has_nothing_to_learn_from_itself(detector):
     distillation.take(model, None)
     train_deterministically(model)
     data = model.data_preprocessor(data, True)
-    losses = distillation.losses(
-        model, data['inputs'], lambda: model(**data, mode='loss'),
-        data['data_samples'])
+    losses = distillation.losses(model, data['inputs'],
+                                 lambda: model(**data, mode='loss'),
+                                 data['data_samples'])
     terms = {k: float(v) for k, v in losses.items() if 'distill' in k}
     assert 'loss_distill_bbox_head' in terms
     assert max(terms.values()) < 1e-9
