@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..compression import densified, load_weights, read_checkpoint
+from ..layers import BasisLayer
 from ..planning import train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
@@ -30,8 +31,8 @@ class Distillation:
             names: a term for each of these, logged as their sum), ``type``
             (``'kl'`` for logits, ``'mse'`` for features and maps, each
             channel in units of its variance), ``weight`` and, for ``'kl'``,
-            ``temperature``. Defaults to the logits of a classifier
-            (``head.fc``), the outputs of a detector's neck, dense head and
+            ``temperature``. Defaults to the logits of a classifier,
+            the outputs of a detector's neck, dense head and
             region proposals, otherwise to those of the backbone.
         task_weight (float, optional): Factor of the model's own losses.
             Defaults to 0.3 where logits are compared, otherwise to 1.
@@ -165,8 +166,10 @@ def _find(module: str, names: Dict[str, nn.Module]) -> List[str]:
 
 
 def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
-    if 'head.fc' in names:
-        return [dict(module='head.fc', type='kl', weight=.7)]
+    logits = _logit_layers(names)
+    if logits:
+        weight = .7 / len(logits)
+        return [dict(module=x, type='kl', weight=weight) for x in logits]
     found = [x for x in ('neck', 'bbox_head', 'rpn_head') if x in names]
     if not found and 'backbone' in names:
         found = ['backbone']
@@ -175,6 +178,22 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
                          'bbox_head or backbone, say what to compare by '
                          'terms=[dict(module=…)]')
     return [dict(module=name, type='mse') for name in found]
+
+
+def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
+    """The layers that put out a classifier's logits: its ``head.fc``, or those
+    of its head that are as wide as there are classes."""
+    if 'head.fc' in names:
+        return ['head.fc']
+    found: List[str] = []
+    classes = getattr(names.get('head'), 'num_classes', None)
+    for name, module in names.items():
+        if (classes is not None and name.startswith('head.')
+                and getattr(module, 'out_features', None) == classes):
+            parent = name.rpartition('.')[0]
+            is_basis = isinstance(names[parent], BasisLayer)
+            found.append(parent if is_basis else name)
+    return found
 
 
 class _capture(ExitStack):

@@ -5,9 +5,13 @@ import os
 import pytest
 import torch
 from mmengine.hooks import EMAHook
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.registry import MODELS as PRETRAIN_MODELS
 
+from mmbasis.compression import compress
 from mmbasis.models import BasisModel
+from mmbasis.models.distillation import Distillation
+from mmbasis.planning import FixedPlanner
 from mmbasis.utils.divergence import kl_divergence, normalized_mse
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
@@ -188,6 +192,35 @@ def test_dense_model_teaches_by_default(tmp_path, dense, head_cfg):
     head_cfg.resume = True
     with pytest.raises(RuntimeError, match='dense.pth of the checkpoint does'):
         run(head_cfg)
+
+
+def test_logits_of_a_transformer():
+    """Whose layer is not named fc; compressed or not."""
+    init_default_scope('mmpretrain')
+    net = PRETRAIN_MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(
+                type='VisionTransformer',
+                arch=dict(
+                    embed_dims=8,
+                    num_layers=1,
+                    num_heads=2,
+                    feedforward_channels=16),
+                img_size=16,
+                patch_size=8),
+            head=dict(
+                type='VisionTransformerClsHead', num_classes=5,
+                in_channels=8)))
+    term = dict(
+        module='head.layers.head', type='kl', weight=.7, temperature=4.)
+    assert Distillation(net).terms == [term]
+    planner = FixedPlanner({'head.layers.head': 3},
+                           allow_dearer=True,
+                           prediction_layers=True)
+    compress(net, planner, [dict(inputs=torch.rand(2, 3, 16, 16))])
+    assert 'head.layers.head.coefficients' in dict(net.named_modules())
+    assert Distillation(net).terms == [term]
 
 
 def test_no_teacher(head_cfg):
