@@ -14,7 +14,8 @@ in a process of its own:
 - half: half the MACs of the compressible layers are taken away, by a plan
   from the images, and counted by MMEngine's analysis where it knows the model;
   one model in ten gets all that users get by default, which takes twice as
-  long: ranks by the loss and sequential reconstruction;
+  long: ranks by the loss, sequential reconstruction, and the dense model as
+  teacher;
 - round trip: saved, built anew from config and plan, and loaded, the model
   puts out the same;
 - test mode and train mode work, with finite losses and gradients.

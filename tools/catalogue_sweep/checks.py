@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from types import MethodType
-from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
+from typing import (Any, Callable, Dict, List, Optional, Sequence, Set, Tuple)
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from mmbasis.compression import (Compressor, analyze, apply_plan, basis_layers,
                                  load_weights, model_complexity, plan_of,
                                  read_checkpoint, save_checkpoint)
 from mmbasis.models import build_compressed
+from mmbasis.models.distillation import Distillation
 from mmbasis.planning import (BudgetPlanner, CompressionPlan, FixedPlanner,
                               LayerInfo, find_layers)
 from .compare import (difference, forward, in_float32, layer_differences,
@@ -42,8 +43,8 @@ class Checked:
         cfg (Config): Its config.
         report (Callable): Told the name of each step before it starts.
         thorough (bool): Compress to half with all that users get by default:
-            ranks by the loss, and sequential reconstruction. That takes as
-            long as all the rest. Defaults to False.
+            ranks by the loss, sequential reconstruction, and the dense model
+            as teacher. That takes as long as all the rest. Defaults to False.
     """
 
     def __init__(self,
@@ -57,6 +58,8 @@ class Checked:
         #: goes into the result
         self.facts: Dict[str, Any] = dict(step='read', thorough=thorough)
         self.facts['times'] = {}
+        #: the dense model, of those that are looked at closely
+        self.teacher: Optional[Distillation] = None
         #: layers that get no gradient
         self.unused: Set[str] = set()
         self.since = time.time()
@@ -242,6 +245,9 @@ class Checked:
         """Compress to half the MACs, and count them."""
         before = self._counted()
         if self.facts['thorough']:
+            if 'loss' in self.facts['modes']:
+                self.teacher = Distillation(self.model)
+                self.teacher.take(self.model, None)
             compressor = Compressor(BudgetPlanner(macs=.5))
             plan = compressor.run(self.model, [self.data], [])
         else:
@@ -341,7 +347,7 @@ class Checked:
     def _train(self) -> None:
         if 'loss' not in self.facts['modes']:
             return
-        finite = _backward(self.model, self.data)
+        finite = _backward(self.model, self.data, self.teacher)
         if self.facts['finite'] and not finite:
             raise AssertionError('loss or gradients are not finite')
         if not any(x.basis.weight.grad is not None
@@ -358,10 +364,18 @@ def _as_catalogue(function: Callable, *args: Any) -> Any:
         raise CatalogueError(describe(error)) from error
 
 
-def _backward(model: nn.Module, data: Any) -> bool:
+def _backward(model: nn.Module,
+              data: Any,
+              teacher: Optional[Distillation] = None) -> bool:
     """A step of training without the step; whether all was finite."""
     model.train()
-    losses = forward(model, data, 'loss')
+    if teacher is None:
+        losses = forward(model, data, 'loss')
+    else:
+        inputs = model.data_preprocessor(copy.deepcopy(data), True)
+        losses = teacher.losses(model, inputs['inputs'],
+                                lambda: forward(model, data, 'loss'),
+                                inputs.get('data_samples'))
     loss, _ = model.parse_losses(losses)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

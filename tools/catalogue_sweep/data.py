@@ -153,7 +153,8 @@ def _enlarge(instances: Any, size: int) -> None:
 
 def _loads_masks(config: Any) -> bool:
     if isinstance(config, dict):
-        return bool(config.get('with_mask')) or any(
+        default = config.get('type') == 'LoadPanopticAnnotations'
+        return bool(config.get('with_mask', default)) or any(
             map(_loads_masks, config.values()))
     return isinstance(config, (list, tuple)) and any(map(_loads_masks, config))
 

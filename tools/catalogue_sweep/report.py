@@ -71,7 +71,8 @@ def markdown(rows: Sequence[Dict[str, Any]], models: int,
         f'{total["passed_of_running"]:.1%} of those that also run without '
         'mmbasis',
         f'- {total["thorough"]} of those that pass were compressed by the '
-        'default pipeline, the others without gradients and reconstruction',
+        'default pipeline, the others without gradients, reconstruction and '
+        'teacher',
         f'- {total["layer_by_layer"]} of those that pass were compared layer '
         'by layer, each on its own inputs: their output is a loss only, or '
         'the dense model turns rounding of its weights into differences '
