@@ -330,6 +330,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            # for those that do more in train() than to set a flag (LeViT)
+            model.train(modes[model])
             for module, mode in modes.items():
                 module.training = mode
             random.setstate(python)
