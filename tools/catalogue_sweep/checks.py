@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from types import MethodType
-from typing import (Any, Callable, Dict, List, Optional, Sequence, Set, Tuple)
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
