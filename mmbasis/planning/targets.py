@@ -57,11 +57,12 @@ def _with_last_positions(model: nn.Module, name: str) -> str:
     """Write -1 for a position in a stack behind which no layer comes."""
     parts, module = [], model
     for part in name.split('.'):
-        following = list(module._modules)
-        following = following[following.index(part) + 1:]
+        # HRNet leaves gaps in its lists
+        children = {k: x for k, x in module._modules.items() if x is not None}
+        following = list(children)[list(children).index(part) + 1:]
         is_last = part.isdigit() and not any(
             basis_layer_type(layer) for key in following
-            for layer in module._modules[key].modules())
+            for layer in children[key].modules())
         parts.append('-1' if is_last else part)
-        module = module._modules[part]
+        module = children[part]
     return '.'.join(parts)

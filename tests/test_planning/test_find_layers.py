@@ -118,6 +118,15 @@ def test_offset_branches(asked):
     }
 
 
+def test_lists_with_gaps():
+    """HRNet has None where a branch meets itself."""
+    model = nn.Module()
+    model.fuse_layers = nn.ModuleList(
+        [nn.Conv2d(8, 8, 1), None,
+         nn.Conv2d(8, 8, 1), None])
+    assert reasons(model) == {'fuse_layers.0': '', 'fuse_layers.2': ''}
+
+
 def test_include_by_regular_expression():
     found = reasons(Net(), include=[r'blocks\.\d', 'stem.*'])
     assert found['stem.conv'] == found['blocks.1'] == found['blocks.2'] == ''

@@ -195,16 +195,17 @@ class Checked:
                 # copies: a queue or a moving average changes with each run
                 # (LAD has a to() of its own, for devices only)
                 dense = nn.Module.to(copy.deepcopy(self.model), dtype)
-                basis = (
-                    in_float32(model) if dtype == torch.float32 else model)
                 try:
                     expected = self._outputs(dense, data)
                 except Exception:
                     if dtype == torch.float64:
                         break  # operators that know float32 only
                     raise
+                del dense  # large models leave no room for the next
+                basis = (
+                    in_float32(model) if dtype == torch.float32 else model)
                 error = difference(self._outputs(basis, data), expected)
-            del dense, basis  # large models leave no room for the next
+            del basis
             self.facts.update(
                 full_rank_error=error, precision=str(dtype)[len('torch.'):])
             if error <= TOLERANCE:
@@ -350,8 +351,12 @@ class Checked:
         finite = _backward(self.model, self.data, self.teacher)
         if self.facts['finite'] and not finite:
             raise AssertionError('loss or gradients are not finite')
-        if not any(x.basis.weight.grad is not None
-                   for _, x in basis_layers(self.model)):
+        trained = [
+            x.basis.weight for name, x in basis_layers(self.model)
+            if x.basis.weight.requires_grad and name not in self.unused
+        ]
+        # a linear probe trains none
+        if trained and all(weight.grad is None for weight in trained):
             raise AssertionError('no basis layer gets a gradient')
 
 
