@@ -31,6 +31,7 @@ import json
 import os.path as osp
 import re
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Dict, List, Optional
 
 import mmdet
@@ -176,10 +177,15 @@ def sweep(entries: List[Entry], args: argparse.Namespace) -> None:
                                        args.timeout):
             write_atomically(
                 result_path(args.work_dir, entry), json.dumps(result))
-            if result['status'] in ('failed', 'limit'):
-                progress.console.print(
-                    f'{entry.name}: {result["error"]}', markup=False)
             progress.advance(task)
+            text = f'{entry.name}: {result["status"]}'
+            if result['status'] in ('failed', 'limit'):
+                text += f', {result["error"]}'
+            if not progress.console.is_terminal:  # where the bar is not drawn
+                done = progress.tasks[task]
+                left = timedelta(seconds=done.time_remaining or 0)
+                text = f'[{done.completed}/{done.total}] {text}, {left} left'
+            progress.console.print(text, markup=False, soft_wrap=True)
 
 
 if __name__ == '__main__':

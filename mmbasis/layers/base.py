@@ -283,14 +283,16 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         The middle normalisation, if any, is folded in the copy; this layer is
         not changed.
         """
-        folded = copy.deepcopy(self).fold_norm()
+        folded = self
+        if self.norm is not None:
+            folded = copy.deepcopy(self).fold_norm()
         matrix = merge(*(factor.double() for factor in folded.factors))
         bias = folded.coefficients.bias
         weight = self.from_matrix(matrix, self.basis).to(self.basis.weight)
         dense = _clone(folded.basis, weight,
                        **self._narrowed(folded.basis, self.out_channels))
         if bias is not None:
-            dense.bias = bias
+            dense.bias = copy.deepcopy(bias)
         for parameter in dense.parameters(recurse=False):
             parameter.requires_grad = self.basis.weight.requires_grad
         return dense
@@ -303,9 +305,13 @@ def _clone(module: nn.Module, weight: Tensor, **attributes) -> nn.Module:
     """Copy a layer with other weights, no bias and no hooks.
 
     Copying keeps whatever the class adds to the plain layer (adaptive padding,
-    an offset branch, …) without a word about it here.
+    an offset branch, …) without a word about it here. Its attributes are
+    shared: some models hang all that they remember on each of their layers
+    (DDQ).
     """
-    memo = {id(module.weight): nn.Parameter(weight)}
+    own = vars(nn.Module())
+    memo = {id(x): x for name, x in vars(module).items() if name not in own}
+    memo[id(module.weight)] = nn.Parameter(weight)
     if module.bias is not None:
         memo[id(module.bias)] = None
     clone = copy.deepcopy(module, memo)

@@ -1,7 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What dropping a direction of a layer's output costs, in units of the
 loss."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,9 @@ from .layers import LayerInfo
 #: Labels are drawn from softened predictions: on its training images a
 #: network is so sure of itself that its gradients all but vanish.
 TEMPERATURE = 2.
+#: A second moment of more output channels than this takes gigabytes: only what
+#: it says of the directions of the spectrum is recorded.
+MAX_ROWS = 8192
 
 
 class UnknownLossError(ValueError):
@@ -36,9 +40,10 @@ class GradientRecorder:
         self.moments: Dict[str, Tensor] = {}
         self.counts: Dict[str, int] = {}
         for layer in self.layers:
-            groups, rows, _ = layer.matrix_shape
+            groups, rank = layer.spectrum.values.shape
+            size = rank if _is_huge(layer) else layer.matrix_shape[1]
             self.moments[layer.name] = layer.spectrum.values.new_zeros(
-                (groups, rows, rows))
+                (groups, size, size))
             self.counts[layer.name] = 0
         self._handles: List[Any] = []
 
@@ -46,8 +51,14 @@ class GradientRecorder:
         for layer in self.layers:
 
             def hook(module, args, output, layer=layer):
-                if output.requires_grad:
-                    output.register_hook(lambda g: self._add(layer, g))
+                if not torch.is_grad_enabled():
+                    return None  # checkpointing runs it again with gradients
+                if not output.requires_grad:
+                    # of a constant, queries for example; in-place layers may
+                    # not change a leaf
+                    output = output.requires_grad_() + 0
+                output.register_hook(lambda g: self._add(layer, g))
+                return output
 
             self._handles.append(layer.module.register_forward_hook(hook))
         return self
@@ -58,6 +69,8 @@ class GradientRecorder:
 
     def _add(self, layer: LayerInfo, gradient: Tensor) -> None:
         samples = output_samples(layer, gradient)
+        if _is_huge(layer):
+            samples = layer.spectrum.vectors.to(samples).mT @ samples
         self.moments[layer.name] += (samples @ samples.mT).double()
         self.counts[layer.name] += samples.shape[-1]
 
@@ -70,12 +83,21 @@ class GradientRecorder:
             if get_world_size() > 1:
                 all_reduce(moment)
                 all_reduce(count)
-            layer.gradient = moment / count.clamp_min(1)
-            vectors = layer.spectrum.vectors
-            along = (vectors * (layer.gradient @ vectors)).sum(-2)
+            moment /= count.clamp_min(1)
+            if _is_huge(layer):
+                along = moment.diagonal(dim1=-2, dim2=-1)
+            else:
+                layer.gradient = moment
+                vectors = layer.spectrum.vectors
+                along = (vectors * (moment @ vectors)).sum(-2)
             # positions add up: an error stands at each of them
             layer.sensitivity = (layer.spectrum.values *
                                  along).sum(0) * layer.out_positions
+
+
+def _is_huge(layer: LayerInfo) -> bool:
+    _, rows, in_size = layer.matrix_shape
+    return rows > max(MAX_ROWS, in_size)
 
 
 def _sampled_labels(logits: Tensor, batch: int) -> Tensor:
@@ -153,11 +175,25 @@ def _prepare(model: nn.Module, data: Any) -> Tuple[Tensor, Any]:
     return inputs, data.get('data_samples')
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of weights are computed. To ask for those of the inputs
+    alone would do that, too, but not in models that checkpoint activations."""
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad = True
+
+
 def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
                      batches: Sequence[Any]) -> None:
     """Fill in ``gradient``, the second moment of the loss' gradient at each
-    layer's output, and ``sensitivity``, the increase of the loss by dropping
-    each direction of it.
+    layer's output (not of layers with more than ``MAX_ROWS`` channels), and
+    ``sensitivity``, the increase of the loss by dropping each direction of it.
 
     To second order, dropping direction ``u_i`` of an output ``y`` changes
     the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is
@@ -176,17 +212,15 @@ def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
         classifies = _classifies(model, batches[0])
         if not classifies:
             train_deterministically(model)
-        with torch.enable_grad(), GradientRecorder(layers) as recorder:
+        with torch.enable_grad(), _frozen(model), GradientRecorder(
+                layers) as recorder:
             for index, data in enumerate(batches):
                 inputs, samples = _prepare(model, data)
                 # detectors draw among proposals, and queries to denoise
                 torch.manual_seed(index)
                 # in-place layers may not change a leaf
-                loss = total_loss(model, inputs + 0, samples, index,
-                                  classifies)
-                # with respect to the inputs alone: no gradient of a weight
-                # is computed
-                torch.autograd.grad(loss, inputs)
+                total_loss(model, inputs + 0, samples, index,
+                           classifies).backward()
                 logger.info('Sensitivity: batch %d/%d', index + 1,
                             len(batches))
     recorder.finish()

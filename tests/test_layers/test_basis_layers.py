@@ -364,6 +364,14 @@ def test_hooks_of_the_dense_layer_stay_with_it():
     assert calls == [1]
 
 
+def test_what_a_model_hangs_on_its_layers_is_not_copied():
+    """DDQ gives each of its layers the memory of the whole model."""
+    dense = nn.Linear(8, 4)
+    dense.cache = dict(model=[nn.Linear(8, 4)])
+    layer = represent(dense, 2)
+    assert layer.basis.cache is layer.to_dense().cache is dense.cache
+
+
 def test_output_size_of_a_transposed_convolution():
     dense = nn.ConvTranspose2d(6, 5, 3, stride=2)
     layer, x = represent(dense), torch.rand(1, 6, 4, 4)

@@ -3,7 +3,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mmpretrain.models.backbones import ResNet
 
+from mmbasis.compression import Compressor
 from mmbasis.planning import (BudgetPlanner, UnknownLossError, calibrate,
                               find_layers, record_gradients)
 from mmbasis.planning.sensitivity import _sampled_labels
@@ -19,6 +21,13 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.fc(self.conv(x).mean((2, 3)))
+
+
+class Last(nn.Module):
+    """Logits of the last of several maps."""
+
+    def forward(self, maps):
+        return maps[-1].mean((2, 3))
 
 
 def analyzed(model, batches):
@@ -74,6 +83,67 @@ def test_batch_split_and_seed(monkeypatch):
         monkeypatch.setattr(
             'mmbasis.planning.sensitivity.get_rank', lambda rank=rank: rank)
         assert torch.equal(_sampled_labels(logits[rank::2], 3), whole[rank::2])
+
+
+class Queries(nn.Module):
+    """The queries know nothing of the image, as in DETR."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, 6))
+        self.proj = nn.Linear(6, 8)
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        queries = self.act(self.proj(self.queries)).mean(0)
+        return self.fc(x.flatten(2).mean(2).repeat(1, 2) + queries)
+
+
+def test_layer_that_the_image_does_not_reach():
+    torch.manual_seed(0)
+    model, x = Queries(), torch.randn(16, 4, 6, 6)
+    layer = analyzed(model, [x])['proj']
+    y = model.proj(model.queries).detach().requires_grad_()
+    logits = model.fc(x.mean((2, 3)).repeat(1, 2) + y.relu().mean(0))
+    loss = F.cross_entropy(logits, _sampled_labels(logits, 0), reduction='sum')
+    gradient, = torch.autograd.grad(loss, y)
+    expected = gradient.T @ gradient / len(gradient)
+    torch.testing.assert_close(layer.gradient[0].float(), expected)
+    assert layer.sensitivity[0] > 0
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_checkpointed_activations():
+    """They are computed twice, and counted once."""
+    images, found = torch.randn(4, 3, 32, 32), []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        backbone = ResNet(18, stem_channels=8, base_channels=8,
+                          with_cp=with_cp)
+        model = nn.Sequential(backbone, Last())
+        found.append(analyzed(model, [images]))
+    for name, layer in found[0].items():
+        torch.testing.assert_close(found[1][name].sensitivity,
+                                   layer.sensitivity)
+        assert layer.sensitivity.sum() > 0
+
+
+def test_huge_layer(monkeypatch):
+    """Its moment is not kept, and its sensitivity is the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.Flatten(2), nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(), nn.Linear(64, 5))
+    images = torch.randn(16, 3, 6, 6)
+    expected = analyzed(model, [images])['0']
+    monkeypatch.setattr('mmbasis.planning.sensitivity.MAX_ROWS', 32)
+    layer = analyzed(model, [images])['0']
+    assert expected.gradient is not None and layer.gradient is None
+    torch.testing.assert_close(
+        layer.sensitivity, expected.sensitivity, rtol=1e-5, atol=0)
+    plan = Compressor(BudgetPlanner(macs=.5)).run(model, [images], [])
+    assert '0' in plan.layers and model(images).shape == (16, 5)
 
 
 def test_training_loss_of_an_engine_model():

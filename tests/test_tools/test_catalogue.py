@@ -32,6 +32,7 @@ CLASSIFIERS = [
     'mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
     'shufflenet_v1/shufflenet-v1-1x_16xb64_in1k.py',
     'regnet/regnetx-400mf_8xb128_in1k.py',
+    'hrnet/hrnet-w18_4xb32_in1k.py',
     'convnext_v2/convnext-v2-atto_32xb32_in1k.py',
     'deit/deit-tiny_4xb256_in1k.py',
     'swin_transformer/swin-tiny_16xb64_in1k.py',
