@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Models of the catalogue, with weights that let errors be seen."""
-from typing import Any
+from collections import Counter
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,8 @@ from .configs import without_pretrained
 #: Parameters that are all smaller than this do not count: residual branches
 #: that start at zero, layer scales of 1e-6, offsets.
 NEGLIGIBLE = 1e-2
+#: of a normalised layer, as a fraction of its mean square
+SMALLEST_VARIANCE = 1e-2
 #: proposals and detections; hundreds only take time
 REGIONS = 16
 
@@ -58,8 +61,9 @@ def build(cfg: Config) -> nn.Module:
     if cfg.get('default_scope') == 'mmdet':
         repair_ssd_head()  # as all tools do
     torch.manual_seed(0)
-    # some heads ask the run how far it is
-    MessageHub.get_current_instance().update_info('epoch', 0)
+    # some heads and moving averages ask the run how far it is
+    for key, value in dict(epoch=0, max_iters=1000).items():
+        MessageHub.get_current_instance().update_info(key, value)
     model = MODELS.build(architecture(cfg))
     if hasattr(model, 'init_weights'):
         model.init_weights()
@@ -96,21 +100,33 @@ def enliven(model: nn.Module) -> None:
 
 @torch.no_grad()
 def settle_norms(model: nn.Module, forward: Any) -> None:
-    """Give batch normalisations the statistics of an example.
+    """Give batch normalisations the statistics of an example, one after the
+    other, so that each sees what the ones before it do with theirs.
+
+    No channel is amplified more than the average one: where maps have shrunk
+    to a few points, some hardly vary, and rounding would grow from layer to
+    layer.
 
     Args:
-        model (nn.Module): The model, in evaluation mode before and after.
+        model (nn.Module): The model, in evaluation mode.
         forward (Callable): Runs the model on the example.
     """
-    norms = [x for x in model.modules() if isinstance(x, _BatchNorm)]
-    momenta = [x.momentum for x in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all uses of a shared one
-        norm.train()
+    calls: Dict[nn.Module, int] = Counter()
+
+    def settle(norm: nn.Module, args: Tuple[torch.Tensor]) -> None:
+        x = args[0].transpose(0, 1).flatten(1)
+        variance, mean = torch.var_mean(x, 1, unbiased=False)
+        least = max(variance.mean(), SMALLEST_VARIANCE * x.square().mean())
+        calls[norm] += 1  # a shared one gets the mean over its uses
+        norm.running_mean.lerp_(mean, 1 / calls[norm])
+        norm.running_var.lerp_(variance.clamp_min(least), 1 / calls[norm])
+
+    handles = [
+        x.register_forward_pre_hook(settle) for x in model.modules()
+        if isinstance(x, _BatchNorm) and x.running_mean is not None
+    ]
     try:
         forward()
     finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-            norm.eval()
+        for handle in handles:
+            handle.remove()
