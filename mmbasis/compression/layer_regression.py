@@ -43,6 +43,8 @@ class LayerRegression:
         self.layer = layer
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
+        #: whether errors of something else are made up for
+        self.in_sum = scale is not None
         total = torch.tensor(float(samples))
         if get_world_size() > 1:
             all_reduce(total)
@@ -132,11 +134,8 @@ class LayerRegression:
         scale = self.scale.double()
         prior = scale * (
             matrix if self.of_input else torch.eye(rows).to(matrix))
-        weight = self.layer.gradient
-        if weight is not None:
-            weight = weight / (scale @ scale.mT)
-        coefficients, basis, explained = reduced_rank_regression(
-            cross, second, prior, rank, weight)
+        coefficients, basis, explained = self._regress(cross, second, prior,
+                                                       rank)
         left = self.change.value(centred) - explained
         if left > (1 - MIN_EXPLAINED) * self.wanted.value(centred):
             return None
@@ -148,6 +147,23 @@ class LayerRegression:
         if not self.of_input:
             basis = basis @ matrix
         return basis, coefficients / scale, bias
+
+    def _regress(self, cross: Tensor, second: Tensor, prior: Tensor,
+                 rank: Optional[int]) -> Tuple[Tensor, Tensor, Tensor]:
+        """Regression in the metric of the loss' gradients, if it is known."""
+        weight, scale = self.layer.gradient, self.scale.double()
+        if weight is None:
+            pass
+        elif weight.shape[-1] == self.rows:
+            weight = weight / (scale @ scale.mT)
+        elif self.in_sum:
+            weight = None  # a sum has errors in directions that it lacks
+        else:
+            vectors = self.layer.spectrum.vectors
+            coefficients, basis, explained = reduced_rank_regression(
+                vectors.mT @ cross, second, vectors.mT @ prior, rank, weight)
+            return vectors @ coefficients, basis, explained
+        return reduced_rank_regression(cross, second, prior, rank, weight)
 
 
 class _Energy:

@@ -40,7 +40,8 @@ class LayerInfo:
         spectrum (Spectrum, optional): Directions of its output.
         mean (Tensor, optional): Mean output without bias, ``(G, P / G)``.
         gradient (Tensor, optional): Second moment of the loss' gradient at
-            its output, shape ``(G, P / G, P / G)``.
+            its output, shape ``(G, P / G, P / G)``; ``(G, R, R)``, in
+            coordinates of the spectrum's vectors, where that takes too much.
         sensitivity (Tensor, optional): Increase of the loss by dropping each
             direction of the spectrum, shape ``(R, )``.
     """

@@ -18,9 +18,10 @@ from .layers import LayerInfo
 #: Labels are drawn from softened predictions: on its training images a
 #: network is so sure of itself that its gradients all but vanish.
 TEMPERATURE = 2.
-#: A second moment of more output channels than this takes gigabytes: only what
-#: it says of the directions of the spectrum is recorded.
-MAX_ROWS = 8192
+#: Of layers with more output channels than this, and fewer inputs, gradients
+#: are looked at along the directions of the spectrum only, in which all
+#: outputs lie: a moment of 32768 channels (Sparse R-CNN) takes 8 GB.
+MAX_ROWS = 2048
 
 
 class UnknownLossError(ValueError):
@@ -40,8 +41,8 @@ class GradientRecorder:
         self.moments: Dict[str, Tensor] = {}
         self.counts: Dict[str, int] = {}
         for layer in self.layers:
-            groups, rank = layer.spectrum.values.shape
-            size = rank if _is_huge(layer) else layer.matrix_shape[1]
+            groups, rows, in_size = layer.matrix_shape
+            size = in_size if _is_wide(layer) else rows
             self.moments[layer.name] = layer.spectrum.values.new_zeros(
                 (groups, size, size))
             self.counts[layer.name] = 0
@@ -69,7 +70,7 @@ class GradientRecorder:
 
     def _add(self, layer: LayerInfo, gradient: Tensor) -> None:
         samples = output_samples(layer, gradient)
-        if _is_huge(layer):
+        if _is_wide(layer):
             samples = layer.spectrum.vectors.to(samples).mT @ samples
         self.moments[layer.name] += (samples @ samples.mT).double()
         self.counts[layer.name] += samples.shape[-1]
@@ -83,19 +84,18 @@ class GradientRecorder:
             if get_world_size() > 1:
                 all_reduce(moment)
                 all_reduce(count)
-            moment /= count.clamp_min(1)
-            if _is_huge(layer):
-                along = moment.diagonal(dim1=-2, dim2=-1)
+            layer.gradient = moment / count.clamp_min(1)
+            if _is_wide(layer):
+                along = layer.gradient.diagonal(dim1=-2, dim2=-1)
             else:
-                layer.gradient = moment
                 vectors = layer.spectrum.vectors
-                along = (vectors * (moment @ vectors)).sum(-2)
+                along = (vectors * (layer.gradient @ vectors)).sum(-2)
             # positions add up: an error stands at each of them
             layer.sensitivity = (layer.spectrum.values *
                                  along).sum(0) * layer.out_positions
 
 
-def _is_huge(layer: LayerInfo) -> bool:
+def _is_wide(layer: LayerInfo) -> bool:
     _, rows, in_size = layer.matrix_shape
     return rows > max(MAX_ROWS, in_size)
 
@@ -192,8 +192,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
                      batches: Sequence[Any]) -> None:
     """Fill in ``gradient``, the second moment of the loss' gradient at each
-    layer's output (not of layers with more than ``MAX_ROWS`` channels), and
-    ``sensitivity``, the increase of the loss by dropping each direction of it.
+    layer's output (of layers with more than ``MAX_ROWS`` channels and fewer
+    inputs: in coordinates of the spectrum's vectors), and ``sensitivity``, the
+    increase of the loss by dropping each direction of it.
 
     To second order, dropping direction ``u_i`` of an output ``y`` changes
     the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is

@@ -1,4 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -119,8 +121,8 @@ def test_checkpointed_activations():
     images, found = torch.randn(4, 3, 32, 32), []
     for with_cp in (False, True):
         torch.manual_seed(0)
-        backbone = ResNet(18, stem_channels=8, base_channels=8,
-                          with_cp=with_cp)
+        backbone = ResNet(
+            18, stem_channels=8, base_channels=8, with_cp=with_cp)
         model = nn.Sequential(backbone, Last())
         found.append(analyzed(model, [images]))
     for name, layer in found[0].items():
@@ -129,21 +131,35 @@ def test_checkpointed_activations():
         assert layer.sensitivity.sum() > 0
 
 
-def test_huge_layer(monkeypatch):
-    """Its moment is not kept, and its sensitivity is the same."""
+def test_wide_layer(monkeypatch):
+    """What gradients say of outputs that do not occur is not kept, and changes
+    neither ranks nor layers."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 64, 1), nn.Flatten(2), nn.AdaptiveAvgPool1d(1),
-        nn.Flatten(), nn.Linear(64, 5))
-    images = torch.randn(16, 3, 6, 6)
-    expected = analyzed(model, [images])['0']
-    monkeypatch.setattr('mmbasis.planning.sensitivity.MAX_ROWS', 32)
-    layer = analyzed(model, [images])['0']
-    assert expected.gradient is not None and layer.gradient is None
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 64, 1), nn.ReLU(),
+        nn.Conv2d(64, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5))
+    images, found = torch.randn(64, 3, 6, 6), []
+    for limit in (64, 32):
+        monkeypatch.setattr('mmbasis.planning.sensitivity.MAX_ROWS', limit)
+        layer = analyzed(model, [images])['2']
+        compressed = copy.deepcopy(model)
+        plan = Compressor(BudgetPlanner(macs=.5)).run(compressed, [images], [])
+        assert plan.layers['2'].rank < 8
+        ranks = {name: x.rank for name, x in plan.layers.items()}
+        found.append((layer, ranks, compressed(images)))
+    (full, ranks, outputs), (layer, same_ranks, same) = found
+    vectors = full.spectrum.vectors
+    assert layer.gradient.shape == (1, 8, 8)
     torch.testing.assert_close(
-        layer.sensitivity, expected.sensitivity, rtol=1e-5, atol=0)
-    plan = Compressor(BudgetPlanner(macs=.5)).run(model, [images], [])
-    assert '0' in plan.layers and model(images).shape == (16, 5)
+        layer.gradient,
+        vectors.mT @ full.gradient @ vectors,
+        rtol=1e-4,
+        atol=1e-8)
+    torch.testing.assert_close(
+        layer.sensitivity, full.sensitivity, rtol=1e-4, atol=0)
+    assert ranks == same_ranks
+    assert (outputs - same).norm() < .02 * (outputs - model(images)).norm()
 
 
 def test_training_loss_of_an_engine_model():
