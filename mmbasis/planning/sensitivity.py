@@ -72,7 +72,11 @@ class GradientRecorder:
         samples = output_samples(layer, gradient)
         if _is_wide(layer):
             samples = layer.spectrum.vectors.to(samples).mT @ samples
-        self.moments[layer.name] += (samples @ samples.mT).double()
+        # squares of vanishing gradients are too small for float32
+        size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        samples = samples / size
+        self.moments[
+            layer.name] += (samples @ samples.mT).double() * size.double()**2
         self.counts[layer.name] += samples.shape[-1]
 
     def finish(self) -> None:

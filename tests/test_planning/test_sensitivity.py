@@ -55,6 +55,20 @@ def test_against_gradients_computed_directly():
         layer.sensitivity, expected.double(), rtol=1e-4, atol=1e-12)
 
 
+def test_vanishing_gradients():
+    """They are right where their squares are no float32 numbers."""
+    torch.manual_seed(0)
+    model, x = Classifier(), torch.randn(16, 3, 6, 6)
+    model.fc.bias.data.zero_()
+    model.fc.weight.data *= 1e-7
+    expected = analyzed(model, [x])['conv'].gradient
+    model.fc.weight.data *= 1e-15
+    gradient = analyzed(model, [x])['conv'].gradient
+    assert 0 < gradient.max() < 1e-45
+    torch.testing.assert_close(
+        gradient * 1e30, expected, rtol=1e-4, atol=1e-4 * expected.max())
+
+
 def test_unused_direction_costs_nothing():
     """Channels that the loss does not depend on are worth nothing, whatever
     their energy."""

@@ -73,6 +73,7 @@ class Checked:
         """
         self._step('build')
         self.model = _as_catalogue(build, self.cfg)
+        self.shapes = _shapes(self.model)
         self.facts['built'] = True
         self.facts['params'] = sum(p.numel() for p in self.model.parameters())
         self._step('dense')
@@ -159,6 +160,10 @@ class Checked:
                         self.facts['finite_outputs'] = _finite(outputs)
             except Exception as error:
                 errors[mode] = describe(error)
+        if _shapes(self.model) != self.shapes:
+            # EVA-02 forgets the size that it was built for
+            self.model = _as_catalogue(build, self.cfg)
+            return dict.fromkeys(MODES, 'buffers grow or shrink with images')
         return errors
 
     def _outputs(self, model: nn.Module, data: Any = None) -> List[Any]:
@@ -361,6 +366,10 @@ class Checked:
         # a linear probe trains none
         if trained and all(weight.grad is None for weight in trained):
             raise AssertionError('no basis layer gets a gradient')
+
+
+def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
+    return {k: x.shape for k, x in model.state_dict().items()}
 
 
 def _as_catalogue(function: Callable, *args: Any) -> Any:

@@ -52,8 +52,11 @@ def config_root(library: str) -> str:
 
 
 def read_config(library: str, path: str) -> Config:
-    """Read a config by its path below the library's configs."""
-    return Config.fromfile(osp.join(config_root(library), path))
+    """Read a config by its path below the library's configs; its scope is the
+    library, also where only the library's own functions know that."""
+    cfg = Config.fromfile(osp.join(config_root(library), path))
+    cfg.setdefault('default_scope', library)
+    return cfg
 
 
 def without_pretrained(config: Any) -> Any:

@@ -57,8 +57,8 @@ def build(cfg: Config) -> nn.Module:
     Raises:
         Exception: Whatever the catalogue raises.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if cfg.get('default_scope') == 'mmdet':
+    init_default_scope(cfg.default_scope)
+    if cfg.default_scope == 'mmdet':
         repair_ssd_head()  # as all tools do
     torch.manual_seed(0)
     # some heads and moving averages ask the run how far it is
