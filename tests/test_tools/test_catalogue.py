@@ -56,7 +56,8 @@ SMALL = ([f'mmpretrain::{x}'
           for x in CLASSIFIERS] + [f'mmdet::{x}' for x in DETECTORS])
 #: those that go through the default pipeline
 THOROUGH = ('mmpretrain::convnext_v2/convnext-v2-atto_32xb32_in1k.py',
-            'mmdet::yolox/yolox_nano_8xb8-300e_coco.py')
+            'mmdet::yolox/yolox_nano_8xb8-300e_coco.py',
+            'mmdet::detr/detr_r18_8xb2-500e_coco.py')
 
 
 def entry_of(name, thorough=False):

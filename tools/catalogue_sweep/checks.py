@@ -317,8 +317,9 @@ class Checked:
             before=before['macs'], after=after['macs'], planned=planned)
         # the number of proposals depends on the weights
         loose = hasattr(self.model, 'roi_head')
-        # deformable convolutions of MMCV pad what is smaller than the kernel
-        if not (loose and saved > 0 or any(-.01 <= (saved - x) / planned <= .05
+        # deformable convolutions of MMCV pad what is smaller than the kernel;
+        # mode tensor runs DETR's head on all layers of the decoder
+        if not (loose and saved > 0 or any(-.01 <= (saved - x) / planned <= .1
                                            for x in (planned, used))):
             raise AssertionError(f'{saved} MACs are saved, {planned} planned')
 
