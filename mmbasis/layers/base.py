@@ -10,6 +10,10 @@ from torch import Tensor
 from ..factorization import (factorize, merge, orthogonality_error,
                              orthonormalize, spectrum_of_factor)
 
+#: what models ask their layers for
+_GEOMETRY = ('in_channels', 'kernel_size', 'stride', 'padding', 'dilation',
+             'in_features', 'out_features')
+
 
 class BasisLayer(nn.Module, metaclass=ABCMeta):
     """A dense layer as basis filters and 1x1 coefficients.
@@ -56,6 +60,9 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         self.groups = groups
         self.out_channels = groups * out_per_group
         self.dense_type = type(dense)
+        for name in _GEOMETRY:
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
         weight = dense.weight
         zeros = weight.new_zeros((groups, rank, in_size))
         self.basis = _clone(dense, self.from_matrix(zeros, dense),

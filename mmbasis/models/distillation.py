@@ -13,7 +13,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..compression import densified, load_weights, read_checkpoint
-from ..layers import BasisLayer
+from ..layers import BasisLayer, basis_layer_type
 from ..planning import train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
@@ -170,7 +170,11 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
     if logits:
         weight = .7 / len(logits)
         return [dict(module=x, type='kl', weight=weight) for x in logits]
-    found = [x for x in ('neck', 'bbox_head', 'rpn_head') if x in names]
+    # not the proposals that Sparse R-CNN has instead of an RPN
+    found = [
+        x for x in ('neck', 'bbox_head', 'rpn_head')
+        if x in names and _has_layers(names[x])
+    ]
     if not found and 'backbone' in names:
         found = ['backbone']
     if not found:
@@ -178,6 +182,12 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
                          'bbox_head or backbone, say what to compare by '
                          'terms=[dict(module=…)]')
     return [dict(module=name, type='mse') for name in found]
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(
+        isinstance(x, BasisLayer) or basis_layer_type(x)
+        for x in module.modules())
 
 
 def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
@@ -190,9 +200,9 @@ def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
     for name, module in names.items():
         if (classes is not None and name.startswith('head.')
                 and getattr(module, 'out_features', None) == classes):
-            parent = name.rpartition('.')[0]
-            is_basis = isinstance(names[parent], BasisLayer)
-            found.append(parent if is_basis else name)
+            # not the coefficients, which are as wide as their basis layer
+            if not isinstance(names[name.rpartition('.')[0]], BasisLayer):
+                found.append(name)
     return found
 
 

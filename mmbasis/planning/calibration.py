@@ -312,11 +312,16 @@ def forward_batch(model: nn.Module, data: Any) -> Any:
 
 def tensor_outputs(model: nn.Module, data: Any) -> Any:
     """What a model puts out before any post-processing: a classifier's
-    logits, a detector's maps."""
+    logits, a detector's maps; predictions where a model has nothing else to
+    show, as trackers have not."""
     if not hasattr(model, 'data_preprocessor'):
         return forward_batch(model, data)
-    data = model.data_preprocessor(data, False)
-    return model(data['inputs'], data.get('data_samples'), mode='tensor')
+    prepared = model.data_preprocessor(data, False)
+    try:
+        return model(
+            prepared['inputs'], prepared.get('data_samples'), mode='tensor')
+    except NotImplementedError:
+        return forward_batch(model, data)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What dropping a direction of a layer's output costs, in units of the
 loss."""
+import copy
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -193,6 +194,30 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
+@contextmanager
+def _remembering(model: nn.Module) -> Iterator[None]:
+    """Attributes of modules are as before afterwards, and the entries of those
+    that are dictionaries or lists. Heads may keep what they put out for their
+    loss (CondInst), and a model with such graphs cannot be copied."""
+    own, before = vars(nn.Module()), []
+    for module in model.modules():
+        values = {k: v for k, v in vars(module).items() if k not in own}
+        entries = [(x, copy.copy(x)) for x in values.values()
+                   if isinstance(x, (dict, list))]
+        before.append((module, values, entries))
+    try:
+        yield
+    finally:
+        for module, values, entries in before:
+            for key in vars(module).keys() - own.keys() - values.keys():
+                del vars(module)[key]
+            vars(module).update(values)
+            for value, old in entries:
+                value.clear()
+                (value.update if isinstance(value, dict) else value.extend)(
+                    old)
+
+
 def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
                      batches: Sequence[Any]) -> None:
     """Fill in ``gradient``, the second moment of the loss' gradient at each
@@ -213,7 +238,7 @@ def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
         UnknownLossError: If the model has no loss that is known here.
     """
     logger = MMLogger.get_current_instance()
-    with evaluation(model):
+    with _remembering(model), evaluation(model):
         classifies = _classifies(model, batches[0])
         if not classifies:
             train_deterministically(model)

@@ -125,6 +125,20 @@ def test_weight_is_that_of_the_dense_layer(name):
 
 
 @every_layer
+def test_geometry_is_that_of_the_dense_layer(name):
+    """DINO asks its head how many classes it puts out."""
+    dense, _ = build(name)
+    layer, asked = represent(dense, 1), 0
+    for key in ('in_channels', 'out_channels', 'kernel_size', 'stride',
+                'padding', 'dilation', 'groups', 'in_features',
+                'out_features'):
+        if hasattr(dense, key):
+            assert getattr(layer, key) == getattr(dense, key)
+            asked += 1
+    assert asked >= 2
+
+
+@every_layer
 def test_truncation_loses_the_dropped_singular_values(name):
     dense, _ = build(name)
     matrix = basis_layer_type(dense).to_matrix(dense).detach().double()

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn as nn
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.registry import MODELS as PRETRAIN_MODELS
@@ -221,6 +222,13 @@ def test_logits_of_a_transformer():
     compress(net, planner, [dict(inputs=torch.rand(2, 3, 16, 16))])
     assert 'head.layers.head.coefficients' in dict(net.named_modules())
     assert Distillation(net).terms == [term]
+
+
+def test_head_without_layers_teaches_nothing():
+    """Proposals of Sparse R-CNN are learnt, not computed."""
+    net = nn.Module()
+    net.neck, net.rpn_head = nn.Conv2d(8, 8, 1), nn.Embedding(4, 4)
+    assert [x['module'] for x in Distillation(net).terms] == ['neck']
 
 
 def test_no_teacher(head_cfg):

@@ -197,6 +197,38 @@ def test_training_loss_of_an_engine_model():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_a_loss_leaves_behind():
+    """Heads may keep what they put out (CondInst), which cannot be copied; and
+    trackers have nothing to show in mode tensor."""
+
+    class Tracker(ToyNet):
+
+        def __init__(self):
+            super().__init__()
+            self.infos, self.seen, self.last = dict(), [1], None
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            if mode == 'tensor':
+                raise NotImplementedError
+            out = super().forward(inputs)
+            if mode == 'predict':
+                return list(out)
+            self.infos['out'] = self.last = self.new = out
+            self.seen.append(out)
+            return dict(loss=out.square().mean())
+
+    torch.manual_seed(0)
+    model = Tracker()
+    infos, seen = model.infos, model.seen
+    data = dict(inputs=torch.rand(4, 3, 8, 8), data_samples=torch.zeros(4))
+    layers = analyzed(model, [data])
+    assert all(x.sensitivity.sum() > 0 for x in layers.values())
+    assert model.infos is infos == {} and model.seen is seen == [1]
+    assert model.last is None and not hasattr(model, 'new')
+    plan = Compressor(BudgetPlanner(macs=.5)).run(model, [data], [data])
+    assert plan.layers
+
+
 def test_unknown_loss():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     with pytest.raises(UnknownLossError, match='loss_aware=False'):

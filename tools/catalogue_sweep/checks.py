@@ -256,7 +256,10 @@ class Checked:
             if 'loss' in self.facts['modes']:
                 self.teacher = Distillation(self.model)
                 self.teacher.take(self.model, None)
-            compressor = Compressor(BudgetPlanner(macs=.5))
+            # some data is of another kind in training (Soft Teacher)
+            planner = BudgetPlanner(
+                macs=.5, loss_aware='loss' in self.facts['modes'])
+            compressor = Compressor(planner)
             plan = compressor.run(self.model, [self.data], [])
         else:
             plan = self._compress(analyzed)

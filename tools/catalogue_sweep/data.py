@@ -58,11 +58,14 @@ def make_batch(cfg: Config, model: torch.nn.Module, size: int) -> Any:
         return _by_pipeline(cfg)
     if preprocessor == 'TrackDataPreprocessor':
         from mmdet.testing import demo_track_inputs
-        return demo_track_inputs(
+        data = demo_track_inputs(
             num_frames=2,
             image_shapes=(3, size, size),
             num_items=[2],
             with_mask=True)
+        for sample in data['data_samples']:
+            sample.set_metainfo(dict(key_frames_inds=[0], ref_frames_inds=[1]))
+        return data
     if preprocessor == 'ReIDDataPreprocessor':
         return _identified(size)
     return _detected(cfg, model, size)
@@ -108,8 +111,8 @@ def _classified(model: torch.nn.Module, size: int) -> Any:
 def _identified(size: int) -> Any:
     from mmdet.structures import ReIDDataSample
     return dict(
-        inputs=[torch.randint(0, 256, (2, 3, 2 * size, size)).byte()] * 2,
-        data_samples=[[ReIDDataSample().set_gt_label(i) for i in (0, 1)]] * 2)
+        inputs=[torch.randint(0, 256, (2, 3, 2 * size, size)).byte()],
+        data_samples=[[ReIDDataSample().set_gt_label(i) for i in (0, 1)]])
 
 
 def _detected(cfg: Config, model: torch.nn.Module, size: int) -> Any:
