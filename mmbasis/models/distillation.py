@@ -170,13 +170,16 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
     if logits:
         weight = .7 / len(logits)
         return [dict(module=x, type='kl', weight=weight) for x in logits]
-    # not the proposals that Sparse R-CNN has instead of an RPN
-    found = [
-        x for x in ('neck', 'bbox_head', 'rpn_head')
-        if x in names and _has_layers(names[x])
-    ]
-    if not found and 'backbone' in names:
-        found = ['backbone']
+    for prefix in ('', 'detector.'):  # of a tracker
+        # not the proposals that Sparse R-CNN has instead of an RPN
+        found = [
+            prefix + x for x in ('neck', 'bbox_head', 'rpn_head')
+            if prefix + x in names and _has_layers(names[prefix + x])
+        ]
+        if not found and prefix + 'backbone' in names:
+            found = [prefix + 'backbone']
+        if found:
+            break
     if not found:
         raise ValueError('distillation: the model has no head.fc, neck, '
                          'bbox_head or backbone, say what to compare by '

@@ -182,8 +182,11 @@ def _prepare(model: nn.Module, data: Any) -> Tuple[Tensor, Any]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights are computed. To ask for those of the inputs
-    alone would do that, too, but not in models that checkpoint activations."""
+    """No gradients of weights are computed.
+
+    To ask for those of the inputs alone would do that, too, but not in models
+    that checkpoint activations.
+    """
     parameters = [x for x in model.parameters() if x.requires_grad]
     for parameter in parameters:
         parameter.requires_grad = False
@@ -197,12 +200,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _remembering(model: nn.Module) -> Iterator[None]:
     """Attributes of modules are as before afterwards, and the entries of those
-    that are dictionaries or lists. Heads may keep what they put out for their
-    loss (CondInst), and a model with such graphs cannot be copied."""
+    that are dictionaries or lists.
+
+    Heads may keep what they put out for their loss (CondInst), and a model
+    with such graphs cannot be copied; or hang modules elsewhere, too (DDQ).
+    """
     own, before = vars(nn.Module()), []
     for module in model.modules():
         values = {k: v for k, v in vars(module).items() if k not in own}
-        entries = [(x, copy.copy(x)) for x in values.values()
+        entries = [(x, copy.copy(x))
+                   for x in [*values.values(), module._modules]
                    if isinstance(x, (dict, list))]
         before.append((module, values, entries))
     try:

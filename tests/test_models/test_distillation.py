@@ -229,6 +229,9 @@ def test_head_without_layers_teaches_nothing():
     net = nn.Module()
     net.neck, net.rpn_head = nn.Conv2d(8, 8, 1), nn.Embedding(4, 4)
     assert [x['module'] for x in Distillation(net).terms] == ['neck']
+    tracker = nn.ModuleDict(dict(detector=net, track_head=nn.Linear(8, 8)))
+    terms = Distillation(tracker).terms
+    assert [x['module'] for x in terms] == ['detector.neck']
 
 
 def test_no_teacher(head_cfg):

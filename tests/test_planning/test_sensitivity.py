@@ -215,6 +215,7 @@ def test_what_a_loss_leaves_behind():
                 return list(out)
             self.infos['out'] = self.last = self.new = out
             self.seen.append(out)
+            self.alias = next(self.children())
             return dict(loss=out.square().mean())
 
     torch.manual_seed(0)
@@ -224,7 +225,8 @@ def test_what_a_loss_leaves_behind():
     layers = analyzed(model, [data])
     assert all(x.sensitivity.sum() > 0 for x in layers.values())
     assert model.infos is infos == {} and model.seen is seen == [1]
-    assert model.last is None and not hasattr(model, 'new')
+    assert model.last is None
+    assert not hasattr(model, 'new') and not hasattr(model, 'alias')
     plan = Compressor(BudgetPlanner(macs=.5)).run(model, [data], [data])
     assert plan.layers
 

@@ -127,7 +127,9 @@ class Checked:
             with torch.no_grad():
                 _as_catalogue(self._outputs, copy.deepcopy(self.model))
         if 'predict' not in self.facts['modes']:
-            # a pretext task cannot be tested
+            # a pretext task cannot be tested, nor calibrated by users
+            self.facts['thorough'] = False
+
             def test_step(model: nn.Module, data: Any) -> Any:
                 return self._outputs(model)
 
@@ -338,7 +340,10 @@ class Checked:
                 architecture(self.cfg), json.loads(plan_of(content).dumps()))
             load_weights(model, content, path)
         if model.state_dict().keys() != self.model.state_dict().keys():
-            raise AssertionError('the keys of the state dict differ')
+            differing = (
+                model.state_dict().keys() ^ self.model.state_dict().keys())
+            raise AssertionError('the state dict has other keys: ' +
+                                 ', '.join(sorted(differing)))
         model.eval()
         with torch.no_grad():
             # on copies: a queue or a moving average changes with each run
