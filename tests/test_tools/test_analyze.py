@@ -50,5 +50,6 @@ def test_measures_draws_and_goes_on(workplace, analysis):
 
 
 def test_results_of_other_settings_are_not_mixed(workplace, analysis):
+    analysis()
     _, result = analysis('--seed', 1, code=1)
     assert 'give another --work-dir' in result.stderr
