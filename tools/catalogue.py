@@ -89,6 +89,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--limit', type=int, help='only so many, a sample by lot')
     parser.add_argument(
+        '--thorough',
+        action='store_true',
+        help='look at all of them closely, not at one in ten')
+    parser.add_argument(
         '--report-only',
         action='store_true',
         help='report what is done, check nothing')
@@ -154,6 +158,8 @@ def main() -> None:
         if not args.only or any(re.search(p, x.name) for p in args.only)
     ]
     entries = sorted(entries, key=lambda x: x.digest)[:args.limit]
+    for entry in entries:
+        entry.closely = args.thorough
     if not args.report_only:
         sweep([
             x for x in entries
