@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 TOOLS = str(Path(__file__).resolve().parents[2] / 'tools')
 if TOOLS not in sys.path:
@@ -21,6 +22,7 @@ import catalogue  # noqa: E402
 from catalogue_sweep.compare import difference  # noqa: E402
 from catalogue_sweep.configs import Entry  # noqa: E402
 from catalogue_sweep.configs import model_hash, read_config  # noqa: E402
+from catalogue_sweep.operators import carafe, masked_conv2d  # noqa: E402
 from catalogue_sweep.processes import cause_of, check_all  # noqa: E402
 from catalogue_sweep.report import markdown, summary  # noqa: E402
 
@@ -37,6 +39,7 @@ CLASSIFIERS = [
     'deit/deit-tiny_4xb256_in1k.py',
     'swin_transformer/swin-tiny_16xb64_in1k.py',
     'mobilevit/mobilevit-xxsmall_8xb128_in1k.py',
+    'lenet/lenet5_mnist.py',
 ]
 DETECTORS = [
     'retinanet/retinanet_r18_fpn_1x_coco.py',
@@ -146,6 +149,40 @@ def test_difference():
     assert difference([torch.ones(2)], [torch.ones(3)]) == float('inf')
     assert difference([torch.tensor([1., float('nan')])],
                       [torch.ones(2)]) == float('inf')
+
+
+# ------------------------------- operators that MMCV has for accelerators only
+def test_carafe():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 3, generator=generator)
+    masks = torch.randn(2, 2 * 9, 6, 6, generator=generator)
+    outputs = carafe(x, masks, kernel_size=3, group_size=2, scale_factor=2)
+    padded = F.pad(x, (1, 1, 1, 1))
+    for n, c, i, j in ((0, 0, 0, 0), (0, 1, 5, 2), (1, 2, 3, 4), (1, 3, 1, 5)):
+        window = padded[n, c, i // 2:i // 2 + 3, j // 2:j // 2 + 3]
+        mask = masks[n].view(2, 3, 3, 6, 6)[c // 2, :, :, i, j]
+        torch.testing.assert_close(outputs[n, c, i, j], (window * mask).sum())
+
+
+def test_masked_convolution():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 4, 4, generator=generator)
+    conv = torch.nn.Conv2d(2, 3, 3, padding=1)
+    mask = torch.zeros(1, 4, 4)
+    mask[0, 1, 2] = .5
+    outputs = masked_conv2d(x, mask, conv.weight, conv.bias, (1, 1))
+    torch.testing.assert_close(outputs[0, :, 1, 2], conv(x)[0, :, 1, 2])
+    assert outputs.count_nonzero() == 3
+
+
+@pytest.mark.parametrize('name, operator', [
+    ('carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py', 'CARAFEPack'),
+    ('guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco.py', 'MaskedConv2d')
+])
+def test_model_with_stand_in(name, operator):
+    result = check(entry_of(f'mmdet::{name}'))
+    assert result['status'] == 'passed', result.get('traceback', result)
+    assert result['stand_ins'] == [operator]
 
 
 # ------------------------------------------------------------ tool and report

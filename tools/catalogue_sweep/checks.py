@@ -26,6 +26,7 @@ from .compare import (difference, forward, in_float32, layer_differences,
 from .counting import MacCounter
 from .data import make_batch, sizes
 from .models import architecture, build, settle_norms
+from .operators import standing_in
 
 #: relative difference of outputs at full rank
 TOLERANCE = 1e-4
@@ -77,6 +78,7 @@ class Checked:
         self.shapes = _shapes(self.model)
         self.facts['built'] = True
         self.facts['params'] = sum(p.numel() for p in self.model.parameters())
+        self.facts['stand_ins'] = standing_in(self.model)
         self._step('dense')
         self._find_size()
         self._step('analysis')

@@ -29,14 +29,17 @@ def _pipeline(cfg: Config, split: str) -> list:
 
 
 def _own_size(cfg: Config) -> int:
-    """The size that the transforms of a classifier end with."""
+    """The size that the transforms of a classifier end with, or that a
+    backbone without a pipeline is made for."""
     for split in ('test', 'train'):
         for step in reversed(_pipeline(cfg, split)):
             size = step.get('crop_size') or step.get('scale')
             size = size if isinstance(size, (tuple, list)) else [size]
             if isinstance(size[0], int):
                 return size[0]
-    return 224
+    backbone = cfg.model.get('backbone') or {}
+    size = backbone.get('img_size')
+    return size if isinstance(size, int) else 224
 
 
 def make_batch(cfg: Config, model: torch.nn.Module, size: int) -> Any:
@@ -100,8 +103,10 @@ def _classified(model: torch.nn.Module, size: int) -> Any:
     from mmpretrain.structures import DataSample
     head = type(getattr(model, 'head', None)).__name__
     several = 'MultiLabel' in head or 'CSRA' in head
+    mean = getattr(model.data_preprocessor, 'mean', None)
+    channels = 3 if mean is None else len(mean)
     return dict(
-        inputs=torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
+        inputs=torch.randint(0, 256, (2, channels, size, size)).byte(),
         data_samples=[
             DataSample().set_gt_label([label] if several else label)
             for label in (0, 1)
@@ -112,7 +117,7 @@ def _identified(size: int) -> Any:
     from mmdet.structures import ReIDDataSample
     return dict(
         inputs=[torch.randint(0, 256, (2, 3, 2 * size, size)).byte()],
-        data_samples=[[ReIDDataSample().set_gt_label(i) for i in (0, 1)]])
+        data_samples=[ReIDDataSample().set_gt_label([0, 1])])
 
 
 def _detected(cfg: Config, model: torch.nn.Module, size: int) -> Any:

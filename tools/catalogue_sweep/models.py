@@ -36,6 +36,8 @@ def architecture(cfg: Config) -> ConfigDict:
     _set_all(model, 'sampler', 'num', REGIONS)
     for name in ('rcnn', 'test_cfg'):
         _set_all(model, name, 'max_per_img', REGIONS)
+    # PointRend does not bear an image without detections
+    _set_all(model, 'rcnn', 'score_thr', 0.)
     return model
 
 

@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger
 
 from .checks import CatalogueError, Checked, describe
 from .configs import LIBRARIES, Entry, config_root, read_config
+from .operators import install
 
 _PR_SET_PDEATHSIG = 1
 
@@ -167,6 +168,7 @@ def load_libraries() -> None:
     for library in LIBRARIES:
         for part in ('datasets', 'models'):
             importlib.import_module(f'{library}.{part}')
+    install()
 
 
 def check_all(entries: Sequence[Entry],
