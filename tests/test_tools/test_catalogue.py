@@ -22,6 +22,7 @@ import catalogue  # noqa: E402
 from catalogue_sweep.compare import difference  # noqa: E402
 from catalogue_sweep.configs import Entry  # noqa: E402
 from catalogue_sweep.configs import model_hash, read_config  # noqa: E402
+from catalogue_sweep.models import architecture  # noqa: E402
 from catalogue_sweep.operators import carafe, masked_conv2d  # noqa: E402
 from catalogue_sweep.processes import cause_of, check_all  # noqa: E402
 from catalogue_sweep.report import markdown, summary  # noqa: E402
@@ -195,6 +196,16 @@ def test_same_model_counts_once():
     assert model_hash(cfg) != model_hash(other)
     del other.model.backbone.init_cfg
     assert model_hash(cfg) == model_hash(other)
+
+
+def test_config_is_made_fit_for_one_process_without_downloads():
+    cfg = read_config('mmdet', DETECTORS[0])
+    cfg.model.backbone.init_cfg = dict(checkpoint='https://x')  # as in PVT
+    cfg.model.neck.norm_cfg = dict(type='MMSyncBN', requires_grad=True)
+    model = architecture(cfg)
+    assert 'init_cfg' not in model.backbone
+    assert model.neck.norm_cfg == dict(type='BN', requires_grad=True)
+    assert cfg.model.neck.norm_cfg.type == 'MMSyncBN'
 
 
 def test_resume_and_report(tmp_path, monkeypatch, capsys):

@@ -75,7 +75,9 @@ def without_pretrained(config: Any) -> Any:
 
 def _loads_weights(key: str, value: Any) -> bool:
     if isinstance(value, dict):
-        return value.get('type') == 'Pretrained'
+        # PVT leaves out the type
+        return (value.get('type') == 'Pretrained'
+                or key == 'init_cfg' and value.keys() == {'checkpoint'})
     return key == 'pretrained' and isinstance(value, (str, bool))
 
 

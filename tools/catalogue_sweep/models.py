@@ -38,7 +38,20 @@ def architecture(cfg: Config) -> ConfigDict:
         _set_all(model, name, 'max_per_img', REGIONS)
     # PointRend does not bear an image without detections
     _set_all(model, 'rcnn', 'score_thr', 0.)
+    _single_process(model)
     return model
+
+
+def _single_process(config: Any) -> None:
+    """Normalise within one process: MMCV's way over several cannot even be
+    built in one."""
+    if isinstance(config, dict):
+        if config.get('type') == 'MMSyncBN':
+            config['type'] = 'BN'
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for child in config:
+            _single_process(child)
 
 
 def _set_all(config: Any, name: str, key: str, value: Any) -> None:
