@@ -13,7 +13,7 @@ in a process of its own:
   rounding changes which boxes survive;
 - half: half the MACs of the compressible layers are taken away, by a plan
   from the images, and counted by MMEngine's analysis where it knows the model;
-  one model in ten gets all that users get by default, which takes twice as
+  one model in thirty gets all that users get by default, which takes twice as
   long: ranks by the loss, sequential reconstruction, and the dense model as
   teacher;
 - round trip: saved, built anew from config and plan, and loaded, the model
@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--thorough',
         action='store_true',
-        help='look at all of them closely, not at one in ten')
+        help='look at all of them closely, not at one in thirty')
     parser.add_argument(
         '--report-only',
         action='store_true',
@@ -176,8 +176,11 @@ def sweep(entries: List[Entry], args: argparse.Namespace) -> None:
     """Check models and keep the results."""
     with Progress(
             TextColumn('{task.description}'),
-            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn()) as progress:
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            disable=not Console().is_terminal) as progress:
         task = progress.add_task('models', total=len(entries))
         for entry, result in check_all(entries, args.jobs, args.memory,
                                        args.timeout):
@@ -187,7 +190,7 @@ def sweep(entries: List[Entry], args: argparse.Namespace) -> None:
             text = f'{entry.name}: {result["status"]}'
             if result['status'] in ('failed', 'limit'):
                 text += f', {result["error"]}'
-            if not progress.console.is_terminal:  # where the bar is not drawn
+            if progress.disable:  # no bar is drawn
                 done = progress.tasks[task]
                 left = timedelta(seconds=done.time_remaining or 0)
                 text = f'[{done.completed}/{done.total}] {text}, {left} left'

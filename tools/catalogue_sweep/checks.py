@@ -25,7 +25,7 @@ from .compare import (difference, forward, in_float32, layer_differences,
                       precision, tensors)
 from .counting import MacCounter
 from .data import make_batch, sizes
-from .models import architecture, build, settle_norms
+from .models import architecture, build, settle_norms, uninitialized
 from .operators import standing_in
 
 #: relative difference of outputs at full rank
@@ -328,8 +328,10 @@ class Checked:
             path = os.path.join(folder, 'compressed.pth')
             save_checkpoint(self.model, plan, path, {})
             content = read_checkpoint(path)
-            model = build_compressed(
-                architecture(self.cfg), json.loads(plan_of(content).dumps()))
+            with uninitialized():
+                model = build_compressed(
+                    architecture(self.cfg),
+                    json.loads(plan_of(content).dumps()))
             load_weights(model, content, path)
         if model.state_dict().keys() != self.model.state_dict().keys():
             differing = (

@@ -43,8 +43,8 @@ class Entry:
 
     @property
     def thorough(self) -> bool:
-        """Whether it is one of the one in ten that are looked at closely."""
-        return self.closely or int(self.digest[-4:], 16) % 10 == 0
+        """Whether it is looked at closely, as one in thirty is."""
+        return self.closely or int(self.digest[-4:], 16) % 30 == 0
 
 
 def config_root(library: str) -> str:

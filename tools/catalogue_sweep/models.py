@@ -1,7 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Models of the catalogue, with weights that let errors be seen."""
 from collections import Counter
-from typing import Any, Dict, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Tuple
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
@@ -92,6 +94,17 @@ def build(cfg: Config) -> nn.Module:
     return model
 
 
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """Random numbers are not drawn for parameters: they are loaded next."""
+
+    def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    with patch.multiple(torch.Tensor, uniform_=keep, normal_=keep):
+        yield
+
+
 @torch.no_grad()
 def enliven(model: nn.Module) -> None:
     """Make all branches of a freshly initialised model count.
@@ -101,8 +114,7 @@ def enliven(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             continue
-        if torch.isfinite(parameter).all() and (parameter.abs().max()
-                                                > NEGLIGIBLE):
+        if NEGLIGIBLE < parameter.abs().max() < float('inf'):
             continue
         if parameter.dim() > 1:
             fan_in = parameter[0].numel()

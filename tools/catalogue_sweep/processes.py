@@ -194,7 +194,7 @@ def check_all(entries: Sequence[Entry],
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_Running(waiting.pop(0), memory_gb, seconds))
-            time.sleep(.02)
+            time.sleep(.1)
             for one in list(running):
                 result = one.result()
                 if result:
