@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.ops import roi_align
 
 TOOLS = str(Path(__file__).resolve().parents[2] / 'tools')
 if TOOLS not in sys.path:
@@ -23,7 +24,9 @@ from catalogue_sweep.compare import difference  # noqa: E402
 from catalogue_sweep.configs import Entry  # noqa: E402
 from catalogue_sweep.configs import model_hash, read_config  # noqa: E402
 from catalogue_sweep.models import architecture  # noqa: E402
-from catalogue_sweep.operators import carafe, masked_conv2d  # noqa: E402
+from catalogue_sweep.operators import carafe  # noqa: E402
+from catalogue_sweep.operators import deform_roi_pool  # noqa: E402
+from catalogue_sweep.operators import masked_conv2d  # noqa: E402
 from catalogue_sweep.processes import cause_of, check_all  # noqa: E402
 from catalogue_sweep.report import markdown, summary  # noqa: E402
 
@@ -163,6 +166,21 @@ def test_carafe():
         window = padded[n, c, i // 2:i // 2 + 3, j // 2:j // 2 + 3]
         mask = masks[n].view(2, 3, 3, 6, 6)[c // 2, :, :, i, j]
         torch.testing.assert_close(outputs[n, c, i, j], (window * mask).sum())
+
+
+def test_pooling_of_deformed_regions():
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0, 2, 4, 14, 12], [1, 6, 2, 12, 20]]).float()
+    offset = torch.zeros(2, 2, 2, 3)
+    whole = roi_align(x, rois, (2, 3), .5)
+    for zero in (None, offset):
+        torch.testing.assert_close(
+            deform_roi_pool(x, rois, zero, (2, 3), .5), whole)
+    offset[1, 0, 1, 2] = 2.  # by two tenths of a width of 6
+    moved = deform_roi_pool(x, rois, offset, (2, 3), .5)
+    rois[:, 1::2] += 1.2
+    whole[1, :, 1, 2] = roi_align(x, rois, (2, 3), .5)[1, :, 1, 2]
+    torch.testing.assert_close(moved, whole)
 
 
 def test_masked_convolution():
