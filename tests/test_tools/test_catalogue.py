@@ -150,6 +150,8 @@ def test_difference():
     # a large mean hides nothing
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert difference(100 + 1.01 * x, 100 + x) == pytest.approx(.01, rel=.01)
+    assert difference([torch.full((4, ), 1e-9)],
+                      [torch.zeros(4)]) == pytest.approx(2e-9)
     assert difference([torch.ones(2)], [torch.ones(3)]) == float('inf')
     assert difference([torch.tensor([1., float('nan')])],
                       [torch.ones(2)]) == float('inf')

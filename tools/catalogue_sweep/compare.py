@@ -106,7 +106,7 @@ def difference(actual: Any, expected: Any) -> float:
 
     Relative is to the spread of a tensor's values, or to a hundredth of their
     size where they hardly vary: a large bias in all of them must not hide an
-    error. Infinite where the outputs have different shapes.
+    error. Absolute where all are zero. Infinite where the outputs have different shapes.
     """
     actual, expected = tensors(actual), tensors(expected)
     if [x.shape for x in actual] != [x.shape for x in expected]:
@@ -123,7 +123,10 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
         return float('inf')
     actual, expected = actual[both], expected[both]
     spread = (expected - expected.mean()).norm()
-    scale = max(spread, 1e-2 * expected.norm(), torch.tensor(1e-30))
+    scale = max(spread, 1e-2 * expected.norm())
+    if scale == 0:
+        # an offset that points out of the image leaves nothing but zeros
+        scale = torch.ones_like(scale)
     return float((actual - expected).norm() / scale)
 
 

@@ -38,8 +38,11 @@ def architecture(cfg: Config) -> ConfigDict:
     _set_all(model, 'sampler', 'num', REGIONS)
     for name in ('rcnn', 'test_cfg'):
         _set_all(model, name, 'max_per_img', REGIONS)
-    # PointRend does not bear an image without detections
+    # PointRend does not bear an image without detections, and guided anchors
+    # not one without anchors
     _set_all(model, 'rcnn', 'score_thr', 0.)
+    _set_all(model, 'bbox_head', 'loc_filter_thr', 0.)
+    _set_all(model, 'rpn_head', 'loc_filter_thr', 0.)
     _single_process(model)
     return model
 
