@@ -106,7 +106,8 @@ def difference(actual: Any, expected: Any) -> float:
 
     Relative is to the spread of a tensor's values, or to a hundredth of their
     size where they hardly vary: a large bias in all of them must not hide an
-    error. Absolute where all are zero. Infinite where the outputs have different shapes.
+    error. Absolute where all are zero. Infinite where the outputs have
+    different shapes.
     """
     actual, expected = tensors(actual), tensors(expected)
     if [x.shape for x in actual] != [x.shape for x in expected]:
