@@ -21,6 +21,8 @@ PREDICTION = 'prediction layer'
 OFFSETS = 'offset branch'
 #: why a layer becomes what another one becomes, see :func:`apply_plan`
 AVERAGE = 'moving average of other layers'
+#: what is not saved could not be loaded in its compressed form
+UNSAVED = 'the model leaves its weights out of checkpoints (LoRA)'
 
 
 @dataclass
@@ -131,6 +133,7 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
     """
     layers, owners = [], defaultdict(list)
     inside = branches = averages = ()
+    saved = model.state_dict().keys()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
@@ -148,6 +151,8 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
             reason = OFFSETS
         if name.startswith(averages):
             reason = AVERAGE
+        if reason is None and f'{name}.weight'.lstrip('.') not in saved:
+            reason = UNSAVED
         branches += (f'{name}.', )
         layers.append(
             LayerInfo(name, module, basis_layer_type(module), reason or ''))
