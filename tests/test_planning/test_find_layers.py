@@ -186,3 +186,19 @@ def test_lazy_layers_do_no_harm():
     layers = find_layers(model)
     check_finite(layers)
     assert 'lazy' in layers[1].reason
+
+
+def test_layers_that_are_not_saved_stay_dense():
+    model = Net()
+    # as mmpretrain's LoRAModel does around its module
+    model.blocks._register_state_dict_hook(
+        lambda module, state_dict, prefix, _: [
+            state_dict.pop(key) for key in list(state_dict)
+            if key.startswith(prefix)
+        ])
+    found = {layer.name: layer.reason for layer in find_layers(model)}
+    assert 'checkpoints' in found['blocks.1']
+    assert 'depthwise' in found['blocks.0']
+    assert found['stem.conv'] == found['head.fc'] == ''
+    # a model that is a layer itself
+    assert find_layers(nn.Linear(2, 3))[0].reason == ''
