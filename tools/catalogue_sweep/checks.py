@@ -333,6 +333,11 @@ class Checked:
                     architecture(self.cfg),
                     json.loads(plan_of(content).dumps()))
             load_weights(model, content, path)
+        # LoRA saves its own weights alone; the others come from elsewhere
+        kept, own = model.state_dict(), dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name not in kept:
+                parameter.data.copy_(own[name])
         if model.state_dict().keys() != self.model.state_dict().keys():
             differing = (
                 model.state_dict().keys() ^ self.model.state_dict().keys())
