@@ -43,32 +43,30 @@ def architecture(cfg: Config) -> ConfigDict:
     _set_all(model, 'rcnn', 'score_thr', 0.)
     _set_all(model, 'bbox_head', 'loc_filter_thr', 0.)
     _set_all(model, 'rpn_head', 'loc_filter_thr', 0.)
-    _single_process(model)
+    # MMCV's normalisation over processes cannot even be built in one
+    for _, section in _sections(model):
+        if section.get('type') == 'MMSyncBN':
+            section['type'] = 'BN'
     return model
 
 
-def _single_process(config: Any) -> None:
-    """Normalise within one process: MMCV's way over several cannot even be
-    built in one."""
+def _sections(config: Any, name: str = '') -> Iterator[Tuple[str, dict]]:
+    """All sections of a config, with their names; those in lists have the name
+    of the list."""
     if isinstance(config, dict):
-        if config.get('type') == 'MMSyncBN':
-            config['type'] = 'BN'
-        config = list(config.values())
-    if isinstance(config, (list, tuple)):
+        yield name, config
+        for child_name, child in config.items():
+            yield from _sections(child, child_name)
+    elif isinstance(config, (list, tuple)):
         for child in config:
-            _single_process(child)
+            yield from _sections(child)
 
 
 def _set_all(config: Any, name: str, key: str, value: Any) -> None:
     """Overwrite a key in all sections of a name."""
-    if isinstance(config, dict):
-        for child_name, child in config.items():
-            if child_name == name and isinstance(child, dict) and key in child:
-                child[key] = value
-            _set_all(child, name, key, value)
-    elif isinstance(config, (list, tuple)):
-        for child in config:
-            _set_all(child, name, key, value)
+    for found, section in _sections(config):
+        if found == name and key in section:
+            section[key] = value
 
 
 def build(cfg: Config) -> nn.Module:
