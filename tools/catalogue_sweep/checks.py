@@ -200,12 +200,10 @@ class Checked:
                 '; '.join({x.reason
                            for x in plan.dense.values()}))
         self.facts['full_rank_layers'] = len(plan.layers)
-        model = copy.deepcopy(self.model)
         dtypes = [torch.float32]
         if self.facts['params'] < LARGE:
-            model = model.double()
             dtypes.append(torch.float64)
-        apply_plan(model, plan, layers)
+        model = None
         for dtype in dtypes:
             data = self.data
             if dtype == torch.float64 and 'loss' not in self.facts['compared']:
@@ -221,6 +219,10 @@ class Checked:
                         break  # operators that know float32 only
                     raise
                 del dense  # large models leave no room for the next
+                if model is None:
+                    model = nn.Module.to(
+                        copy.deepcopy(self.model), dtypes[-1])
+                    apply_plan(model, plan, layers)
                 basis = model
                 if dtype != dtypes[-1]:
                     basis = in_float32(model)
