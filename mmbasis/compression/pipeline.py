@@ -32,11 +32,12 @@ def analyze(model: nn.Module, planner: BasePlanner,
         list[LayerInfo]: All convolution and linear layers.
 
     Raises:
-        ValueError: If the model is compressed already, weights or outputs
-            are not finite, or a pattern matches no layer.
+        ValueError: If the model is compressed already or semi-supervised,
+            weights or outputs are not finite, or a pattern matches no layer.
     """
     if get_plan(model) is not None:
         raise ValueError('this model is compressed already')
+    _refuse_two_copies(model)
     layers = find_layers(model)
     check_finite(layers)
     planner.select(model, layers)
@@ -55,6 +56,19 @@ def analyze(model: nn.Module, planner: BasePlanner,
             MMLogger.get_current_instance().warning(
                 'Ranks are chosen by energy, not by loss: %s', error)
     return layers
+
+
+def _refuse_two_copies(model: nn.Module) -> None:
+    """Refuse a student and the teacher that follows it: calibration sees one
+    of the two, and with ranks of its own the other could not follow."""
+    student = getattr(model, 'student', None)
+    teacher = getattr(model, 'teacher', None)
+    if isinstance(student, nn.Module) and type(student) is type(teacher):
+        raise ValueError(
+            f'{type(model).__name__} holds a student and a teacher, of which '
+            'calibration would see only one: train it dense, then compress '
+            f'the {type(student).__name__} that comes out, with its own '
+            'config')
 
 
 def compress(model: nn.Module,

@@ -335,6 +335,26 @@ def test_broken_weights(planner):
     assert unchanged(model, before)
 
 
+class SemiSupervised(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = Net(), Net()
+
+    def forward(self, x):
+        return self.teacher(x)
+
+
+def test_student_and_teacher():
+    """As in Soft Teacher: a mean teacher could not follow a student of other
+    ranks."""
+    model = network(SemiSupervised)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='compress the Net that comes out'):
+        mmbasis.compress(model, BudgetPlanner(macs=0.5), batches())
+    assert unchanged(model, before)
+
+
 def test_compressed_twice():
     model = network()
     plan = mmbasis.compress(model, BudgetPlanner(macs=0.5), batches())
