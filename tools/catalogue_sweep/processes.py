@@ -2,6 +2,7 @@
 """A process of its own for each model, with limits on memory and time."""
 import ctypes
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -169,6 +170,7 @@ def load_libraries() -> None:
         for part in ('datasets', 'models'):
             importlib.import_module(f'{library}.{part}')
     install()
+    gc.freeze()  # what is there by now is not looked at again and again
 
 
 def check_all(entries: Sequence[Entry],
