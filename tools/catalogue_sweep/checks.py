@@ -225,8 +225,7 @@ class Checked:
                 del dense  # large models leave no room for the next
                 gc.collect()
                 if model is None:
-                    model = nn.Module.to(
-                        copy.deepcopy(self.model), dtypes[-1])
+                    model = nn.Module.to(copy.deepcopy(self.model), dtypes[-1])
                     apply_plan(model, plan, layers)
                 basis = model
                 if dtype != dtypes[-1]:
