@@ -225,8 +225,7 @@ class Checked:
                 del dense  # large models leave no room for the next
                 gc.collect()
                 if model is None:
-                    model = nn.Module.to(copy.deepcopy(self.model), dtypes[-1])
-                    apply_plan(model, plan, layers)
+                    model = self._at_full_rank(plan, layers, dtypes[-1])
                 basis = model
                 if dtype != dtypes[-1]:
                     basis = in_float32(model)
@@ -239,6 +238,21 @@ class Checked:
         # one number, the loss, says little
         if error > TOLERANCE or self.facts['modes'] == ['loss']:
             self._compare_layers(model)
+
+    def _at_full_rank(self, plan: CompressionPlan, layers: Sequence[LayerInfo],
+                      dtype: torch.dtype) -> nn.Module:
+        """A compressed copy of the dense model."""
+        memo = {}
+        if dtype == torch.float32:
+            # the weights that are replaced anyway are not copied, for room
+            memo = {
+                id(x): x
+                for name in plan.layers
+                for x in self.model.get_submodule(name).parameters()
+            }
+        model = nn.Module.to(copy.deepcopy(self.model, memo), dtype)
+        apply_plan(model, plan, layers)
+        return model
 
     def _compare_layers(self, model: nn.Module) -> None:
         """Each layer on its own inputs, in the precision that was compared
