@@ -32,8 +32,9 @@ def analyze(model: nn.Module, planner: BasePlanner,
         list[LayerInfo]: All convolution and linear layers.
 
     Raises:
-        ValueError: If the model is compressed already or semi-supervised,
-            weights or outputs are not finite, or a pattern matches no layer.
+        ValueError: If the model is compressed already or trains a teacher
+            beside itself, weights or outputs are not finite, or a pattern
+            matches no layer.
     """
     if get_plan(model) is not None:
         raise ValueError('this model is compressed already')
@@ -59,16 +60,16 @@ def analyze(model: nn.Module, planner: BasePlanner,
 
 
 def _refuse_two_copies(model: nn.Module) -> None:
-    """Refuse a student and the teacher that follows it: calibration sees one
-    of the two, and with ranks of its own the other could not follow."""
-    student = getattr(model, 'student', None)
+    """Refuse a teacher that follows another part parameter by parameter (Soft
+    Teacher, CAE): with ranks of its own, from another pass, it could not."""
     teacher = getattr(model, 'teacher', None)
-    if isinstance(student, nn.Module) and type(student) is type(teacher):
-        raise ValueError(
-            f'{type(model).__name__} holds a student and a teacher, of which '
-            'calibration would see only one: train it dense, then compress '
-            f'the {type(student).__name__} that comes out, with its own '
-            'config')
+    for name, child in model.named_children():
+        if type(child) is type(teacher) and child is not teacher:
+            raise ValueError(
+                f'{type(model).__name__} holds two copies of a '
+                f'{type(child).__name__}, {name} and teacher, which must stay '
+                'alike in training: train it dense, then compress what comes '
+                'out of it, with the config that uses that')
 
 
 def compress(model: nn.Module,

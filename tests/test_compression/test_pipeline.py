@@ -346,11 +346,11 @@ class SemiSupervised(nn.Module):
 
 
 def test_student_and_teacher():
-    """As in Soft Teacher: a mean teacher could not follow a student of other
-    ranks."""
+    """As in Soft Teacher and CAE: a mean teacher could not follow a student of
+    other ranks."""
     model = network(SemiSupervised)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match='compress the Net that comes out'):
+    with pytest.raises(ValueError, match='a Net, student and teacher'):
         mmbasis.compress(model, BudgetPlanner(macs=0.5), batches())
     assert unchanged(model, before)
 
