@@ -37,8 +37,8 @@ def summary(rows: Sequence[Dict[str, Any]], models: int) -> Dict[str, Any]:
         not_built=len(rows) - len(built),
         built=len(built),
         **count,
-        passed_of_built=round(count['passed'] / max(len(built), 1), 4),
-        passed_of_running=round(count['passed'] / max(runs, 1), 4),
+        passed_of_built=round(count['passed'] / max(len(built), 1), 6),
+        passed_of_running=round(count['passed'] / max(runs, 1), 6),
         thorough=sum(x['status'] == 'passed' and x.get('thorough', False)
                      for x in rows),
         stand_ins=sum(x['status'] == 'passed' and bool(x.get('stand_ins'))
