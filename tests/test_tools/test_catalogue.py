@@ -90,7 +90,7 @@ def test_model(name):
 @pytest.mark.catalogue
 def test_full_catalogue():
     """What is done already in ``work_dirs/catalogue`` is not done again; the
-    largest models, one at a time, take 21 GB and half an hour."""
+    largest models, one at a time, may take 21 GB."""
     root = Path(TOOLS).parent
     out = root / 'work_dirs' / 'catalogue' / 'report'
     command = [sys.executable, f'{TOOLS}/catalogue.py', '--out', str(out)]
