@@ -9,19 +9,20 @@ import torch
 import torch.nn as nn
 
 from ..layers import BasisLayer
-from ..planning import LayerInfo, evaluation, tensor_outputs
+from ..planning import Analysis
+from ..running import adapter_of, evaluation
 from .recalibration import output_error
 from .surgery import replace_modules
 
 
-def single_truncations(model: nn.Module, layers: Sequence[LayerInfo],
+def single_truncations(model: nn.Module, analysis: Analysis,
                        batches: Sequence[Any]) -> Iterator[Dict[str, Any]]:
     """Truncate one layer at a time to half its full rank, on the subspace of
     its spectrum.
 
     Args:
         model (nn.Module): The dense model; it is as before afterwards.
-        layers (Sequence[LayerInfo]): Its layers, analysed.
+        analysis (Analysis): What was measured of its layers.
         batches (Sequence): Held-out batches.
 
     Yields:
@@ -31,21 +32,21 @@ def single_truncations(model: nn.Module, layers: Sequence[LayerInfo],
         :func:`output_error`).
     """
     reference = copy.deepcopy(model)
-    for layer in layers:
-        rank = layer.full_rank // 2 if layer.compressible else 0
-        if rank == 0:
+    for layer in analysis.selection.chosen:
+        rank, dense = layer.full_rank // 2, layer.module
+        known = analysis.statistics[layer.name]
+        if rank == 0 or known.spectrum is None:
             continue
-        dense = layer.module
-        basis: BasisLayer = layer.kind(dense, rank, bias=True)
-        basis.project(dense, layer.spectrum.vectors, layer.mean)
+        basis = BasisLayer(dense, rank, bias=True)
+        basis.project(dense, known.spectrum.vectors, known.mean)
         replace_modules(model, {dense: basis})
         try:
             measured = output_error(model, reference, batches)
         finally:
             replace_modules(model, {basis: dense})
         lost = (
-            layer.spectrum.energy
-            if layer.sensitivity is None else layer.sensitivity / 2)
+            known.spectrum.energy
+            if known.sensitivity is None else known.sensitivity / 2)
         yield dict(
             name=layer.name,
             rank=rank,
@@ -63,10 +64,11 @@ def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
     """
     times: List[float] = []
     device = next(model.parameters()).device
+    adapter = adapter_of(model)
     with evaluation(model):
         for _ in range(repeats + 2):
             start = time.perf_counter()
-            tensor_outputs(model, data)
+            adapter.outputs(data)
             if device.type == 'cuda':
                 torch.cuda.synchronize(device)
             times.append(1e3 * (time.perf_counter() - start))

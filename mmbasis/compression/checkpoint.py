@@ -3,10 +3,8 @@
 import os
 from typing import Any, Dict, Optional
 
-import numpy as np
 import torch
 import torch.nn as nn
-from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import (_load_checkpoint, get_state_dict,
                                         weights_to_cpu)
 
@@ -16,7 +14,6 @@ from ..planning import CompressionPlan
 META_KEY = 'mmbasis'
 #: where the file of the dense weights is named
 TEACHER_KEY = 'mmbasis_teacher'
-_HISTORY = ('_log_history', '_count_history')
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
@@ -77,36 +74,3 @@ def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
     temporary = f'{path}.tmp{os.getpid()}'
     torch.save(checkpoint, temporary)
     os.replace(temporary, path)
-
-
-def to_plain(value: Any) -> Any:
-    """Copy nested containers with plain types in place of NumPy's and of
-    MMEngine's log histories, so that ``torch.load(weights_only=True)`` reads
-    them.
-
-    :func:`from_plain` is the inverse for the histories.
-    """
-    if isinstance(value, HistoryBuffer):
-        return {
-            '__history__': [to_plain(getattr(value, k)) for k in _HISTORY],
-            'max_length': value.max_length
-        }
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_plain(v) for v in value)
-    return value
-
-
-def from_plain(value: Any) -> Any:
-    """Turn plain log histories back into MMEngine's."""
-    if isinstance(value, dict):
-        if '__history__' in value:
-            return HistoryBuffer(
-                *value['__history__'], max_length=value['max_length'])
-        return {k: from_plain(v) for k, v in value.items()}
-    return value

@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""One layer fitted to what the dense network puts out."""
+"""One layer fitted to the outputs of the dense network."""
 from typing import Optional, Tuple
 
 import torch
@@ -7,8 +7,10 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 
 from ..factorization import reduced_rank_regression
-from ..planning import (LayerInfo, input_samples, is_expansion, output_samples,
-                        sum_of_products)
+from ..planning import Layer, LayerStatistics
+from ..planning.samples import (input_samples, is_expansion, output_samples,
+                                sum_of_products)
+from ..planning.statistics import weight_matrix
 
 #: Where less than this share of the dense network's output can be had from the
 #: compressed network's, the layer is not fitted: the two passes see different
@@ -29,7 +31,8 @@ class LayerRegression:
     network or, where samples are few, what the dense layer makes of them.
 
     Args:
-        layer (LayerInfo): The dense layer.
+        layer (Layer): The dense layer.
+        statistics (LayerStatistics): What was measured of it.
         samples (int): How many positions will be added in this process.
         scale (Tensor, optional): What the output is multiplied with before it
             is added to something, shape ``(P, )``. Errors are those of the
@@ -37,13 +40,14 @@ class LayerRegression:
     """
 
     def __init__(self,
-                 layer: LayerInfo,
+                 layer: Layer,
+                 statistics: LayerStatistics,
                  samples: int,
                  scale: Optional[Tensor] = None) -> None:
-        self.layer = layer
+        self.layer, self.statistics = layer, statistics
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
-        #: whether errors of something else are made up for
+        #: whether it corrects errors of something else, too
         self.in_sum = scale is not None
         total = torch.tensor(float(samples))
         if get_world_size() > 1:
@@ -73,7 +77,7 @@ class LayerRegression:
 
         Args:
             x (Tensor): The layer's input in the compressed network.
-            target (Tensor): Samples of what it should put out.
+            target (Tensor): Samples of what it should return.
             error (Tensor, optional): Samples of what its scaled output should
                 add to that.
             wanted (Tensor, optional): Samples of the sum in the dense
@@ -112,6 +116,32 @@ class LayerRegression:
             coefficients ``(G, P / G, Q)`` and bias ``(P, )``; None where the
             regressors do not vary, or say too little of the target.
         """
+        moments = self._moments(centred)
+        if moments is None:
+            return None
+        mean_change, mean_r, cross, second = moments
+        matrix, scale = weight_matrix(self.layer), self.scale.double()
+        prior = scale * (
+            matrix if self.of_input else torch.eye(self.rows).to(matrix))
+        coefficients, basis, explained = self._regress(cross, second, prior,
+                                                       rank)
+        left = self.change.value(centred) - explained
+        if left > (1 - MIN_EXPLAINED) * self.wanted.value(centred):
+            return None
+
+        bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
+        bias = (bias / scale).flatten()
+        if self.layer.has_bias:
+            bias = bias + self.layer.module.bias
+        if not self.of_input:
+            basis = basis @ matrix
+        return basis, coefficients / scale, bias
+
+    def _moments(
+            self,
+            centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Means of change and regressors, and their joint moments over all
+        processes; None where the regressors do not vary."""
         if get_world_size() > 1:
             all_reduce(self.joint)
             self.change.reduce()
@@ -129,29 +159,12 @@ class LayerRegression:
         if (second.diagonal(dim1=1, dim2=2).sum(1) <= noise).any():
             return None
         second.diagonal(dim1=1, dim2=2).add_(noise.unsqueeze(1))
-
-        matrix = self.layer.kind.to_matrix(self.layer.module).detach().double()
-        scale = self.scale.double()
-        prior = scale * (
-            matrix if self.of_input else torch.eye(rows).to(matrix))
-        coefficients, basis, explained = self._regress(cross, second, prior,
-                                                       rank)
-        left = self.change.value(centred) - explained
-        if left > (1 - MIN_EXPLAINED) * self.wanted.value(centred):
-            return None
-
-        bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
-        bias = (bias / scale).flatten()
-        if self.layer.module.bias is not None:
-            bias = bias + self.layer.module.bias
-        if not self.of_input:
-            basis = basis @ matrix
-        return basis, coefficients / scale, bias
+        return mean_change, mean_r, cross, second
 
     def _regress(self, cross: Tensor, second: Tensor, prior: Tensor,
                  rank: Optional[int]) -> Tuple[Tensor, Tensor, Tensor]:
         """Regression in the metric of the loss' gradients, if it is known."""
-        weight, scale = self.layer.gradient, self.scale.double()
+        weight, scale = self.statistics.gradient, self.scale.double()
         if weight is None:
             pass
         elif weight.shape[-1] == self.rows:
@@ -159,7 +172,8 @@ class LayerRegression:
         elif self.in_sum:
             weight = None  # a sum has errors in directions that it lacks
         else:
-            vectors = self.layer.spectrum.vectors
+            assert self.statistics.spectrum is not None
+            vectors = self.statistics.spectrum.vectors
             coefficients, basis, explained = reduced_rank_regression(
                 vectors.mT @ cross, second, vectors.mT @ prior, rank, weight)
             return vectors @ coefficients, basis, explained

@@ -1,87 +1,47 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""The way through: layers -> statistics -> spectra -> plan -> basis layers."""
+"""The way through: layers -> statistics -> plan -> basis layers -> fit."""
 import copy
 import itertools
+from dataclasses import dataclass
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
 
-from ..factorization import spectrum_of_factor
-from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
-                        UnknownLossError, calibrate, check_finite, find_layers,
-                        record_gradients)
-from ..registry import PLANNERS
+from ..planning import (Analysis, BasePlanner, CompressionPlan, Exclusion,
+                        Form, Layer, Reason, Rules, Selection, Targets,
+                        check_finite, find_layers, measure,
+                        measure_sensitivity)
+from ..running import Adapter, UnknownLossError, adapter_of, find_targets
 from .recalibration import output_error, recalibrate, recalibrate_if_better
+from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction
 from .surgery import apply_plan, get_plan
 
 
-def analyze(model: nn.Module, planner: BasePlanner,
-            batches: Sequence[Any]) -> List[LayerInfo]:
-    """Costs, spectra and sensitivities of all layers of a dense model.
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """What :func:`run_recipe` did.
 
     Args:
-        model (nn.Module): The dense model; it is not changed.
-        planner (BasePlanner): Says which layers it wants to know of, and
-            whether their outputs on images and the loss matter.
-        batches (Sequence): Batches as the model takes them. One is looked at
-            where the weights alone decide.
-
-    Returns:
-        list[LayerInfo]: All convolution and linear layers.
-
-    Raises:
-        ValueError: If the model is compressed already or trains a teacher
-            beside itself, weights or outputs are not finite, or a pattern
-            matches no layer.
+        plan (CompressionPlan): The plan that the model follows now.
+        analysis (Analysis): What was known of the dense model.
     """
-    if get_plan(model) is not None:
-        raise ValueError('this model is compressed already')
-    _refuse_two_copies(model)
-    layers = find_layers(model)
-    check_finite(layers)
-    planner.select(model, layers)
-    aware = planner.data_aware
-    calibrate(model, layers, batches if aware else batches[:1], aware)
-    for layer in layers:
-        if layer.compressible and layer.spectrum is None:
-            layer.spectrum = spectrum_of_factor(
-                layer.kind.to_matrix(layer.module).detach())
-    if planner.loss_aware is not False:
-        try:
-            record_gradients(model, layers, batches)
-        except UnknownLossError as error:
-            if planner.loss_aware:
-                raise
-            MMLogger.get_current_instance().warning(
-                'Ranks are chosen by energy, not by loss: %s', error)
-    return layers
-
-
-def _refuse_two_copies(model: nn.Module) -> None:
-    """Refuse a teacher that follows another part parameter by parameter (Soft
-    Teacher, CAE): with ranks of its own, from another pass, it could not."""
-    teacher = getattr(model, 'teacher', None)
-    for name, child in model.named_children():
-        if type(child) is type(teacher) and child is not teacher:
-            raise ValueError(
-                f'{type(model).__name__} holds two copies of a '
-                f'{type(child).__name__}, {name} and teacher, which must stay '
-                'alike in training: train it dense, then compress what comes '
-                'out of it, with the config that uses that')
+    plan: CompressionPlan
+    analysis: Analysis
 
 
 def compress(model: nn.Module,
-             planner: Union[BasePlanner, CompressionPlan, dict],
+             planner: Union[PlannerLike, CompressionPlan],
              dataloader: Iterable,
              num_batches: Optional[int] = None,
-             **kwargs) -> CompressionPlan:
+             **recipe: Any) -> CompressionPlan:
     """Compress a trained model in place.
 
     Args:
         model (nn.Module): Any model; see :func:`mmbasis.planning.find_layers`
-            for what is compressed.
+            for what is compressed, and :mod:`mmbasis.running` for how it is
+            run.
         planner (BasePlanner | CompressionPlan | dict): A planner, its
             config, or a plan to follow.
         dataloader (Iterable): Calibration batches as the model takes them: a
@@ -89,7 +49,8 @@ def compress(model: nn.Module,
         num_batches (int, optional): How many batches to use; one more, if
             there is one, is held out for choices. Defaults to all, and none
             is held out.
-        **kwargs: See :class:`Compressor`.
+        **recipe: ``reconstruction``, ``recalibration`` and ``norm`` of
+            :class:`~mmbasis.compression.Recipe`.
 
     Returns:
         CompressionPlan: What was done; the model carries it, too.
@@ -97,9 +58,10 @@ def compress(model: nn.Module,
     Raises:
         ValueError: If the request cannot be met; the model is as before.
     """
-    compressor = Compressor(planner, **kwargs)
+    key = 'plan' if isinstance(planner, CompressionPlan) else 'planner'
+    made = Recipe.of(**{key: planner}, **recipe)
     batches, held_out = take_batches(dataloader, num_batches)
-    return compressor.run(model, batches, held_out)
+    return run_recipe(model, made, batches, held_out).plan
 
 
 def take_batches(dataloader: Iterable,
@@ -122,92 +84,145 @@ def take_batches(dataloader: Iterable,
     return batches[:num_batches], batches[len(batches[:num_batches]):]
 
 
-class Compressor:
-    """The steps of compression, and how they are to be done.
+def analyze(model: nn.Module, recipe: Recipe,
+            batches: Sequence[Any]) -> Analysis:
+    """Measure all layers of a dense model.
 
     Args:
-        planner (BasePlanner | CompressionPlan | dict): See :func:`compress`.
-        norm (bool): Put a batch normalisation between basis and coefficients,
-            as in the paper. Defaults to False.
-        reconstruction (str, optional): ``'local'`` takes each basis from the
-            spectrum of its layer; ``'sequential'`` then fits the layers one
-            after the other to the dense model's outputs. Defaults to
-            ``'sequential'`` for planners that look at data, otherwise to
-            ``'local'``.
-        recalibration (bool | str): Whether to compute the statistics of the
-            model's batch normalisations anew at the end; ``'auto'`` keeps
-            them if they bring the outputs on held-out images nearer to the
-            dense model's, and does nothing for planners that do not look at
-            data. Defaults to ``'auto'``.
+        model (nn.Module): The dense model; it is not changed.
+        recipe (Recipe): Says which layers count, and whether their outputs
+            on images and the loss matter.
+        batches (Sequence): Batches as the model takes them. One is looked at
+            where the weights alone decide.
+
+    Returns:
+        Analysis: Of all convolution and linear layers.
 
     Raises:
-        ValueError: If a value is out of range.
+        RuntimeError: If there are no batches.
+        ValueError: If the model is compressed already or trains a teacher
+            beside itself, weights or outputs are not finite, or a pattern
+            matches no layer.
     """
+    if get_plan(model) is not None:
+        raise ValueError('this model is compressed already')
+    if not batches:
+        raise RuntimeError('calibration saw no image: the dataloader is empty')
+    _refuse_two_copies(model)
+    adapter = adapter_of(model)
+    layers = find_layers(model)
+    check_finite(layers)
+    selection = _select(adapter, recipe, layers, batches[0])
+    analysis = measure(adapter, selection, batches, recipe.data_aware)
+    if recipe.loss_aware is False:
+        return analysis
+    try:
+        return measure_sensitivity(adapter, analysis, batches)
+    except UnknownLossError as error:
+        if recipe.loss_aware:
+            raise
+        MMLogger.get_current_instance().warning(
+            'Ranks are chosen by energy, not by loss: %s', error)
+        return analysis
 
-    def __init__(self,
-                 planner: Union[BasePlanner, CompressionPlan, dict],
-                 norm: bool = False,
-                 reconstruction: Optional[str] = None,
-                 recalibration: Union[bool, str] = 'auto') -> None:
-        self.planner = as_planner(planner)
-        self.norm = norm
-        if reconstruction is None:
-            reconstruction = ('sequential'
-                              if self.planner.data_aware else 'local')
-        if reconstruction not in ('local', 'sequential'):
-            raise ValueError("reconstruction must be 'local' or 'sequential', "
-                             f'but got {reconstruction!r}')
-        self.reconstruction = reconstruction
-        if recalibration not in (True, False, 'auto'):
-            raise ValueError("recalibration must be True, False or 'auto', "
-                             f'but got {recalibration!r}')
-        self.recalibration = recalibration
-        #: layers of the dense model with spectra, after :meth:`run`
-        self.layers: List[LayerInfo] = []
 
-    def run(self, model: nn.Module, batches: Sequence[Any],
-            held_out: Sequence[Any]) -> CompressionPlan:
-        """Compress a model in place.
+def _select(adapter: Adapter, recipe: Recipe, layers: Sequence[Layer],
+            data: Any) -> Selection:
+    rules = recipe.planner.rules if recipe.planner else Rules()
+    targets = Targets()
+    if rules.need_targets:
+        targets = Targets(
+            *find_targets(adapter, {x.name: x.module
+                                    for x in layers}, data))
+    if recipe.planner is not None:
+        return recipe.planner.select(layers, targets)
+    assert recipe.plan is not None, 'a recipe without planner and plan'
+    return _follow(recipe.plan, rules.select(layers, targets))
 
-        Args:
-            model (nn.Module): The dense model.
-            batches (Sequence): Calibration batches as the model takes them.
-            held_out (Sequence): Others, for choices; may be empty.
 
-        Returns:
-            CompressionPlan: What was done.
-        """
-        planner = self.planner
-        self.layers = analyze(model, planner, batches)
-        plan = planner.plan(
-            self.layers, norm=self.norm, bias=planner.data_aware)
-        sequential = self.reconstruction == 'sequential'
-        choose = (
-            self.recalibration == 'auto' and planner.data_aware
-            and bool(held_out))
-        reference = copy.deepcopy(model) if sequential or choose else None
-        apply_plan(model, plan, self.layers)
-        if sequential:
-            Reconstruction(model, reference, self.layers, plan).run(batches)
+def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
+    """The selection of a plan that is there already. Layers that its planner
+    kept dense stay chosen: they are fitted as they were."""
+    excluded = {}
+    for layer in selection.layers:
+        dense = plan.dense.get(layer.name)
+        if layer.name in plan.layers or dense is not None and (
+                dense.compressible):
+            continue
+        excluded[layer.name] = selection.excluded.get(
+            layer.name,
+            Exclusion(Reason.NOT_IN_PLAN,
+                      dense.reason if dense else 'not in the plan'))
+    return Selection(selection.layers, excluded)
+
+
+def _refuse_two_copies(model: nn.Module) -> None:
+    """Refuse a teacher that follows another part parameter by parameter: with
+    ranks of its own, from another pass, it could not."""
+    teacher = getattr(model, 'teacher', None)
+    for name, child in model.named_children():
+        if type(child) is type(teacher) and child is not teacher:
+            raise ValueError(
+                f'{type(model).__name__} holds two copies of a '
+                f'{type(child).__name__}, {name} and teacher, which must stay '
+                'alike in training: train it dense, then compress what comes '
+                'out of it, with the config that uses that')
+
+
+def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
+               held_out: Sequence[Any]) -> Compression:
+    """Compress a model in place, as a recipe says.
+
+    Args:
+        model (nn.Module): The dense model.
+        recipe (Recipe): With a planner or a plan.
+        batches (Sequence): Calibration batches as the model takes them.
+        held_out (Sequence): Others, for choices; may be empty.
+
+    Returns:
+        Compression: What was done.
+    """
+    analysis = analyze(model, recipe, batches)
+    if recipe.planner is not None:
+        plan = make_plan(recipe.planner, analysis, recipe)
+    else:
+        assert recipe.plan is not None
+        plan = recipe.plan
+    choose = (
+        recipe.recalibration == 'auto' and recipe.data_aware
+        and bool(held_out))
+    needs_reference = recipe.is_sequential or choose
+    reference = copy.deepcopy(model) if needs_reference else None
+    apply_plan(model, plan, bases_of(analysis))
+    if reference is not None:
+        if recipe.is_sequential:
+            Reconstruction(model, reference, analysis, plan).run(batches)
         if choose:
             recalibrate_if_better(
                 model, batches,
                 lambda: output_error(model, reference, held_out))
-        elif self.recalibration is True:
-            recalibrate(model, batches)
-        log_plan(plan)
-        return plan
+    if recipe.recalibration is True:
+        recalibrate(model, batches)
+    log_plan(plan)
+    return Compression(plan, analysis)
 
 
-def as_planner(
-        planner: Union[BasePlanner, CompressionPlan, dict]) -> BasePlanner:
-    """A planner from its config, from a plan to follow, or itself."""
-    if isinstance(planner, dict):
-        # the default scope, say mmdet, knows no planners
-        return PLANNERS.build(dict(planner, _scope_=PLANNERS.scope))
-    if isinstance(planner, CompressionPlan):
-        return PlanFollower(planner)
-    return planner
+def make_plan(planner: BasePlanner, analysis: Analysis,
+              recipe: Recipe) -> CompressionPlan:
+    """The plan of a planner; coefficients get a bias where data say what it
+    should be."""
+    return planner.plan(analysis,
+                        Form(bias=planner.data_aware, norm=recipe.norm))
+
+
+def bases_of(analysis: Analysis) -> dict:
+    """Directions and mean of the output of each layer, for
+    :func:`apply_plan`."""
+    return {
+        name: (known.spectrum.vectors, known.mean)
+        for name, known in analysis.statistics.items()
+        if known.spectrum is not None
+    }
 
 
 def log_plan(plan: CompressionPlan) -> None:

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Statistics of batch normalisations after truncation."""
 import copy
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any, Callable, List, Sequence
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..planning import evaluation, forward_batch, tensor_outputs
+from ..running import adapter_of, evaluation
 from ..utils.divergence import kl_divergence, normalized_mse
 
 
@@ -24,14 +24,14 @@ def norm_layers(model: nn.Module) -> List[_BatchNorm]:
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Compute the statistics of all batch normalisations anew, as the average
+    """Compute the statistics of all batch normalisations again, as the average
     over batches (and processes).
 
     Args:
         model (nn.Module): Changed in place.
         batches (Sequence): Batches as the model takes them.
     """
-    norms = norm_layers(model)
+    norms, adapter = norm_layers(model), adapter_of(model)
     momenta = [norm.momentum for norm in norms]
     with evaluation(model):
         for norm in norms:
@@ -39,7 +39,7 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
             norm.momentum = None  # average instead of moving average
             norm.training = True
         for data in batches:
-            forward_batch(model, data)
+            adapter.predict(data)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         if get_world_size() > 1:
@@ -51,7 +51,7 @@ def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
                           error: Callable[[], float]) -> bool:
     """Recalibrate, and take it back unless an error falls by it.
 
-    Truncation that is rough shifts the statistics, and new ones repair much;
+    Rough truncation shifts the statistics, and new ones help a lot then;
     layers that were reconstructed fit the old ones better.
 
     Args:
@@ -95,11 +95,10 @@ def output_error(model: nn.Module, reference: nn.Module,
         float: Mean over batches and processes.
     """
     errors = []
+    found, wanted = adapter_of(model), adapter_of(reference)
     with evaluation(model), evaluation(reference):
         for data in batches:
-            pairs = zip(
-                _tensors(tensor_outputs(model, data)),
-                _tensors(tensor_outputs(reference, data)))
+            pairs = zip(found.outputs(data), wanted.outputs(data))
             errors += [_distance(x, y) for x, y in pairs if x.shape == y.shape]
     total = torch.stack(
         [torch.stack(errors).sum(),
@@ -107,14 +106,6 @@ def output_error(model: nn.Module, reference: nn.Module,
     if get_world_size() > 1:
         all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (tuple, list)):
-        for item in outputs:
-            yield from _tensors(item)
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:

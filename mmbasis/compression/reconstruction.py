@@ -1,10 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Sequential reconstruction: each layer makes up for what is wrong before and
-beside it."""
+"""Sequential reconstruction: each layer corrects errors before and beside
+it."""
 import itertools
 import time
 from contextlib import ExitStack
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..factorization import orthonormalize
 from ..layers import BasisLayer
-from ..planning import (CompressionPlan, LayerInfo, count_images, evaluation,
-                        forward_batch, output_samples)
-from ..planning.layers import PREDICTION
+from ..planning import Analysis, CompressionPlan, Layer, Reason
+from ..planning.samples import output_samples
+from ..running import Pass, SumWatch, adapter_of, current_pass, evaluation
 from .layer_regression import LayerRegression
-from .passes import Pass, SumWatch, current_pass
 
 #: Images that layers which run several times in a pass are fitted to: each
 #: such layer takes a pass of its own.
@@ -31,25 +30,28 @@ class Reconstruction:
     is the best of its rank from there to what the dense layer puts out
     (reduced-rank regression, in the metric of the loss' gradients where they
     are known). Where its output is added to something else, as at the end of
-    a residual block, it makes up for the errors of that, too. Layers that
-    the planner kept dense, and prediction layers, are fitted at full rank:
-    that costs nothing.
+    a residual block, it corrects the errors of that, too. Layers that the
+    planner kept dense, and prediction layers, are fitted at full rank: that
+    costs nothing.
 
     Args:
         model (nn.Module): The compressed model, changed in place.
         reference (nn.Module): The dense model.
-        layers (Sequence[LayerInfo]): The layers of the reference, calibrated.
+        analysis (Analysis): What was measured of the reference.
         plan (CompressionPlan): The plan that the model follows.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module,
-                 layers: Sequence[LayerInfo], plan: CompressionPlan) -> None:
+                 analysis: Analysis, plan: CompressionPlan) -> None:
         self.model, self.reference, self.plan = model, reference, plan
+        self.student, self.teacher = adapter_of(model), adapter_of(reference)
+        self.statistics = analysis.statistics
+        excluded = analysis.selection.excluded
         self.todo = {
-            layer.name: layer
-            for layer in layers if layer.kind is not None and (
-                layer.compressible or layer.reason == PREDICTION)
-            and layer.module.weight.requires_grad
+            x.name: x
+            for x in analysis.layers
+            if x.kind is not None and (x.name not in excluded or excluded[
+                x.name].reason is Reason.PREDICTION)
         }
         self.watch = SumWatch()
         self._done, self._start = 0, time.time()
@@ -62,7 +64,7 @@ class Reconstruction:
                 both models at a time.
         """
         with evaluation(self.model), evaluation(self.reference):
-            self.watch.probe(self.reference, {
+            self.watch.probe(self.teacher, {
                 name: self.reference.get_submodule(name)
                 for name in self.todo
             }, batches[0])
@@ -72,7 +74,7 @@ class Reconstruction:
                     'Reconstruction: %s is left as it was: it does not run, '
                     'or takes more than one input', name)
             self.todo = {name: self.todo[name] for name in order}
-            shared = [name for name in order if self.todo[name].calls > 1]
+            shared = [name for name in order if self.statistics[name].calls > 1]
             first = order.index(shared[0]) if shared else len(order)
             self.watch.residual.difference_update(shared)
             self._fit_side_by_side(order[:first], batches)
@@ -100,8 +102,8 @@ class Reconstruction:
                 self._stop_at(name, stack)
             passes = [
                 tuple(
-                    stack.enter_context(Pass(model, data, self.watch))
-                    for model in (self.reference, self.model))
+                    stack.enter_context(Pass(adapter, data, self.watch))
+                    for adapter in (self.teacher, self.student))
                 for data in batches
             ]
             for one in itertools.chain(*passes):
@@ -153,12 +155,12 @@ class Reconstruction:
         if name in self.watch.residual:
             return bool(pairs) and self._fit_sum(layer, pairs)
         samples = [output_samples(layer, t.tensor) for t, _ in pairs]
-        regression = LayerRegression(layer, sum(y.shape[-1] for y in samples))
+        regression = self._regression(layer, samples)
         for (_, student), y in zip(pairs, samples):
             regression.add(student.tensor, y)
         return self._set(layer, regression)
 
-    def _fit_sum(self, layer: LayerInfo, pairs: Sequence[Tuple[Pass,
+    def _fit_sum(self, layer: Layer, pairs: Sequence[Tuple[Pass,
                                                                Pass]]) -> bool:
         """Fit a layer whose output is about to go into a sum, so that the sum
         is what it is in the dense model."""
@@ -177,8 +179,7 @@ class Reconstruction:
                                    for value in (y, wanted - found, wanted))))
             # what stands in the sum already is replaced by the new output
             student.sum.branch.sub_(wide * y)
-        regression = LayerRegression(layer, sum(x[1].shape[-1]
-                                                for x in samples), scale)
+        regression = self._regression(layer, [x[1] for x in samples], scale)
         for sample in samples:
             regression.add(*sample)
         fitted = self._set(layer, regression)
@@ -196,19 +197,19 @@ class Reconstruction:
         for data in batches:
             if images < SHARED_IMAGES:
                 some.append(data)
-                images += count_images(data)
+                images += self.teacher.count_images(data)
         targets = [self._outputs(names, data) for data in some]
         for name in names:
             layer = self.todo[name]
-            regression = LayerRegression(
-                layer, sum(y.shape[-1] for t in targets for y in t[name]))
+            regression = self._regression(
+                layer, [y for t in targets for y in t[name]])
             for data, wanted in zip(some, targets):
                 self._add_calls(regression, data, wanted[name])
             self._log(name, self._set(layer, regression))
 
     def _outputs(self, names: Sequence[str],
                  data: Any) -> Dict[str, List[Tensor]]:
-        """Samples of what layers of the dense model put out, call by call."""
+        """Samples of the outputs of layers of the dense model, call by call."""
         found: Dict[str, List[Tensor]] = {name: [] for name in names}
         with ExitStack() as stack:
             for name in names:
@@ -216,7 +217,7 @@ class Reconstruction:
                     self.reference.get_submodule(name).register_forward_hook(
                         lambda _, args, y, name=name: found[name].append(
                             output_samples(self.todo[name], y))).remove)
-            forward_batch(self.reference, data)
+            self.teacher.predict(data)
         return found
 
     def _add_calls(self, regression: LayerRegression, data: Any,
@@ -230,11 +231,19 @@ class Reconstruction:
 
         module = self.model.get_submodule(regression.layer.name)
         handle = module.register_forward_pre_hook(add)
-        forward_batch(self.model, data)
+        self.student.predict(data)
         handle.remove()
 
     # -------------------------------------------------------------- weights
-    def _set(self, layer: LayerInfo, regression: LayerRegression) -> bool:
+    def _regression(self,
+                    layer: Layer,
+                    samples: Sequence[Tensor],
+                    scale: Optional[Tensor] = None) -> LayerRegression:
+        """The regression of a layer, with room for samples."""
+        return LayerRegression(layer, self.statistics[layer.name],
+                               sum(y.shape[-1] for y in samples), scale)
+
+    def _set(self, layer: Layer, regression: LayerRegression) -> bool:
         """Write the solution into the compressed model, if there is one."""
         target = self.model.get_submodule(layer.name)
         compressed = isinstance(target, BasisLayer)

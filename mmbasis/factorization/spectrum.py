@@ -23,6 +23,13 @@ class Spectrum:
         """Energy of each direction, summed over groups, shape ``(R, )``."""
         return self.values.sum(0)
 
+    def energy_kept(self, rank: int) -> float:
+        """Fraction of the energy in the first ``rank`` directions, rounded to
+        six digits; 1 where all energy is zero."""
+        total = float(self.energy.sum())
+        kept = float(self.energy[:rank].sum())
+        return round(kept / total, 6) if total > 0 else 1.
+
     def rank_for_energy(self, threshold: float) -> int:
         """The smallest rank whose cumulative energy reaches a threshold.
 

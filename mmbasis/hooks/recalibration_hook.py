@@ -4,18 +4,19 @@ from typing import Any, Optional, Sequence
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ..compression import recalibrate_if_better, take_batches
-from ..planning import evaluation, train_deterministically
+from ..models import unwrap
 from ..registry import HOOKS
+from ..running import adapter_of, evaluation, train_deterministically
 from ..utils.runner import calibration_dataloader
+from .rebuild import bare_model
 
 
 @HOOKS.register_module()
 class RecalibrationHook(Hook):
-    """Compute the statistics of batch normalisations anew at the end of
+    """Compute the statistics of batch normalisations again at the end of
     training, and keep them if the loss falls by it.
 
     Running averages lag behind weights that move, and come from augmented
@@ -50,7 +51,7 @@ class RecalibrationHook(Hook):
         """Recalibrate after the last iteration."""
         if not self.is_last_train_iter(runner):
             return
-        loader = calibration_dataloader(runner.cfg, runner.seed)
+        loader = calibration_dataloader(runner, runner.seed)
         batches, held_out = take_batches(loader, self.num_batches,
                                          self.held_out)
         if not held_out:
@@ -58,13 +59,11 @@ class RecalibrationHook(Hook):
                 'No recalibration: %d batches of training images leave none '
                 'to choose by', len(batches))
             return
-        models = [runner.model] + [
-            hook.ema_model.module
+        models = [unwrap(bare_model(runner))] + [
+            unwrap(hook.ema_model.module)
             for hook in runner.hooks if isinstance(hook, EMAHook)
         ]
         for model in models:
-            model = model.module if is_model_wrapper(model) else model
-            model = getattr(model, 'architecture', model)
             recalibrate_if_better(
                 model, batches, lambda m=model: mean_loss(m, held_out))
 
@@ -80,14 +79,11 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
     Returns:
         float: Mean over batches and processes.
     """
-    losses = []
+    adapter = adapter_of(model)
     with evaluation(model):
         train_deterministically(model)
         torch.manual_seed(0)  # two-stage detectors draw among proposals
-        for data in batches:
-            data = model.data_preprocessor(data, False)
-            outputs = model(**data, mode='loss')
-            losses.append(model.parse_losses(outputs)[0])
+        losses = [adapter.loss(data) for data in batches]
     total = torch.stack(losses).mean()
     all_reduce(total, 'mean')
     return float(total)

@@ -1,4 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+"""The model of a run while it is compressed and fine-tuned."""
 from typing import Any, Dict, Iterable, Optional, Union
 
 import torch
@@ -7,24 +8,20 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from ..compression import (apply_plan, attach_plan, basis_layers, compress,
-                           densified, get_plan, guard, load_weights, plan_of,
-                           read_checkpoint)
+from ..compression import (Action, Recipe, Source, apply_plan, attach_plan,
+                           basis_layers, densified, get_plan, guard,
+                           load_weights, read_checkpoint, resolve,
+                           restructure, run_recipe, take_batches)
 from ..factorization import orthogonality_penalty
-from ..planning import BasePlanner, CompressionPlan
+from ..planning import CompressionPlan
 from ..registry import MODELS
 from .distillation import Distillation
 
-PlanLike = Union[str, dict, CompressionPlan]
-
-
-def as_plan(plan: PlanLike) -> CompressionPlan:
-    """A plan from its file, its plain data, or itself."""
-    if isinstance(plan, str):
-        return CompressionPlan.load(plan)
-    if isinstance(plan, dict):
-        return CompressionPlan.from_dict(plan)
-    return plan
+#: attributes of the wrapper; all others are the model's
+_OWN = {
+    'architecture', 'recipe', 'distillation', 'has_weights', 'source',
+    'training'
+}
 
 
 @MODELS.register_module()
@@ -34,89 +31,105 @@ class BasisModel(BaseModel):
     The wrapper adds to the losses of the model what fine-tuning needs. Its
     parameters, buffers and children *are* those of the model (it shares the
     dictionaries), so that names in checkpoints, ``paramwise_cfg`` and hooks
-    are the bare model's: no prefix comes or goes.
+    are the bare model's: no prefix comes or goes. Whatever else is read,
+    written or called is the model's, too.
 
     Args:
-        architecture (dict | BaseModel): The model, or its config.
+        architecture (dict | nn.Module): The model, or its config.
         checkpoint (str, optional): Weights to start from: of the dense model,
             or compressed ones, whose plan is then used.
-        plan (str | dict | CompressionPlan, optional): What becomes of each
-            layer, applied at once.
-        planner (dict, optional): Config of a planner that makes the plan when
-            :class:`~mmbasis.hooks.BasisCompressionHook` says so, before the
-            first iteration.
-        norm (bool): Put a batch normalisation between basis and coefficients
-            while fine-tuning; it can be folded afterwards. Defaults to False.
-        orthogonality (dict, optional): ``dict(weight=…)`` adds
-            ``weight * sum ||F F^T - I||_F^2`` over the basis layers to the
-            losses, as ``loss_orthogonality``.
-        distillation (bool | dict, optional): Arguments of
-            :class:`~mmbasis.models.distillation.Distillation`. Where they
-            name no checkpoint, the dense model that is compressed is the
-            teacher; True is the same with all defaults, if there are any for
-            the model.
         data_preprocessor (dict, optional): Used for an architecture whose
             config has none (mmpretrain keeps it beside the model).
+        **recipe: Fields of :class:`mmbasis.compression.Recipe`. A ``plan`` is
+            applied at once; a ``planner`` makes the plan when
+            :class:`~mmbasis.hooks.BasisCompressionHook` says so, before the
+            first iteration.
 
     Raises:
-        ValueError: If both a plan and a planner are given, or the plan does
-            not fit.
-        TypeError: If the architecture is no MMEngine model.
+        ValueError: If a field of the recipe is wrong, the plan does not fit,
+            or the checkpoint is compressed by another one.
+        TypeError: If the architecture cannot be trained by a runner.
     """
 
     def __init__(self,
-                 architecture: Union[dict, BaseModel],
+                 architecture: Union[dict, nn.Module],
                  checkpoint: Optional[str] = None,
-                 plan: Optional[PlanLike] = None,
-                 planner: Optional[dict] = None,
-                 norm: bool = False,
-                 orthogonality: Optional[dict] = None,
-                 distillation: Union[None, bool, dict] = None,
-                 data_preprocessor: Optional[dict] = None) -> None:
+                 data_preprocessor: Optional[dict] = None,
+                 **recipe: Any) -> None:
         super().__init__()
-        if plan is not None and planner is not None:
-            raise ValueError('BasisModel takes a plan or a planner, not both')
+        #: what is asked for
+        self.recipe = Recipe.of(**recipe)
         if isinstance(architecture, dict):
             if data_preprocessor is not None:
                 architecture = dict(architecture)
                 architecture.setdefault('data_preprocessor', data_preprocessor)
             architecture = MMENGINE_MODELS.build(architecture)
-        if not isinstance(architecture, BaseModel):
+        if not isinstance(architecture, nn.Module) or not hasattr(
+                architecture, 'train_step'):
             raise TypeError('architecture must be an MMEngine model, but got '
                             f'{type(architecture).__name__}')
-        self._adopt(architecture)
-        self.planner = planner
-        self.use_norm = norm
-        self.orthogonality_weight = _orthogonality_weight(orthogonality)
-        self.distillation = _build_distillation(architecture, distillation)
         #: set where the weights must not be initialised again
         self.has_weights = False
         #: the file that the dense weights came from
         self.source: Optional[str] = None
+        self.distillation = self._build_distillation(architecture)
+        self._adopt(architecture)
         guard(self)
-        if get_plan(architecture) is not None:
-            attach_plan(self, get_plan(architecture))
-        if checkpoint is not None:
-            self._start_from(checkpoint)
-        if plan is not None and self.plan is None:
-            self.apply_plan(as_plan(plan), project=self.has_weights)
+        built = get_plan(architecture)
+        if built is not None:
+            attach_plan(self, built)
+        self._start_from(checkpoint)
 
-    def _adopt(self, architecture: BaseModel) -> None:
+    def _adopt(self, architecture: nn.Module) -> None:
         """Share the parameters, buffers and children of the architecture."""
         for name in ('_parameters', '_buffers', '_modules',
                      '_non_persistent_buffers_set'):
             self.__dict__[name] = architecture.__dict__[name]
         # past nn.Module.__setattr__, which would make it a child
         self.__dict__['architecture'] = architecture
+        self.__dict__.pop('init_cfg', None)  # the model has its own
 
-    def _start_from(self, path: str) -> None:
-        checkpoint = read_checkpoint(path)
-        plan = plan_of(checkpoint)
-        if plan is not None and self.plan is None:
-            self.apply_plan(plan, project=False)
-        load_weights(self, checkpoint, path)
-        self.has_weights, self.source = True, path
+    def _build_distillation(
+            self, architecture: nn.Module) -> Optional[Distillation]:
+        """The losses of distillation, None where there are none."""
+        teaching = self.recipe.distillation
+        if _trains_itself(architecture):
+            if self.recipe.asks_for_teacher or self.recipe.orthogonality:
+                raise ValueError(
+                    f'{type(architecture).__name__} has a train_step of its '
+                    'own, so no losses can be added: drop distillation and '
+                    'orthogonality from the recipe')
+            return None
+        if teaching is None:
+            return None
+        try:
+            return Distillation(architecture, teaching)
+        except ValueError as error:
+            if self.recipe.asks_for_teacher:
+                raise
+            MMLogger.get_current_instance().info('No teacher: %s', error)
+            return None
 
+    def _start_from(self, path: Optional[str]) -> None:
+        """Load a checkpoint, if there is one, and follow its plan or ours."""
+        content = None if path is None else read_checkpoint(path)
+        asked = self.recipe.plan
+        if content is not None and path is not None:
+            source = Source.of(content)
+            if source.plan is not None or self.plan is not None:
+                start = resolve(self.recipe, source, model=self.plan)
+                if start.action is Action.FOLLOW and start.plan is not None:
+                    self.follow(start.plan)
+            load_weights(self, content, path)
+            self.has_weights, self.source = True, path
+        elif self.plan is not None:
+            resolve(self.recipe, None, model=self.plan)
+        if asked is not None and self.plan is None:
+            if self.has_weights:
+                self._take_teacher()
+            apply_plan(self, asked, project=self.has_weights)
+
+    # --------------------------------------------------- the model's own
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -125,64 +138,57 @@ class BasisModel(BaseModel):
                 raise
             return getattr(self.__dict__['architecture'], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if ('architecture' not in self.__dict__ or name in _OWN
+                or name.startswith('_') or hasattr(type(self), name)):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.__dict__['architecture'], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.__dict__['architecture'], name)
+
     # ------------------------------------------------------- compression
     @property
     def plan(self) -> Optional[CompressionPlan]:
         """The plan that this model follows; None while it is dense."""
         return get_plan(self)
 
-    def apply_plan(self, plan: CompressionPlan, project: bool = True) -> None:
-        """Replace layers as a plan says.
-
-        Args:
-            plan (CompressionPlan): The plan.
-            project (bool): Start from the dense weights (truncated SVD)
-                instead of leaving the factors to a checkpoint.
-        """
-        if project:
-            self._take_teacher()
-        apply_plan(self, plan, project=project)
+    def follow(self, plan: CompressionPlan) -> None:
+        """Take the structure of a plan, for weights that are loaded
+        afterwards."""
+        restructure(self, plan)
 
     def compress(self,
-                 planner: Union[BasePlanner, CompressionPlan, dict],
                  dataloader: Iterable,
-                 num_batches: Optional[int] = None,
-                 **kwargs) -> CompressionPlan:
-        """See :func:`mmbasis.compress`."""
-        self._take_teacher()
-        return compress(
-            self,
-            planner,
-            dataloader,
-            num_batches,
-            norm=self.use_norm,
-            **kwargs)
+                 recipe: Optional[Recipe] = None) -> CompressionPlan:
+        """Compress the dense model; it becomes the teacher.
 
-    def truncate(self,
-                 planner: Union[BasePlanner, CompressionPlan, dict],
-                 dataloader: Iterable,
-                 num_batches: Optional[int] = None,
-                 **kwargs) -> CompressionPlan:
+        Args:
+            dataloader (Iterable): Calibration batches.
+            recipe (Recipe, optional): Defaults to the model's own.
+        """
+        recipe = recipe or self.recipe
+        self._take_teacher()
+        return _compress(self, recipe, dataloader)
+
+    def truncate(self, dataloader: Iterable,
+                 recipe: Recipe) -> CompressionPlan:
         """Compress the compressed model further.
 
-        It is planned and truncated like the dense model of the same function;
-        the arguments are those of :func:`mmbasis.compress`, and budgets are
-        fractions of the dense model.
+        It is planned and truncated like the dense model of the same function.
+
+        Args:
+            dataloader (Iterable): Calibration batches.
+            recipe (Recipe): Budgets are fractions of the dense model.
         """
         before = self.plan
+        assert before is not None
         model = densified(self.architecture)
-        plan = compress(
-            model,
-            planner,
-            dataloader,
-            num_batches,
-            norm=self.use_norm,
-            **kwargs)
-        for name, entry in before.layers.items():
-            if name in plan.layers:  # costs of the dense model that was
-                plan.layers[name].params[0] = entry.params[0]
-            else:
-                plan.dense[name].bias = entry.bias
+        plan = _compress(model, recipe, dataloader).with_dense_costs(before)
         self._adopt(model)
         attach_plan(self, plan)
         return plan
@@ -199,83 +205,91 @@ class BasisModel(BaseModel):
         if self.has_weights:
             MMLogger.get_current_instance().info(
                 'The weights are loaded: initialisation is skipped')
-        else:
+            return
+        if hasattr(self.architecture, 'init_weights'):
             self.architecture.init_weights()
+        pretrained = getattr(self.architecture, 'init_cfg', None)
+        if isinstance(pretrained, dict) and (pretrained.get('type')
+                                             == 'Pretrained'):
+            self.has_weights = True
+            self.source = pretrained.get('checkpoint')
 
     def train(self, mode: bool = True) -> 'BasisModel':
         self.architecture.train(mode)
         self.training = mode
         return self
 
-    def forward(self,
-                inputs: torch.Tensor,
-                data_samples: Optional[list] = None,
-                mode: str = 'tensor') -> Union[Dict[str, torch.Tensor], list]:
+    def to(self, *args: Any, **kwargs: Any) -> 'BasisModel':
+        self.architecture.to(*args, **kwargs)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward the architecture; in mode ``'loss'`` add the losses of
         spectral fine-tuning.
 
         Raises:
             RuntimeError: If training starts while the planner was never run.
         """
-        if mode != 'loss':
-            return self.architecture(inputs, data_samples, mode=mode)
-        if self.plan is None and self.planner is not None:
+        if kwargs.get('mode') != 'loss':
+            return self.architecture(*args, **kwargs)
+        self._check_compressed()
+
+        def forward() -> Dict[str, torch.Tensor]:
+            return dict(self.architecture(*args, **kwargs))
+
+        if self.distillation is None or (self.distillation.teacher is None
+                                         and not self.recipe.asks_for_teacher):
+            losses = forward()
+        else:
+            losses = self.distillation.losses(self, args, kwargs, forward)
+        if self.recipe.orthogonality and self.recipe.orthogonality.weight:
+            losses['loss_orthogonality'] = self.orthogonality_loss()
+        return losses
+
+    def _check_compressed(self) -> None:
+        if self.plan is None and self.recipe.planner is not None:
             raise RuntimeError(
                 'BasisModel has a planner, but the model is dense: add '
                 "custom_hooks=[dict(type='mmbasis.BasisCompressionHook')], "
                 'which compresses before the first iteration, or give a plan')
 
-        def forward() -> Dict[str, torch.Tensor]:
-            return dict(self.architecture(inputs, data_samples, mode='loss'))
-
-        if self.distillation is None:
-            losses = forward()
-        else:
-            losses = self.distillation.losses(self, inputs, forward,
-                                              data_samples)
-        if self.orthogonality_weight:
-            losses['loss_orthogonality'] = self.orthogonality_loss()
-        return losses
-
     def orthogonality_loss(self) -> torch.Tensor:
         """``weight * sum_layers ||F F^T - I||_F^2``, a scalar."""
+        assert self.recipe.orthogonality is not None
         total = next(self.parameters()).new_zeros(())
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
             for _, layer in basis_layers(self):
                 total = total + orthogonality_penalty(layer.factors[0])
-        return self.orthogonality_weight * total
+        return self.recipe.orthogonality.weight * total
 
-    def val_step(self, data: Union[tuple, dict, list]) -> list:
+    def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Any]:
+        if _trains_itself(self.architecture):
+            self._check_compressed()
+            return self.architecture.train_step(data, optim_wrapper)
+        return super().train_step(data, optim_wrapper)
+
+    def parse_losses(self, losses: Dict[str, Any]) -> Any:
+        return self.architecture.parse_losses(losses)
+
+    def val_step(self, data: Any) -> Any:
         return self.architecture.val_step(data)
 
-    def test_step(self, data: Union[dict, tuple, list]) -> list:
+    def test_step(self, data: Any) -> Any:
         return self.architecture.test_step(data)
 
 
-def _build_distillation(
-        architecture: BaseModel,
-        config: Union[None, bool, dict]) -> Optional[Distillation]:
-    if config is True:
-        try:
-            return Distillation(architecture)
-        except ValueError as error:
-            MMLogger.get_current_instance().info('No teacher: %s', error)
-            return None
-    if config is None or config is False:
-        return None
-    return Distillation(architecture, **config)
+def _trains_itself(model: nn.Module) -> bool:
+    """Whether a model has a ``train_step`` that is not MMEngine's."""
+    own = getattr(type(model), 'train_step', None)
+    return 'train_step' in vars(model) or own is not BaseModel.train_step
 
 
-def _orthogonality_weight(config: Optional[dict]) -> float:
-    if config is None:
-        return 0.
-    unknown = set(config) - {'weight'}
-    weight = config.get('weight')
-    if unknown or not isinstance(weight, (int, float)) or weight < 0:
-        raise ValueError('orthogonality must be dict(weight=…) with a weight '
-                         f'of at least 0, but got {dict(config)}')
-    return float(weight)
+def _compress(model: nn.Module, recipe: Recipe,
+              dataloader: Iterable) -> CompressionPlan:
+    batches, held_out = take_batches(dataloader,
+                                     recipe.calibration.num_batches)
+    return run_recipe(model, recipe, batches, held_out).plan
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,16 +5,17 @@ import functools
 import os.path as osp
 import re
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+from typing import (Any, Callable, Dict, Iterable, List, Mapping, Optional,
+                    Sequence)
 
 import torch
 import torch.nn as nn
-from mmengine.model import BaseModel
 from torch import Tensor
 
-from ..compression import densified, load_weights, read_checkpoint
-from ..layers import BasisLayer, basis_layer_type
-from ..planning import train_deterministically
+from ..compression import (Teaching, Term, densified, load_weights,
+                           read_checkpoint)
+from ..layers import BasisLayer, kind_of
+from ..running import tensors, train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
 
@@ -22,48 +23,40 @@ class Distillation:
     """Losses that pull a model's inner outputs towards those of its dense
     self. No module: nothing of it is saved, trained or counted.
 
+    By default the logits of a classifier are compared, otherwise the outputs
+    of a detector's neck, dense head and region proposals, otherwise those of
+    the backbone. Where a module is a regular expression, its term is the sum
+    over all that it matches.
+
     Args:
-        architecture (BaseModel): The model; it need not be dense.
-        checkpoint (str, optional): Weights of the teacher. By default it is
-            given later, by :meth:`take` or :meth:`load`.
-        terms (Sequence[dict], optional): What is compared: ``module`` (its
-            name in the model, or a regular expression that matches whole
-            names: a term for each of these, logged as their sum), ``type``
-            (``'kl'`` for logits, ``'mse'`` for features and maps, each
-            channel in units of its variance), ``weight`` and, for ``'kl'``,
-            ``temperature``. Defaults to the logits of a classifier,
-            the outputs of a detector's neck, dense head and
-            region proposals, otherwise to those of the backbone.
-        task_weight (float, optional): Factor of the model's own losses.
-            Defaults to 0.3 where logits are compared, otherwise to 1.
+        architecture (nn.Module): The model; it need not be dense.
+        teaching (Teaching): What is compared, and the weights of the teacher
+            where they are not given later, by :meth:`take` or :meth:`load`.
 
     Raises:
-        ValueError: If a term is malformed or names no module of the model, or
-            if there is no default for it.
+        ValueError: If a term names no module of the model, or if there is no
+            default for it.
     """
 
     def __init__(self,
-                 architecture: BaseModel,
-                 checkpoint: Optional[str] = None,
-                 terms: Optional[Sequence[dict]] = None,
-                 task_weight: Optional[float] = None) -> None:
+                 architecture: nn.Module,
+                 teaching: Teaching = Teaching()) -> None:
         names = dict(architecture.named_modules(remove_duplicate=False))
-        self.terms = [
-            _check_term(term)
-            for term in (_default_terms(names) if terms is None else terms)
-        ]
+        self.terms: Sequence[Term] = _default_terms(
+            names) if teaching.terms is None else teaching.terms
         #: names of the modules that each term compares
-        self.modules = [_find(term['module'], names) for term in self.terms]
+        self.modules = [_find(term.module, names) for term in self.terms]
+        task_weight = teaching.task_weight
         if task_weight is None:
-            logits = any(term['type'] == 'kl' for term in self.terms)
+            logits = any(term.type == 'kl' for term in self.terms)
             task_weight = .3 if logits else 1.
         self.task_weight = task_weight
         #: the dense model, None until it is known
         self.teacher: Optional[nn.Module] = None
         #: the file that its weights are in, for resuming
         self.source: Optional[str] = None
-        if checkpoint is not None:
-            self.load(architecture, checkpoint)
+        if teaching.checkpoint is not None:
+            self.load(architecture, teaching.checkpoint)
 
     def take(self, architecture: nn.Module, source: Optional[str]) -> None:
         """Take a copy of a dense model, as it is, for the teacher.
@@ -74,7 +67,7 @@ class Distillation:
         """
         self.teacher = copy.deepcopy(architecture)
         self.teacher.requires_grad_(False)
-        # what it puts out must be what the student does in training
+        # its outputs must be those of the student in training
         train_deterministically(self.teacher)
         if source is not None and osp.isfile(source):
             source = osp.abspath(source)
@@ -101,20 +94,23 @@ class Distillation:
         """Averaged copies of the model need no teacher of their own."""
         return self
 
-    def losses(self, model: nn.Module, inputs: Any,
-               forward: Callable[[], Dict[str, Any]],
-               data_samples: Any) -> Dict[str, Any]:
+    def losses(self, model: nn.Module, args: Sequence[Any],
+               kwargs: Mapping[str, Any],
+               forward: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
         """The model's losses, and those of distillation.
 
         Args:
             model (nn.Module): The student.
-            inputs (Any): Preprocessed inputs.
-            forward (Callable): Computes the model's own losses.
-            data_samples (Any): As the model takes them.
+            args, kwargs: What the student is called with, preprocessed, in
+                mode ``'loss'``.
+            forward (Callable): Computes the student's own losses.
 
         Returns:
             dict: Own losses times ``task_weight``, and ``loss_distill_<name>``
             for each term.
+
+        Raises:
+            RuntimeError: If there is no teacher, or nothing to compare.
         """
         if self.teacher is None:
             raise RuntimeError(
@@ -125,34 +121,27 @@ class Distillation:
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
         names = {name for found in self.modules for name in found}
-        # both draw the same queries to denoise (DINO)
+        # both draw the same queries to denoise
         devices = [device] if device.type == 'cuda' else []
         with torch.no_grad(), torch.random.fork_rng(devices), _capture(
                 self.teacher, names) as targets:
             # the same way through the code as the student takes: detectors
-            # put out other things in the other modes
-            self.teacher(inputs, copy.deepcopy(data_samples), mode='loss')
+            # return other things in the other modes
+            self.teacher(*_copied(args), **_copied(kwargs))
         with _capture(model, names) as outputs:
             losses = _scaled(forward(), self.task_weight)
         for term, found in zip(self.terms, self.modules):
-            losses[f'loss_distill_{term["module"]}'] = term['weight'] * sum(
+            losses[f'loss_distill_{term.module}'] = term.weight * sum(
                 _compare(term, name, outputs[name], targets[name])
                 for name in found)
         return losses
 
 
-def _check_term(term: dict) -> dict:
-    term = dict(dict(weight=1.), **term)
-    if term.get('type') == 'kl':
-        term.setdefault('temperature', 4.)
-    allowed = {'module', 'type', 'weight'}
-    if term.get('type') == 'kl':
-        allowed.add('temperature')
-    if term.get('type') not in ('kl', 'mse') or set(term) != allowed:
-        raise ValueError("a term of distillation is dict(module=…, type='kl' "
-                         "or 'mse', weight=…), with 'kl' also temperature, "
-                         f'but got {term}')
-    return term
+def _copied(value: Any) -> Any:
+    """A copy that shares the tensors of inputs, but not those of samples,
+    which models may change."""
+    shared = {id(x): x for x in tensors(value)}
+    return copy.deepcopy(value, shared)
 
 
 def _find(module: str, names: Dict[str, nn.Module]) -> List[str]:
@@ -165,11 +154,11 @@ def _find(module: str, names: Dict[str, nn.Module]) -> List[str]:
     return found
 
 
-def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
+def _default_terms(names: Dict[str, nn.Module]) -> List[Term]:
     logits = _logit_layers(names)
     if logits:
         weight = .7 / len(logits)
-        return [dict(module=x, type='kl', weight=weight) for x in logits]
+        return [Term(x, 'kl', weight) for x in logits]
     for prefix in ('', 'detector.'):  # of a tracker
         # not the proposals that Sparse R-CNN has instead of an RPN
         found = [
@@ -184,17 +173,17 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
         raise ValueError('distillation: the model has no head.fc, neck, '
                          'bbox_head or backbone, say what to compare by '
                          'terms=[dict(module=…)]')
-    return [dict(module=name, type='mse') for name in found]
+    return [Term(name, 'mse') for name in found]
 
 
 def _has_layers(module: nn.Module) -> bool:
     return any(
-        isinstance(x, BasisLayer) or basis_layer_type(x)
+        isinstance(x, BasisLayer) or kind_of(x)
         for x in module.modules())
 
 
 def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
-    """The layers that put out a classifier's logits: its ``head.fc``, or those
+    """The layers that return a classifier's logits: its ``head.fc``, or those
     of its head that are as wide as there are classes."""
     if 'head.fc' in names:
         return ['head.fc']
@@ -211,7 +200,7 @@ def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
 
 class _capture(ExitStack):
     """Collect the outputs of named modules: a list of tensors for each, over
-    calls and, where a module puts out several, over these.
+    calls and, where a module returns several, over these.
 
     Detectors call the ``forward`` of a head directly, past its hooks: so
     ``forward`` itself is wrapped.
@@ -234,34 +223,26 @@ def _noting(forward: Callable, found: List[Tensor]) -> Callable:
     @functools.wraps(forward)
     def noting(*args, **kwargs):
         output = forward(*args, **kwargs)
-        found.extend(_tensors(output))
+        found.extend(tensors(output))
         return output
 
     return noting
 
 
-def _tensors(output: Any) -> List[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, (tuple, list)):
-        return [x for item in output for x in _tensors(item)]
-    return []
-
-
-def _compare(term: dict, name: str, students: Sequence[Tensor],
+def _compare(term: Term, name: str, students: Sequence[Tensor],
              teachers: Sequence[Tensor]) -> Tensor:
-    """Mean distance of the outputs that pair: a detector in training may put
-    out more than its teacher (queries for denoising, proposals)."""
+    """Mean distance of the outputs that pair: a detector in training may
+    return more than its teacher (queries for denoising, proposals)."""
     pairs = [(s.float(), t.float()) for s, t in zip(students, teachers)
              if s.shape == t.shape and s.is_floating_point()]
     if not pairs:
         shapes = [[tuple(x.shape) for x in y[:3]]
                   for y in (students, teachers)]
         raise RuntimeError(
-            f'distillation: {name} puts out {shapes[0]} in the '
+            f'distillation: {name} returns {shapes[0]} in the '
             f'model and {shapes[1]} in the teacher: nothing to compare')
-    if term['type'] == 'kl':
-        losses = [kl_divergence(s, t, term['temperature']) for s, t in pairs]
+    if term.type == 'kl':
+        losses = [kl_divergence(s, t, term.temperature) for s, t in pairs]
     else:
         losses = [normalized_mse(s, t) for s, t in pairs]
     return sum(losses) / len(losses)

@@ -1,21 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+"""Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .calibration import (calibrate, count_images, evaluation, forward_batch,
-                          input_samples, is_expansion, output_samples,
-                          sum_of_products, tensor_outputs,
-                          train_deterministically)
-from .layers import LayerInfo, check_finite, find_layers
+from .costs import Costs, Form
+from .latency import LatencyTable
+from .layers import Exclusion, Layer, Reason, check_finite, find_layers
 from .plan import CompressionPlan, DensePlan, LayerPlan
-from .planners import (BasePlanner, EnergyPlanner, FixedPlanner, PlanFollower,
-                       RatioPlanner)
-from .sensitivity import UnknownLossError, record_gradients
+from .planners import BasePlanner, Candidates
+from .rules import EnergyPlanner, FixedPlanner, RatioPlanner
+from .selection import Rules, Selection, Targets
+from .sensitivity import measure_sensitivity
+from .statistics import Analysis, LayerStatistics, measure
 
 __all__ = [
-    'calibrate', 'count_images', 'evaluation', 'forward_batch',
-    'input_samples', 'is_expansion', 'output_samples', 'sum_of_products',
-    'LayerInfo', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
-    'LayerPlan', 'BasePlanner', 'BudgetPlanner', 'EnergyPlanner',
-    'FixedPlanner', 'PlanFollower', 'tensor_outputs',
-    'train_deterministically', 'RatioPlanner', 'UnknownLossError',
-    'record_gradients'
+    'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',
+    'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
+    'LayerPlan', 'BasePlanner', 'Candidates', 'EnergyPlanner', 'FixedPlanner',
+    'RatioPlanner', 'Rules', 'Selection', 'Targets', 'measure_sensitivity',
+    'Analysis', 'LayerStatistics', 'measure'
 ]

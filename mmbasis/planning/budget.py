@@ -1,14 +1,15 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The planner that spends one budget on the whole network."""
-from typing import Optional, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
 from ..registry import PLANNERS
 from .allocation import allocate
+from .costs import Cost, LatencyCost, MacsCost, ParamsCost
 from .latency import LatencyTable
-from .layers import LayerInfo
-from .planners import BasePlanner, check_fraction
+from .planners import (BasePlanner, Candidates, Decided, check_fraction,
+                       lost_behind)
 
 
 @PLANNERS.register_module()
@@ -56,74 +57,51 @@ class BudgetPlanner(BasePlanner):
                 f'latency with its table, but got {given}, table={table!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
-        self._latencies = None if table is None else LatencyTable.of(table)
-        self.table = self._latencies and self._latencies.describe()
+        costs: Dict[str, Cost] = dict(macs=MacsCost(), params=ParamsCost())
+        self.cost = costs[self.metric] if table is None else LatencyCost(
+            LatencyTable.of(table))
 
-    def select(self, model, layers) -> None:
-        super().select(model, layers)
-        if self._latencies is not None:
-            self._latencies.check_layers([x for x in layers if x.compressible])
+    def describe(self) -> dict:
+        record = super().describe()
+        if isinstance(self.cost, LatencyCost):
+            record['table'] = self.cost.table.describe()
+        return record
 
-    def _ranks(self, layer):
-        ranks = super()._ranks(layer)
-        if self._latencies is None:
-            return ranks
-        return np.array(
-            [r for r in ranks if self._latencies.is_faster(layer.name, r)],
-            dtype=int)
-
-    def _pays(self, layer, rank):
-        return super()._pays(
-            layer, rank) and (self._latencies is None
-                              or self._latencies.is_faster(layer.name, rank))
-
-    def _no_rank(self, layer):
-        if self._latencies is None or not len(super()._ranks(layer)):
-            return super()._no_rank(layer)
-        return 'no rank is faster than the dense layer, by the latency table'
-
-    def _kept(self, layer):
+    def why_dense(self, candidates: Candidates) -> str:
         return 'worth more dense than what it costs'
 
-    @staticmethod
-    def _lost(layer: LayerInfo, loss_aware: bool) -> np.ndarray:
-        """What each rank from 0 to full loses."""
-        if loss_aware:
-            lost = layer.sensitivity.cpu().numpy()
-        else:
-            energy = layer.spectrum.energy.cpu().numpy()
-            lost = energy / max(energy.sum(), 1e-300)
-        return np.append(lost[::-1].cumsum()[::-1], 0.)
-
-    def _cost(self, layer: LayerInfo, rank: Optional[int]) -> float:
-        if self._latencies is not None:
-            return self._latencies.cost(layer.name, rank)
-        if self.metric == 'macs':
-            return layer.macs(rank)
-        return layer.params(rank, **self._extras)
-
-    def _choose(self, layers, fixed):
-        everything = list(layers) + [layer for layer, _ in fixed]
-        if self._latencies is None:
-            budget = self.budget * sum(self._cost(x, None) for x in everything)
-        else:
-            budget = self._latencies.budget(self.budget,
-                                            [x.name for x in everything])
-        budget -= sum(self._cost(layer, rank) for layer, rank in fixed)
-        # one unit for all
-        loss_aware = all(x.sensitivity is not None for x in layers)
-        options, table = [], []
-        for layer in layers:
-            ranks = self._ranks(layer).tolist()
-            lost = self._lost(layer, loss_aware)
-            # None, the dense layer, comes last
-            costs = [self._cost(layer, rank) for rank in (*ranks, None)]
-            losses = [lost[rank] for rank in ranks] + [0.]
-            options.append((np.array(costs), np.array(losses)))
-            table.append((*ranks, None))
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        of, costs = self.cost.of, [x.costs for x in free]
+        budget = self.cost.budget(self.budget,
+                                  costs + [x.costs for x, _ in decided])
+        budget -= sum(of(x.costs, rank) for x, rank in decided)
+        # None, the dense layer, comes last
+        table = [(*x.ranks, None) for x in free]
+        options = [(np.array([of(x.costs, rank) for rank in ranks]),
+                    np.append(losses[list(x.ranks)], 0.))
+                   for x, ranks, losses in zip(free, table, _losses(free))]
         try:
             chosen = allocate(options, budget)
         except ValueError as error:
             raise ValueError(f'BudgetPlanner: {self.metric}={self.budget:g} '
                              f'cannot be met: {error}') from None
         return [ranks[index] for ranks, index in zip(table, chosen)]
+
+
+def _losses(free: Sequence[Candidates]) -> List[np.ndarray]:
+    """What each rank from 0 to full loses, in one unit for all layers.
+
+    The sensitivity of some layers may be unknown. They lose their share of
+    energy then, times what a layer whose sensitivity is known typically
+    loses in all.
+    """
+    known = [
+        x.statistics.sensitivity.cpu().numpy()
+        for x in free if x.statistics.sensitivity is not None
+    ]
+    unit = float(np.median([x.sum() for x in known])) if known else 1.
+    return [
+        unit * x.energy_lost if x.statistics.sensitivity is None else
+        lost_behind(x.statistics.sensitivity.cpu().numpy()) for x in free
+    ]

@@ -3,11 +3,11 @@
 measured it."""
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .layers import LayerInfo
+from .layers import Layer
 
 SCHEMA, VERSION = 'mmbasis.latency_table', 1
 #: ids of the entries that are no layer
@@ -199,7 +199,7 @@ class LatencyTable:
                 f'not {value!r}: measure a table there')
 
     # -------------------------------------------------------------- costs
-    def check_layers(self, layers: List[LayerInfo]) -> None:
+    def check_layers(self, layers: Sequence[Layer]) -> None:
         """Require curves for layers.
 
         Raises:

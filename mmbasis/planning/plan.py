@@ -1,24 +1,25 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Dict, List, Mapping, Optional
 
 from ..utils.io import write_atomically
 from ..version import __version__
-from .layers import LayerInfo
+from .costs import Costs, Form
+from .statistics import Analysis
 
 #: Raised when a reader of an older version could misread a plan.
 PLAN_VERSION = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerPlan:
     """How one layer is represented.
 
     Args:
         rank (int): Basis filters per group.
         full_rank (int): The rank at which nothing is lost.
-        kind (str): Class name of the basis layer.
+        kind (str): Name of the kind of layer.
         shape (list[int]): Shape of the dense weights.
         bias (bool): Whether the coefficients have a bias.
         energy (float): Fraction of the layer's energy that is kept.
@@ -45,7 +46,7 @@ class LayerPlan:
                                  f'list: {getattr(self, key)!r}')
 
 
-@dataclass
+@dataclass(frozen=True)
 class DensePlan:
     """A layer that stays as it is.
 
@@ -84,44 +85,53 @@ class CompressionPlan:
     planner: Dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_ranks(cls,
-                   layers: Sequence[LayerInfo],
-                   ranks: Dict[str, int],
-                   reasons: Dict[str, str],
-                   *,
-                   norm: bool = False,
-                   bias: bool = False,
+    def from_ranks(cls, analysis: Analysis, ranks: Mapping[str, int],
+                   reasons: Mapping[str, str], form: Form,
                    planner: Dict[str, Any]) -> 'CompressionPlan':
         """Write a planner's decision down with its costs.
 
         Args:
-            layers (Sequence[LayerInfo]): All layers of the model, calibrated.
-            ranks (dict[str, int]): Ranks of the layers to be represented.
-            reasons (dict[str, str]): Why the other compressible ones stay.
-            norm (bool): See :class:`CompressionPlan`.
-            bias (bool): Give every layer's coefficients a bias.
+            analysis (Analysis): All layers of the model.
+            ranks (Mapping[str, int]): Ranks of the layers to be represented.
+            reasons (Mapping[str, str]): Why the other chosen ones stay.
+            form (Form): How the basis layers are built.
             planner (dict): Configuration of the planner.
         """
-        plan = cls({}, {}, norm, planner)
-        for layer in layers:
-            if layer.name not in ranks:
-                plan.dense[layer.name] = DensePlan(
-                    layer.reason or reasons[layer.name], layer.compressible,
-                    list(layer.module.weight.shape), layer.macs(),
-                    layer.params())
+        layers, dense = {}, {}
+        for layer in analysis.layers:
+            known = analysis.statistics[layer.name]
+            costs = Costs(layer, known, form)
+            shape = list(layer.module.weight.shape)
+            rank = ranks.get(layer.name)
+            if rank is None:
+                excluded = analysis.selection.excluded.get(layer.name)
+                dense[layer.name] = DensePlan(
+                    excluded.words if excluded else reasons[layer.name],
+                    excluded is None, shape, costs.macs(), costs.params())
                 continue
-            rank = ranks[layer.name]
-            energy = layer.spectrum.energy
-            total = float(energy.sum())
-            kept = float(energy[:rank].sum()) / total if total > 0 else 1.
-            has_bias = bias or layer.module.bias is not None
-            plan.layers[layer.name] = LayerPlan(
-                rank, layer.full_rank, layer.kind.__name__,
-                list(layer.module.weight.shape), has_bias, round(kept, 6),
-                [layer.macs(), layer.macs(rank)],
-                [layer.params(),
-                 layer.params(rank, has_bias, norm)])
-        return plan
+            assert known.spectrum is not None and layer.kind is not None
+            layers[layer.name] = LayerPlan(
+                rank, layer.full_rank, layer.kind.name, shape, form.bias
+                or layer.has_bias, known.spectrum.energy_kept(rank),
+                [costs.macs(), costs.macs(rank)],
+                [costs.params(), costs.params(rank)])
+        return cls(layers, dense, form.norm, planner)
+
+    def with_dense_costs(self, dense: 'CompressionPlan') -> 'CompressionPlan':
+        """The same for a model that was compressed before.
+
+        Args:
+            dense (CompressionPlan): The plan before: costs of the dense
+                model are taken from it, and which layers got a bias.
+        """
+        layers, kept = dict(self.layers), dict(self.dense)
+        for name, entry in dense.layers.items():
+            if name in layers:
+                params = [entry.params[0], layers[name].params[1]]
+                layers[name] = replace(layers[name], params=params)
+            else:
+                kept[name] = replace(kept[name], bias=entry.bias)
+        return replace(self, layers=layers, dense=kept)
 
     # ------------------------------------------------------------ totals
     def totals(self, convs_only: bool = False) -> Dict[str, Dict[str, float]]:

@@ -1,14 +1,19 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Planners that choose each layer's rank on its own."""
-from abc import ABCMeta, abstractmethod
-from typing import Any, Dict, List, Optional, Sequence, Union
+"""What planners have in common: from an analysis to a plan."""
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch.nn as nn
 
-from ..registry import PLANNERS
-from .layers import LayerInfo, LayerMatcher, choose_layers
+from ..utils.plain import to_json
+from .costs import Cost, Costs, Form, MacsCost, ranks_that_pay
+from .layers import Layer, check_patterns
 from .plan import CompressionPlan
+from .selection import Rules, Selection, Targets
+from .statistics import Analysis, LayerStatistics
 
 
 def check_fraction(key: str, value: float) -> float:
@@ -19,16 +24,60 @@ def check_fraction(key: str, value: float) -> float:
     return float(value)
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether a value is a positive integer."""
     return (isinstance(value, int) and not isinstance(value, bool)
             and value >= 1)
 
 
-class BasePlanner(metaclass=ABCMeta):
-    """Chooses the rank of each layer.
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What a planner may do with one layer.
+
+    Args:
+        layer (Layer): The layer.
+        statistics (LayerStatistics): What was measured of it.
+        form (Form): How its basis layer would be built.
+        ranks (tuple[int]): Ranks at which it would be cheaper than dense,
+            rising. Keeping it dense is a candidate, too.
+    """
+    layer: Layer
+    statistics: LayerStatistics
+    form: Form
+    ranks: Tuple[int, ...]
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Its MACs and parameters."""
+        return Costs(self.layer, self.statistics, self.form)
+
+    @cached_property
+    def energy_lost(self) -> np.ndarray:
+        """Fraction of the energy that each rank from 0 to full loses."""
+        assert self.statistics.spectrum is not None
+        energy = self.statistics.spectrum.energy.cpu().numpy()
+        return lost_behind(energy / max(energy.sum(), 1e-300))
+
+
+def lost_behind(directions: np.ndarray) -> np.ndarray:
+    """What is lost at each rank from 0 to full, given what dropping each
+    direction loses."""
+    return np.append(directions[::-1].cumsum()[::-1], 0.)
+
+
+#: layers that are decided already, with their rank or None for dense
+Decided = Sequence[Tuple[Candidates, Optional[int]]]
+
+
+class BasePlanner(ABC):
+    """Chooses the rank of each layer. A planner holds what it was constructed
+    with and nothing else: the same analysis gives the same plan.
 
     Patterns are regular expressions that must match a whole layer name, or
     class names of a layer or of a module around it.
+
+    A planner of your own derives from this class, is registered in
+    ``mmbasis.registry.PLANNERS`` and has one method, :meth:`choose`.
 
     Args:
         include (Sequence[str]): Patterns; where given, only these layers are
@@ -37,8 +86,8 @@ class BasePlanner(metaclass=ABCMeta):
         overrides (dict[str, int | str]): Rank by pattern, or ``'dense'``, for
             single layers; the first pattern that matches counts. These
             ranks are not rounded.
-        prediction_layers (bool): Compress the layers that put out the
-            predictions, too. Defaults to False.
+        prediction_layers (bool): Compress the layers whose outputs are
+            predictions or sampling offsets, too. Defaults to False.
         round_to (int): Ranks are multiples of this. Defaults to 1.
         data_aware (bool, optional): Take the basis from the covariance of the
             layer's outputs on calibration images instead of from its weights
@@ -50,8 +99,28 @@ class BasePlanner(metaclass=ABCMeta):
 
     #: default of ``data_aware``
     DATA_AWARE = True
-    #: whether ``LayerInfo.sensitivity`` is wanted; None: where it can be had
+    #: whether sensitivities are wanted; None: where they can be had
     loss_aware: Optional[bool] = False
+    #: what makes a rank pay, and what a budget counts
+    cost: Cost = MacsCost()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> 'BasePlanner':
+        planner = super().__new__(cls)
+        try:
+            signature = inspect.signature(cls.__init__)
+            given = signature.bind(planner, *args, **kwargs).arguments
+        except TypeError:  # copying fills it in, and __init__ complains
+            return planner
+        config: Dict[str, Any] = dict(type=cls.__name__)
+        for name, value in list(given.items())[1:]:
+            kind = signature.parameters[name].kind
+            config.update(value if kind is inspect.Parameter.VAR_KEYWORD else
+                          {name: value})
+        planner.config = to_json(config)
+        return planner
+
+    #: the type and the arguments of the constructor, as plain data
+    config: Dict[str, Any]
 
     def __init__(self,
                  include: Sequence[str] = (),
@@ -63,50 +132,45 @@ class BasePlanner(metaclass=ABCMeta):
         if isinstance(include, str) or isinstance(exclude, str):
             raise ValueError('include and exclude are lists of patterns, but '
                              'one of them is a single string')
-        if not _is_rank(round_to):
+        if not is_rank(round_to):
             raise ValueError(f'round_to must be a positive integer, but got '
                              f'{round_to!r}')
         for pattern, rank in (overrides or {}).items():
-            if rank != 'dense' and not _is_rank(rank):
+            if rank != 'dense' and not is_rank(rank):
                 raise ValueError(f'overrides[{pattern!r}] must be a positive '
                                  f'rank or "dense", but got {rank!r}')
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
+        self.rules = Rules(tuple(include), tuple(exclude), prediction_layers)
         self.overrides = dict(overrides or {})
-        self.prediction_layers = prediction_layers
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
-        self._extras = dict(bias=False, norm=False)
 
     def describe(self) -> Dict[str, Any]:
-        """The configuration of this planner, for the plan's record."""
-        return dict(type=type(self).__name__, **vars(self))
+        """What the plan records of its planner: what it was constructed with,
+        and whether data and loss were looked at."""
+        return dict(
+            self.config,
+            data_aware=self.data_aware,
+            loss_aware=self.loss_aware)
 
-    def select(self, model: nn.Module, layers: Sequence[LayerInfo]) -> None:
-        """Mark the layers that are not to be compressed with the reason.
+    # ------------------------------------------------------------- layers
+    def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
+        """Choose the layers to plan for.
 
         Raises:
             ValueError: If a pattern matches no layer.
         """
-        matcher = choose_layers(model, layers, self.include, self.exclude,
-                                self.prediction_layers)
-        matcher.check(list(self.overrides), 'overrides')
-        self._resolve(matcher)
+        check_patterns(layers, list(self.overrides), 'overrides')
+        selection = self.rules.select(layers, targets)
+        self.cost.check(selection.chosen)
+        return selection
 
-    def _resolve(self, matcher: LayerMatcher) -> None:
-        self._overridden = _first_match(matcher, self.overrides)
-
-    def plan(self,
-             layers: Sequence[LayerInfo],
-             norm: bool = False,
-             bias: bool = False) -> CompressionPlan:
+    # --------------------------------------------------------------- plan
+    def plan(self, analysis: Analysis, form: Form = Form()) -> CompressionPlan:
         """Choose ranks.
 
         Args:
-            layers (Sequence[LayerInfo]): All layers, selected, calibrated and
-                with spectra.
-            norm (bool): Put a batch normalisation between the factors.
-            bias (bool): Give every layer's coefficients a bias.
+            analysis (Analysis): Of a model's layers.
+            form (Form): How basis layers are to be built.
 
         Returns:
             CompressionPlan: With the reason for each layer that stays dense.
@@ -114,229 +178,97 @@ class BasePlanner(metaclass=ABCMeta):
         Raises:
             ValueError: If the request cannot be met.
         """
-        record = {
-            k: v
-            for k, v in self.describe().items() if not k.startswith('_')
-        }
-        self._extras = dict(bias=bias, norm=norm)
-        ranks: Dict[str, int] = {}
+        decided: List[Tuple[Candidates, Optional[int]]] = []
+        free: List[Candidates] = []
         reasons: Dict[str, str] = {}
-        free: List[LayerInfo] = []
-        for layer in layers:
-            override = self._overridden.get(layer.name)
-            if not layer.compressible:
+        for layer in analysis.selection.chosen:
+            candidates = self.candidates(layer,
+                                         analysis.statistics[layer.name], form)
+            settled = self._settle(candidates)
+            if settled is None:
+                free.append(candidates)
                 continue
-            if override == 'dense':
-                reasons[layer.name] = 'dense by override'
-            elif override is not None:
-                rank = _check_rank(layer, override)
-                if self._pays(layer, rank):
-                    ranks[layer.name] = rank
-                else:
-                    reasons[layer.name] = BasePlanner._kept(self, layer)
-            elif len(self._ranks(layer)) == 0:
-                reasons[layer.name] = self._no_rank(layer)
-            else:
-                free.append(layer)
-        fixed = [(layer, ranks.get(layer.name)) for layer in layers
-                 if layer.name in ranks or layer.name in reasons]
-        for layer, rank in zip(free, self._choose(free, fixed)):
-            if rank is None:
-                reasons[layer.name] = self._kept(layer)
-            else:
-                ranks[layer.name] = rank
-        return CompressionPlan.from_ranks(
-            layers, ranks, reasons, norm=norm, bias=bias, planner=record)
+            rank, reason = settled
+            decided.append((candidates, rank))
+            reasons[layer.name] = reason
+        for candidates, rank in zip(free, self.choose(free, decided)):
+            decided.append((candidates, rank))
+            reasons[candidates.layer.name] = self.why_dense(candidates)
+        ranks = {x.layer.name: r for x, r in decided if r is not None}
+        return CompressionPlan.from_ranks(analysis, ranks, reasons, form,
+                                          self.describe())
 
-    def _ranks(self, layer: LayerInfo) -> np.ndarray:
-        """The ranks that make a layer cheaper, rising."""
-        return np.arange(self.round_to,
-                         self._break_even(layer) + 1, self.round_to)
+    def candidates(self, layer: Layer, statistics: LayerStatistics,
+                   form: Form) -> Candidates:
+        """What can be done with a layer."""
+        costs = Costs(layer, statistics, form)
+        return Candidates(layer, statistics, form,
+                          ranks_that_pay(costs, self.cost, self.round_to))
 
-    def _break_even(self, layer: LayerInfo) -> int:
-        return layer.break_even(**self._extras)
+    def _settle(
+            self,
+            candidates: Candidates) -> Optional[Tuple[Optional[int], str]]:
+        """Rank (None for dense) and reason where there is nothing to
+        choose."""
+        layer = candidates.layer
+        override = first_match(layer, self.overrides)
+        if override == 'dense':
+            return None, 'dense by override'
+        if override is not None:
+            rank = check_rank(layer, override)
+            if self.accepts(candidates, rank):
+                return rank, ''
+            return None, _past_break_even(candidates)
+        if not candidates.ranks:
+            return None, self.cost.why_not(candidates.costs, self.round_to)
+        return None
 
-    def _pays(self, layer: LayerInfo, rank: int) -> bool:
-        return rank <= self._break_even(layer)
+    def accepts(self, candidates: Candidates, rank: int) -> bool:
+        """Whether a rank that somebody gave makes the layer cheaper."""
+        return self.cost.pays(candidates.costs, rank)
 
-    def _no_rank(self, layer: LayerInfo) -> str:
-        return (f'no rank pays: break-even is at {self._break_even(layer) + 1}'
-                f', ranks are multiples of {self.round_to}')
-
-    def _kept(self, layer: LayerInfo) -> str:
-        return ('the rank it needs is past break-even '
-                f'({self._break_even(layer) + 1})')
+    def why_dense(self, candidates: Candidates) -> str:
+        """Why :meth:`choose` kept a layer dense."""
+        return _past_break_even(candidates)
 
     @abstractmethod
-    def _choose(self, layers: Sequence[LayerInfo],
-                fixed: Sequence) -> List[Optional[int]]:
-        """Rank of each layer, None to keep it dense.
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        """Choose the rank of each layer.
 
         Args:
-            layers (Sequence[LayerInfo]): The layers to choose for; each has
-                at least one rank that pays.
-            fixed (Sequence[tuple[LayerInfo, int | None]]): The compressible
-                layers that are decided already, with their ranks.
+            free (Sequence[Candidates]): The layers to choose for; each has at
+                least one rank that pays.
+            decided (Sequence[tuple[Candidates, int | None]]): The other
+                layers that count, with their ranks.
+
+        Returns:
+            Sequence[int | None]: A rank for each layer of ``free``; None
+            keeps it dense.
         """
 
 
-def _first_match(matcher: LayerMatcher, table: Dict[str, Any]) -> dict:
-    """Value of the first pattern that matches, by layer name."""
-    found = {}
-    for name in matcher.types:
-        for pattern, value in table.items():
-            if matcher.match(pattern, name):
-                found[name] = value
-                break
-    return found
+def _past_break_even(candidates: Candidates) -> str:
+    return ('the rank it needs is past break-even '
+            f'({candidates.costs.break_even + 1})')
 
 
-def _check_rank(layer: LayerInfo, rank: int) -> int:
+def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
+    """The value of the first pattern that matches a layer; None if none
+    does."""
+    for pattern, value in table.items():
+        if layer.matches(pattern):
+            return value
+    return None
+
+
+def check_rank(layer: Layer, rank: int) -> int:
+    """Require a rank that a layer can have.
+
+    Raises:
+        ValueError: Naming the layer.
+    """
     if not 1 <= rank <= layer.full_rank:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
                          f'[1, {layer.full_rank}]')
     return rank
-
-
-@PLANNERS.register_module()
-class EnergyPlanner(BasePlanner):
-    """The paper's rule: in each layer the smallest rank whose cumulative
-    energy reaches the same threshold (Tayyab et al., ICIP 2021).
-
-    Args:
-        threshold (float): Fraction of the energy to keep, in ``(0, 1]``.
-        **kwargs: See :class:`BasePlanner`; ``data_aware`` defaults to False,
-            as in the paper.
-    """
-    DATA_AWARE = False
-
-    def __init__(self, threshold: float, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
-
-    def _choose(self, layers, fixed):
-        chosen = []
-        for layer in layers:
-            rank = layer.spectrum.rank_for_energy(self.threshold)
-            ranks = self._ranks(layer)
-            at = np.searchsorted(ranks, rank)
-            chosen.append(int(ranks[at]) if at < len(ranks) else None)
-        return chosen
-
-
-@PLANNERS.register_module()
-class RatioPlanner(BasePlanner):
-    """The same fraction of MACs in every layer.
-
-    Args:
-        ratio (float): Fraction of each layer's MACs to keep, in ``(0, 1]``.
-            A layer whose smallest rank costs more gets that rank.
-        **kwargs: See :class:`BasePlanner`.
-    """
-
-    def __init__(self, ratio: float, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.ratio = check_fraction('RatioPlanner: ratio', ratio)
-
-    def _choose(self, layers, fixed):
-        if self.ratio == 1:
-            return [None] * len(layers)
-        chosen = []
-        for layer in layers:
-            ranks = self._ranks(layer)
-            fits = [
-                r for r in ranks
-                if layer.macs(int(r)) <= self.ratio * layer.macs()
-            ]
-            chosen.append(int(fits[-1] if fits else ranks[0]))
-        return chosen
-
-
-@PLANNERS.register_module()
-class FixedPlanner(BasePlanner):
-    """Ranks given by the user.
-
-    Args:
-        ranks (dict[str, int | str]): Rank by pattern, or ``'full'``; the
-            first pattern that matches counts, layers without one stay dense.
-            Numbers are rounded up to a multiple of ``round_to``.
-        allow_dearer (bool): Accept ranks past break-even, at which the layer
-            costs more than it does dense. Defaults to False.
-        **kwargs: See :class:`BasePlanner`.
-    """
-
-    def __init__(self,
-                 ranks: Dict[str, Union[int, str]],
-                 allow_dearer: bool = False,
-                 **kwargs) -> None:
-        super().__init__(**kwargs)
-        if not ranks:
-            raise ValueError('FixedPlanner: ranks is empty')
-        for pattern, rank in ranks.items():
-            if rank != 'full' and not _is_rank(rank):
-                raise ValueError(f'FixedPlanner: ranks[{pattern!r}] must be a '
-                                 f'positive rank or "full", but got {rank!r}')
-        self.ranks = dict(ranks)
-        self.allow_dearer = allow_dearer
-
-    def select(self, model, layers) -> None:
-        super().select(model, layers)
-        matcher = LayerMatcher(model, layers)
-        matcher.check(list(self.ranks), 'ranks')
-        self._given = _first_match(matcher, self.ranks)
-        for layer in layers:
-            if layer.compressible and layer.name not in self._given:
-                layer.reason = 'no rank given'
-
-    def _ranks(self, layer):
-        if self.allow_dearer:
-            return np.arange(1, layer.full_rank + 1)
-        return super()._ranks(layer)
-
-    def _pays(self, layer, rank):
-        return self.allow_dearer or super()._pays(layer, rank)
-
-    def _choose(self, layers, fixed):
-        chosen = []
-        for layer in layers:
-            rank = self._given[layer.name]
-            if rank == 'full':
-                rank = layer.full_rank
-            multiple = -(-_check_rank(layer, rank) // self.round_to)
-            rank = min(multiple * self.round_to, layer.full_rank)
-            chosen.append(rank if self._pays(layer, rank) else None)
-        return chosen
-
-
-class PlanFollower(BasePlanner):
-    """Follows a plan that is there already, and takes the bases from data and
-    gradients where its planner did.
-
-    Args:
-        plan (CompressionPlan): The plan.
-    """
-
-    def __init__(self, plan: CompressionPlan) -> None:
-        super().__init__(
-            prediction_layers=True,
-            data_aware=bool(plan.planner.get('data_aware')))
-        self.loss_aware = plan.planner.get('loss_aware', False)
-        self._plan = plan
-
-    def select(self, model, layers) -> None:
-        super().select(model, layers)
-        for layer in layers:
-            if layer.compressible and layer.name not in self._plan.layers:
-                dense = self._plan.dense.get(layer.name)
-                # layers that the planner kept dense count as they did there
-                if dense is None or not dense.compressible:
-                    layer.reason = dense.reason if dense else 'not in the plan'
-
-    def plan(self, layers, norm=False, bias=False) -> CompressionPlan:
-        if norm and not self._plan.norm:
-            raise ValueError('norm=True is asked for, but the plan to follow '
-                             'has no normalisation')
-        return self._plan
-
-    def _choose(self, layers, fixed):
-        raise AssertionError('a follower chooses nothing')

@@ -1,0 +1,155 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What layers cost, dense and as basis layers."""
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Iterable, Optional, Sequence, Tuple
+
+from .latency import LatencyTable
+from .layers import Layer
+from .statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a basis layer is built, apart from its rank.
+
+    Args:
+        bias (bool): Give the coefficients a bias even where the dense layer
+            has none. Defaults to False.
+        norm (bool): Put a batch normalisation between basis and
+            coefficients. Defaults to False.
+    """
+    bias: bool = False
+    norm: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """MACs and parameters of one layer.
+
+    Args:
+        layer (Layer): The layer.
+        statistics (LayerStatistics): How often it is applied.
+        form (Form): How its basis layer is built.
+    """
+    layer: Layer
+    statistics: LayerStatistics
+    form: Form = Form()
+
+    def macs(self, rank: Optional[int] = None) -> float:
+        """Multiply-accumulate operations for one image.
+
+        Args:
+            rank (int, optional): Basis filters per group; None for the dense
+                layer. A bias costs nothing, as in MMEngine's analysis.
+        """
+        known = self.statistics
+        if rank is None:
+            return self.layer.module.weight.numel() * known.weight_positions
+        groups, rows, in_size = self.layer.matrix_shape
+        return groups * rank * (
+            in_size * known.weight_positions + rows * known.out_positions)
+
+    def params(self, rank: Optional[int] = None) -> int:
+        """Number of parameters at a rank; None for the dense layer."""
+        module, has_bias = self.layer.module, self.layer.has_bias
+        if rank is None:
+            return module.weight.numel() + (
+                module.bias.numel() if has_bias else 0)
+        groups, rows, in_size = self.layer.matrix_shape
+        params = groups * rank * (in_size + rows)
+        if self.form.bias or has_bias:
+            params += groups * rows
+        return params + (2 * groups * rank if self.form.norm else 0)
+
+    @cached_property
+    def break_even(self) -> int:
+        """The largest rank at which the layer costs less than it does dense,
+        in MACs and in parameters; 0 where there is none."""
+        dense, one = self.macs(), self.macs(1)
+        rank = self.layer.full_rank
+        if one > 0:
+            rank = min(rank, int(-(-dense // one)) - 1)
+        fixed = self.params(0)
+        per_rank = self.params(1) - fixed
+        return max(0, min(rank, (self.params() - fixed - 1) // per_rank))
+
+
+class Cost(ABC):
+    """What a budget counts."""
+
+    @abstractmethod
+    def of(self, costs: Costs, rank: Optional[int]) -> float:
+        """Cost of a layer at a rank; None for the dense layer."""
+
+    def pays(self, costs: Costs, rank: int) -> bool:
+        """Whether a layer is cheaper at a rank than dense."""
+        return rank <= costs.break_even
+
+    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
+        """What some layers may cost if the network keeps a fraction."""
+        return fraction * sum(self.of(layer, None) for layer in layers)
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Require that the cost of these layers is known.
+
+        Raises:
+            ValueError: Naming the layers that it is not known of.
+        """
+
+    def why_not(self, costs: Costs, round_to: int) -> str:
+        """Why no rank of a layer pays."""
+        return (f'no rank pays: break-even is at {costs.break_even + 1}'
+                f', ranks are multiples of {round_to}')
+
+
+class MacsCost(Cost):
+    """Multiply-accumulate operations for one image."""
+
+    def of(self, costs: Costs, rank: Optional[int]) -> float:
+        return costs.macs(rank)
+
+
+class ParamsCost(Cost):
+    """Parameters."""
+
+    def of(self, costs: Costs, rank: Optional[int]) -> float:
+        return costs.params(rank)
+
+
+class LatencyCost(Cost):
+    """Milliseconds on a device.
+
+    Args:
+        table (LatencyTable): What was measured there.
+    """
+
+    def __init__(self, table: LatencyTable) -> None:
+        self.table = table
+
+    def of(self, costs: Costs, rank: Optional[int]) -> float:
+        return self.table.cost(costs.layer.name, rank)
+
+    def pays(self, costs: Costs, rank: int) -> bool:
+        return super().pays(costs, rank) and self.table.is_faster(
+            costs.layer.name, rank)
+
+    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
+        return self.table.budget(fraction, [x.layer.name for x in layers])
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        self.table.check_layers(layers)
+
+    def why_not(self, costs: Costs, round_to: int) -> str:
+        if costs.break_even < round_to:
+            return super().why_not(costs, round_to)
+        return 'no rank is faster than the dense layer, by the latency table'
+
+
+def ranks_that_pay(costs: Costs, cost: Cost,
+                   round_to: int) -> Tuple[int, ...]:
+    """The multiples of ``round_to`` that make a layer cheaper, rising."""
+    return tuple(
+        rank for rank in range(round_to, costs.break_even + 1, round_to)
+        if cost.pays(costs, rank))

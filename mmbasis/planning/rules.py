@@ -1,0 +1,126 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Planners that choose the rank of each layer on its own."""
+from dataclasses import replace
+from typing import Dict, Optional, Sequence, Union
+
+import numpy as np
+
+from ..registry import PLANNERS
+from .costs import Form
+from .layers import Exclusion, Layer, Reason, check_patterns
+from .planners import (BasePlanner, Candidates, Decided, check_fraction,
+                       check_rank, first_match, is_rank)
+from .selection import Selection, Targets
+from .statistics import LayerStatistics
+
+
+@PLANNERS.register_module()
+class EnergyPlanner(BasePlanner):
+    """The paper's rule: in each layer the smallest rank whose cumulative
+    energy reaches the same threshold (Tayyab et al., ICIP 2021).
+
+    Args:
+        threshold (float): Fraction of the energy to keep, in ``(0, 1]``.
+        **kwargs: See :class:`BasePlanner`; ``data_aware`` defaults to False,
+            as in the paper.
+    """
+    DATA_AWARE = False
+
+    def __init__(self, threshold: float, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        return [self._choose(candidates) for candidates in free]
+
+    def _choose(self, candidates: Candidates) -> Optional[int]:
+        assert candidates.statistics.spectrum is not None
+        rank = candidates.statistics.spectrum.rank_for_energy(self.threshold)
+        at = int(np.searchsorted(candidates.ranks, rank))
+        return candidates.ranks[at] if at < len(candidates.ranks) else None
+
+
+@PLANNERS.register_module()
+class RatioPlanner(BasePlanner):
+    """The same fraction of MACs in every layer.
+
+    Args:
+        ratio (float): Fraction of each layer's MACs to keep, in ``(0, 1]``.
+            A layer whose smallest rank costs more gets that rank.
+        **kwargs: See :class:`BasePlanner`.
+    """
+
+    def __init__(self, ratio: float, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.ratio = check_fraction('RatioPlanner: ratio', ratio)
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        return [self._choose(candidates) for candidates in free]
+
+    def _choose(self, candidates: Candidates) -> Optional[int]:
+        if self.ratio == 1:
+            return None
+        macs = candidates.costs.macs
+        fits = [r for r in candidates.ranks if macs(r) <= self.ratio * macs()]
+        return fits[-1] if fits else candidates.ranks[0]
+
+
+@PLANNERS.register_module()
+class FixedPlanner(BasePlanner):
+    """Ranks given by the user.
+
+    Args:
+        ranks (dict[str, int | str]): Rank by pattern, or ``'full'``; the
+            first pattern that matches counts, layers without one stay dense.
+            Numbers are rounded up to a multiple of ``round_to``.
+        allow_costlier (bool): Accept ranks past break-even, at which the
+            layer costs more than it does dense. Defaults to False.
+        **kwargs: See :class:`BasePlanner`.
+    """
+
+    def __init__(self,
+                 ranks: Dict[str, Union[int, str]],
+                 allow_costlier: bool = False,
+                 **kwargs) -> None:
+        super().__init__(**kwargs)
+        if not ranks:
+            raise ValueError('FixedPlanner: ranks is empty')
+        for pattern, rank in ranks.items():
+            if rank != 'full' and not is_rank(rank):
+                raise ValueError(f'FixedPlanner: ranks[{pattern!r}] must be a '
+                                 f'positive rank or "full", but got {rank!r}')
+        self.ranks = dict(ranks)
+        self.allow_costlier = allow_costlier
+
+    def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
+        check_patterns(layers, list(self.ranks), 'ranks')
+        words = Exclusion(Reason.NO_RANK_GIVEN, 'no rank given')
+        return super().select(layers, targets).without({
+            layer.name: words
+            for layer in layers if first_match(layer, self.ranks) is None
+        })
+
+    def candidates(self, layer: Layer, statistics: LayerStatistics,
+                   form: Form) -> Candidates:
+        found = super().candidates(layer, statistics, form)
+        if self.allow_costlier:
+            found = replace(found, ranks=tuple(range(1, layer.full_rank + 1)))
+        return found
+
+    def accepts(self, candidates: Candidates, rank: int) -> bool:
+        return self.allow_costlier or super().accepts(candidates, rank)
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        return [self._choose(candidates) for candidates in free]
+
+    def _choose(self, candidates: Candidates) -> Optional[int]:
+        layer = candidates.layer
+        rank = first_match(layer, self.ranks)
+        if rank == 'full':
+            rank = layer.full_rank
+        multiple = -(-check_rank(layer, rank) // self.round_to)
+        rank = min(multiple * self.round_to, layer.full_rank)
+        return rank if self.accepts(candidates, rank) else None

@@ -1,0 +1,229 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What a few batches say of each layer."""
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
+from ..running import Adapter, evaluation
+from .layers import UNUSED, Layer
+from .samples import Moments, input_samples, output_samples
+from .selection import Selection
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """What was measured of a layer.
+
+    Args:
+        weight_positions (float): How often the weights are applied for one
+            image, so that ``weight.numel() * weight_positions`` is its MACs.
+        out_positions (float): Output positions for one image.
+        calls (float): Calls in one forward pass; more than one where the
+            layer is shared.
+        spectrum (Spectrum, optional): Directions of its output: of the
+            output's covariance on data, or of the weights.
+        mean (Tensor, optional): Mean output without bias, ``(G, P / G)``.
+        gradient (Tensor, optional): Second moment of the loss' gradient at
+            its output, shape ``(G, P / G, P / G)``; ``(G, R, R)``, in
+            coordinates of the spectrum's vectors, where that takes too much.
+            None where no gradient was taken, or none reached the layer.
+        sensitivity (Tensor, optional): Increase of the loss by dropping each
+            direction of the spectrum, shape ``(R, )``. None where it is
+            unknown, which is not the same as zero.
+    """
+    weight_positions: float = 0
+    out_positions: float = 0
+    calls: float = 0
+    spectrum: Optional[Spectrum] = None
+    mean: Optional[Tensor] = None
+    gradient: Optional[Tensor] = None
+    sensitivity: Optional[Tensor] = None
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that planning needs to know of a model.
+
+    Args:
+        selection (Selection): Its layers, and which of them are chosen.
+        statistics (Mapping[str, LayerStatistics]): By layer name.
+    """
+    selection: Selection
+    statistics: Mapping[str, LayerStatistics]
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self.selection.layers
+
+
+class LayerRecorder:
+    """Record, over forward passes, positions and moments of layers.
+
+    Use it as a context manager around the passes.
+
+    Args:
+        layers (Sequence[Layer]): The layers.
+        moments (Sequence[Layer]): Those whose moments are collected, too.
+    """
+
+    def __init__(self,
+                 layers: Sequence[Layer],
+                 moments: Sequence[Layer] = ()) -> None:
+        self.layers = layers
+        self.images = self.passes = 0
+        self._moments = {x.name: Moments.zeros(x) for x in moments}
+        self._positions = {
+            x.name: torch.zeros(3, dtype=torch.float64)
+            for x in layers
+        }
+        self._stack = ExitStack()
+
+    def __enter__(self) -> 'LayerRecorder':
+        for layer in self.layers:
+
+            def hook(module: nn.Module,
+                     args: tuple,
+                     kwargs: dict,
+                     output: Tensor,
+                     layer: Layer = layer) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self._record(layer, x, output)
+
+            self._stack.callback(
+                layer.module.register_forward_hook(hook,
+                                                   with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def _record(self, layer: Layer, x: Tensor, y: Tensor) -> None:
+        module = layer.module
+        channels = getattr(module, 'out_channels', None)
+        out_positions = y.numel() // (channels or module.out_features)
+        weight_positions = out_positions
+        if layer.kind is not None:
+            weight_positions = layer.kind.weight_positions(module, x, y)
+        self._positions[layer.name] += torch.tensor(
+            [weight_positions, out_positions, 1], dtype=torch.float64)
+        moments = self._moments.get(layer.name)
+        if moments is not None:
+            moments.add(
+                input_samples(layer, x, y) if moments.of_input else
+                output_samples(layer, y))
+
+    def finish(self) -> Dict[str, LayerStatistics]:
+        """Sum over processes.
+
+        Returns:
+            dict[str, LayerStatistics]: By layer name, per image; with spectra
+            where moments were collected and the layer ran.
+
+        Raises:
+            RuntimeError: If no image was seen.
+            ValueError: If a layer returned NaN or infinite values.
+        """
+        images, passes = self._reduce()
+        if images == 0:
+            raise RuntimeError('calibration saw no image: the dataloader is '
+                               'empty')
+        found = {}
+        for layer in self.layers:
+            weights, outputs, calls = self._positions[layer.name].tolist()
+            statistics = LayerStatistics(weights / images, outputs / images,
+                                         calls / passes)
+            moments = self._moments.pop(layer.name, None)
+            if moments is not None and weights:
+                statistics = _with_spectrum(layer, statistics, moments)
+            found[layer.name] = statistics
+        return found
+
+    def _reduce(self) -> List[float]:
+        """Sum over processes; the number of images and passes."""
+        seen = torch.tensor([float(self.images), float(self.passes)]).double()
+        if get_world_size() > 1:
+            table = torch.stack(list(self._positions.values()))
+            all_reduce(table)
+            all_reduce(seen)
+            self._positions = dict(zip(self._positions, table))
+            for moments in self._moments.values():
+                moments.reduce()
+        return seen.tolist()
+
+
+def _with_spectrum(layer: Layer, statistics: LayerStatistics,
+                   moments: Moments) -> LayerStatistics:
+    covariance, mean = moments.covariance, moments.mean
+    if not torch.isfinite(covariance).all():
+        raise ValueError(f'{layer.name} returns NaN or infinite values on '
+                         'the calibration images')
+    matrix = weight_matrix(layer)
+    if moments.of_input:
+        spectrum = spectrum_of_factor(matrix, covariance)
+        mean = (matrix @ mean.unsqueeze(-1)).squeeze(-1)
+    else:
+        spectrum = spectrum_of_moment(covariance, matrix)
+        if layer.has_bias:
+            mean = mean - layer.module.bias.detach().double().view_as(mean)
+    return replace(statistics, spectrum=spectrum, mean=mean)
+
+
+def weight_matrix(layer: Layer) -> Tensor:
+    """The weights ``H`` of a layer, float64, shape ``(G, P / G, D)``."""
+    assert layer.kind is not None
+    return layer.kind.to_matrix(layer.module).detach().double()
+
+
+def measure(adapter: Adapter,
+            selection: Selection,
+            batches: Sequence[Any],
+            data_aware: bool = True) -> Analysis:
+    """Measure positions and spectra of layers.
+
+    In a distributed run each process passes its part of the images; all end
+    with the same statistics.
+
+    Args:
+        adapter (Adapter): Runs the dense model.
+        selection (Selection): Its layers.
+        batches (Sequence): Batches, as the model takes them.
+        data_aware (bool): Take spectra of the chosen layers from the
+            covariance of their outputs, instead of from their weights. One
+            batch is looked at without it. Defaults to True.
+
+    Returns:
+        Analysis: Layers that did not run are excluded.
+
+    Raises:
+        RuntimeError: If there are no batches.
+        ValueError: If an output is not finite.
+    """
+    logger = MMLogger.get_current_instance()
+    batches = batches if data_aware else batches[:1]
+    recorder = LayerRecorder(selection.layers,
+                             selection.chosen if data_aware else ())
+    with evaluation(adapter.model), recorder:
+        for index, data in enumerate(batches):
+            adapter.predict(data)
+            recorder.images += adapter.count_images(data)
+            recorder.passes += 1
+            logger.info('Calibration: batch %d/%d, %d images', index + 1,
+                        len(batches), recorder.images)
+    statistics = recorder.finish()
+    selection = selection.without({
+        name: UNUSED
+        for name, known in statistics.items() if not known.weight_positions
+    })
+    for layer in selection.chosen:
+        known = statistics[layer.name]
+        if known.spectrum is None:
+            statistics[layer.name] = replace(
+                known, spectrum=spectrum_of_factor(weight_matrix(layer)))
+    return Analysis(selection, statistics)

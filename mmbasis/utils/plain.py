@@ -1,0 +1,56 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Values as plain types, which JSON and ``torch.load(weights_only=True)``
+read."""
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+_HISTORY = ('_log_history', '_count_history')
+
+
+def to_plain(value: Any) -> Any:
+    """Copy nested containers with plain types in place of NumPy's and of
+    MMEngine's log histories. Tensors stay, whatever else is unknown as well.
+
+    :func:`from_plain` is the inverse for the histories.
+    """
+    if isinstance(value, HistoryBuffer):
+        return {
+            '__history__': [to_plain(getattr(value, k)) for k in _HISTORY],
+            'max_length': value.max_length
+        }
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_plain(v) for v in value)
+    return value
+
+
+def to_json(value: Any) -> Any:
+    """The same with tensors as lists, and text for what JSON has no type
+    for."""
+    value = to_plain(value)
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if plain else repr(value)
+
+
+def from_plain(value: Any) -> Any:
+    """Turn plain log histories back into MMEngine's."""
+    if isinstance(value, dict):
+        if '__history__' in value:
+            return HistoryBuffer(
+                *value['__history__'], max_length=value['max_length'])
+        return {k: from_plain(v) for k, v in value.items()}
+    return value
