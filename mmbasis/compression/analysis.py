@@ -36,7 +36,7 @@ def single_truncations(model: nn.Module, layers: Sequence[LayerInfo],
         if rank == 0:
             continue
         dense = layer.module
-        basis: BasisLayer = layer.kind(dense, rank, bias=True)
+        basis = BasisLayer(dense, rank, bias=True)
         basis.project(dense, layer.spectrum.vectors, layer.mean)
         replace_modules(model, {dense: basis})
         try:

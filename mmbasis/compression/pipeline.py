@@ -186,7 +186,11 @@ class Compressor:
             self.recalibration == 'auto' and planner.data_aware
             and bool(held_out))
         reference = copy.deepcopy(model) if sequential or choose else None
-        apply_plan(model, plan, self.layers)
+        apply_plan(
+            model, plan, {
+                x.name: (x.spectrum.vectors, x.mean)
+                for x in self.layers if x.spectrum is not None
+            })
         if sequential:
             Reconstruction(model, reference, self.layers, plan).run(batches)
         if choose:

@@ -13,7 +13,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..compression import densified, load_weights, read_checkpoint
-from ..layers import BasisLayer, basis_layer_type
+from ..layers import BasisLayer, kind_of
 from ..planning import train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
@@ -189,7 +189,7 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[dict]:
 
 def _has_layers(module: nn.Module) -> bool:
     return any(
-        isinstance(x, BasisLayer) or basis_layer_type(x)
+        isinstance(x, BasisLayer) or kind_of(x)
         for x in module.modules())
 
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 from mmengine.optim import OptimWrapper
 from torch import Tensor
 
-from ..layers import BasisLayer, basis_layer_type
+from ..layers import BasisLayer, kind_of
 
 #: entries of an optimizer's state that are averages of gradients
 _GRADIENTS = ('momentum_buffer', 'exp_avg')
@@ -85,8 +85,7 @@ def _mapped(old: nn.Module, new: BasisLayer,
         elif key in _GRADIENTS:
             product = _product_gradient(old, *values)
             basis, coefficients = (f.double() for f in new.factors)
-            found = (new.from_matrix(coefficients.mT @ product,
-                                     new.basis), product @ basis.mT)
+            found = (new.kind.from_matrix(coefficients.mT @ product, new.basis), product @ basis.mT)
             for entry, one, target in zip(entries, found, targets):
                 entry[key] = one.reshape(target.shape).to(target)
         else:
@@ -101,9 +100,9 @@ def _product_gradient(old: nn.Module, basis: Tensor,
     the factors, ``w^T M`` and ``M F^T``, of least norm; shape ``(G, P / G,
     D)``."""
     if not isinstance(old, BasisLayer):
-        return _as_matrix(old, basis, basis_layer_type(old)).double()
+        return _as_matrix(old, basis, kind_of(old)).double()
     found, w = (factor.double() for factor in old.factors)
-    gradient = _as_matrix(old.basis, basis, type(old)).double()
+    gradient = _as_matrix(old.basis, basis, old.kind).double()
     inside = coefficients.double().reshape(w.shape) @ torch.linalg.pinv(
         found.mT)
     rest = torch.linalg.pinv(w.mT) @ gradient

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..factorization import Spectrum
-from ..layers import BasisLayer, basis_layer_type, why_not
+from ..layers import BasisLayer, DenseKind, kind_of, why_not
 from .targets import is_offset_layer, is_prediction_layer
 
 #: why a layer stays dense unless somebody asks for it
@@ -49,7 +49,7 @@ class LayerInfo:
     """
     name: str
     module: nn.Module
-    kind: Optional[Type[BasisLayer]]
+    kind: Optional[Type[DenseKind]]
     reason: str = ''
     weight_positions: float = 0
     out_positions: float = 0
@@ -155,7 +155,7 @@ def find_layers(model: nn.Module) -> List[LayerInfo]:
             reason = UNSAVED
         branches += (f'{name}.', )
         layers.append(
-            LayerInfo(name, module, basis_layer_type(module), reason or ''))
+            LayerInfo(name, module, kind_of(module), reason or ''))
 
     for layer in layers:
         for parameter in layer.module.parameters(recurse=False):

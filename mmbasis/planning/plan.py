@@ -116,7 +116,7 @@ class CompressionPlan:
             kept = float(energy[:rank].sum()) / total if total > 0 else 1.
             has_bias = bias or layer.module.bias is not None
             plan.layers[layer.name] = LayerPlan(
-                rank, layer.full_rank, layer.kind.__name__,
+                rank, layer.full_rank, layer.kind.name,
                 list(layer.module.weight.shape), has_bias, round(kept, 6),
                 [layer.macs(), layer.macs(rank)],
                 [layer.params(),

@@ -4,7 +4,7 @@ import re
 
 import torch.nn as nn
 
-from ..layers import basis_layer_type
+from ..layers import kind_of
 
 # Names are those of the OpenMMLab libraries. Position -1 is the last layer of
 # a stack, see _with_last_positions.
@@ -61,7 +61,7 @@ def _with_last_positions(model: nn.Module, name: str) -> str:
         children = {k: x for k, x in module._modules.items() if x is not None}
         following = list(children)[list(children).index(part) + 1:]
         is_last = part.isdigit() and not any(
-            basis_layer_type(layer) for key in following
+            kind_of(layer) for key in following
             for layer in children[key].modules())
         parts.append('-1' if is_last else part)
         module = children[part]
