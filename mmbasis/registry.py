@@ -33,6 +33,8 @@ class CompressedModels(Registry):
 
 
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmbasis')
+#: kinds of dense layers, see :class:`mmbasis.layers.DenseKind`
+LAYER_KINDS = Registry('layer kind', scope='mmbasis')
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmbasis')
 MODELS = CompressedModels('model', parent=MMENGINE_MODELS, scope='mmbasis')
 OPTIM_WRAPPERS = Registry(

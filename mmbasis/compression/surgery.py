@@ -2,18 +2,41 @@
 """Putting a plan into a model, and keeping wrong checkpoints out of it."""
 import copy
 from collections import defaultdict
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
+                    Set, Tuple)
 
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseAveragedModel
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
+from torch import Tensor
 
-from ..layers import BasisLayer, basis_layer_type
-from ..planning import CompressionPlan, LayerInfo, find_layers
+from ..layers import BasisLayer, kind_of, why_not
+from ..planning import CompressionPlan, LayerPlan, find_layers
+from .merging import keep_structure, recommend_deployed_form
 
-_BASIS_KEY = '.basis.weight'
+_BASIS_KEY, _COEFFICIENTS_KEY = '.basis.weight', '.coefficients.weight'
+_STATE = '_mmbasis'
+
+#: where the basis of a layer comes from: see :meth:`BasisLayer.project`
+Bases = Mapping[str, Tuple[Optional[Tensor], Optional[Tensor]]]
+
+
+@dataclass
+class _State:
+    """What a model remembers of its compression, in ``vars(model)[_STATE]``;
+    its copies have it, too. All else is in its modules: the basis layers, and
+    the methods that :mod:`.merging` overrides on the blocks around them.
+
+    Args:
+        plan (CompressionPlan, optional): None for a dense model.
+        guarded (bool): Whether :func:`check_state_dict` checks what is loaded.
+    """
+    plan: Optional[CompressionPlan] = None
+    guarded: bool = False
 
 
 def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
@@ -24,21 +47,50 @@ def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
 
 
 def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever they hang, so that shared ones stay shared;
-    moving averages inside the model get to know of it.
+    """Replace modules wherever they hang, so that shared ones stay shared.
+
+    Basis layers take over what is attached to the dense layers; moving
+    averages inside the model get to know of it. If that fails, the model is
+    as before.
 
     Args:
         model (nn.Module): The model, changed in place.
         new (dict[nn.Module, nn.Module]): Replacement by old module.
     """
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in new:
-                parent._modules[name] = new[child]
-    for average in _averages(model):
-        average.avg_parameters = (
-            average.module.state_dict() if average.update_buffers else dict(
-                average.module.named_parameters()))
+    with _all_or_nothing(model):
+        for old, module in new.items():
+            if isinstance(module, BasisLayer):
+                module.take_over(old)
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child in new:
+                    parent._modules[name] = new[child]
+        for average in _averages(model):
+            average.avg_parameters = (
+                average.module.state_dict() if average.update_buffers else
+                dict(average.module.named_parameters()))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Leave the modules of a model as they were if an error is raised."""
+    containers = ('_modules', '_parameters', '_load_state_dict_pre_hooks')
+    before = [(vars(module), dict(vars(module)),
+               [(vars(module)[name], dict(vars(module)[name]))
+                for name in containers]) for module in model.modules()]
+    before_state = copy.copy(vars(model).get(_STATE))
+    try:
+        yield
+    except BaseException:
+        for attributes, old, contents in before:
+            attributes.clear()
+            attributes.update(old)
+            for container, content in contents:
+                container.clear()
+                container.update(content)
+        if before_state is not None:
+            vars(model)[_STATE] = before_state
+        raise
 
 
 def _averages(model: nn.Module) -> List[BaseAveragedModel]:
@@ -47,7 +99,8 @@ def _averages(model: nn.Module) -> List[BaseAveragedModel]:
 
 def _followers(model: nn.Module) -> Dict[nn.Module, List[nn.Module]]:
     """The layers of moving averages inside a model, as the momentum encoders
-    of pretext tasks, by the layer that they are the average of."""
+    of pretext tasks, by the layer that they are the average of. They are
+    projected on the same subspace, so that the factors can be averaged."""
     found = defaultdict(list)
     for average in _averages(model):
         inside = set(average.modules())
@@ -62,7 +115,7 @@ def _copies(
     average: nn.Module, others: Sequence[Tuple[nn.Module, Dict]]
 ) -> Iterator[Tuple[nn.Module, nn.Module]]:
     """Which of other modules, given with their shapes, an average or its parts
-    are copies of: MoCo's encoder is put together for the average only."""
+    are copies of: the averaged module itself may exist nowhere else."""
     shapes = _shapes(average)
     source = next((x for x, other in others if shapes and other == shapes),
                   None)
@@ -79,19 +132,11 @@ def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     modules = dict(model.named_modules())
-    wrong = []
-    for name, entry in plan.layers.items():
-        module = modules.get(name)
-        if module is None:
-            wrong.append(f'{name}: no such layer')
-        elif isinstance(module, BasisLayer):
-            wrong.append(f'{name}: compressed already')
-        elif getattr(basis_layer_type(module), '__name__', None) != entry.kind:
-            wrong.append(f'{name}: a {type(module).__name__} is no '
-                         f'{entry.kind}')
-        elif list(module.weight.shape) != list(entry.shape):
-            wrong.append(f'{name}: weights of shape '
-                         f'{list(module.weight.shape)}, not {entry.shape}')
+    wrong = [
+        f'{name}: {problem}' for name, problem in (
+            (name, _problem(modules.get(name), entry))
+            for name, entry in plan.layers.items()) if problem
+    ]
     if plan.dense:  # it speaks of all layers, unless it is written by hand
         wrong += [
             f'{name}: no such layer' for name in plan.dense
@@ -107,18 +152,36 @@ def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
             f'({"; ".join(wrong[:3])})')
 
 
+def _problem(module: Optional[nn.Module], entry: LayerPlan) -> Optional[str]:
+    """Why an entry of a plan is not of a module, None if it is."""
+    if module is None:
+        return 'no such layer'
+    if isinstance(module, BasisLayer):
+        return 'compressed already'
+    kind = kind_of(module)
+    if kind is None or kind.name != entry.kind:
+        return f'a {type(module).__name__} is no {entry.kind}'
+    if list(module.weight.shape) != list(entry.shape):
+        return (f'weights of shape {list(module.weight.shape)}, '
+                f'not {entry.shape}')
+    return why_not(module)
+
+
 def apply_plan(model: nn.Module,
                plan: CompressionPlan,
-               layers: Optional[Sequence[LayerInfo]] = None,
+               bases: Optional[Bases] = None,
                project: bool = True) -> None:
     """Replace the layers of a dense model as a plan says.
 
     Args:
         model (nn.Module): The dense model, changed in place, or not at all
-            if the plan does not fit.
+            if an error is raised.
         plan (CompressionPlan): The plan.
-        layers (Sequence[LayerInfo], optional): Where the basis of each layer
-            comes from. Defaults to the weights alone.
+        bases (Mapping[str, tuple[Tensor | None, Tensor | None]], optional):
+            For layers by name: ``vectors`` of shape ``(G, P / G, R)`` that
+            span the subspace of its outputs, and the ``mean`` output, shape
+            ``(G, P / G)``, see :meth:`BasisLayer.project`. Others are
+            compressed by their weights alone.
         project (bool): False leaves the factors zero, for weights that are
             loaded afterwards. Defaults to True.
 
@@ -126,28 +189,31 @@ def apply_plan(model: nn.Module,
         ValueError: If the plan is of another model.
     """
     _check_plan(model, plan)
+    new = _build_layers(model, plan, bases or {}, project)
+    with _all_or_nothing(model):
+        replace_modules(model, new)
+        _add_biases(model, plan)
+        kept = attach_plan(model, plan)
+    if project:
+        recommend_deployed_form(kept)
+
+
+def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
+                  project: bool) -> Dict[nn.Module, nn.Module]:
+    """The basis layers of a plan by the dense ones, moving averages' too."""
     modules = dict(model.named_modules())
-    infos = {layer.name: layer for layer in layers or ()}
     followers = _followers(model)
-    new = {}
+    new: Dict[nn.Module, nn.Module] = {}
     for name, entry in plan.layers.items():
-        vectors = mean = None
-        info = infos.get(name)
-        if info is not None and info.spectrum is not None:
-            vectors, mean = info.spectrum.vectors, info.mean
-        # a moving average is projected on the subspace of what it follows, so
-        # that the factors of both can be averaged
+        vectors, mean = bases.get(name, (None, None))
         for dense in (modules[name], *followers.get(modules[name], ())):
             # new layers draw random numbers that nobody keeps
             with torch.random.fork_rng():
-                layer = basis_layer_type(dense)(dense, entry.rank, entry.bias,
-                                                plan.norm)
+                layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm)
             if project:
                 layer.project(dense, vectors, mean)
             new[dense] = layer
-    replace_modules(model, new)
-    _add_biases(model, plan)
-    attach_plan(model, plan)
+    return new
 
 
 def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
@@ -167,28 +233,37 @@ def densified(model: nn.Module) -> nn.Module:
         layer: layer.to_dense()
         for _, layer in basis_layers(model)
     })
-    model.__dict__.pop('_mmbasis_plan', None)
+    _state(model).plan = None
     return model
+
+
+def _state(model: nn.Module) -> _State:
+    return vars(model).setdefault(_STATE, _State())
 
 
 def get_plan(model: nn.Module) -> Optional[CompressionPlan]:
     """The plan that a compressed model carries, None for a dense one."""
-    return model.__dict__.get('_mmbasis_plan')
+    return vars(model).get(_STATE, _State()).plan
 
 
-def attach_plan(model: nn.Module, plan: CompressionPlan) -> None:
-    """Let a compressed model carry its plan and guard it against weights of
-    another structure."""
-    model.__dict__['_mmbasis_plan'] = plan
+def attach_plan(model: nn.Module, plan: CompressionPlan) -> List[str]:
+    """Let a compressed model carry its plan, guard it against weights of
+    another structure, and keep its structure in deployment.
+
+    Returns:
+        list[str]: See :func:`keep_structure`.
+    """
+    _state(model).plan = plan
     guard(model)
+    return keep_structure(model)
 
 
 def guard(model: nn.Module) -> None:
     """Have every loading of weights checked by :func:`check_state_dict`."""
-    if not model.__dict__.get('_mmbasis_guarded'):
-        model.__dict__['_mmbasis_guarded'] = True
+    if not _state(model).guarded:
         model._register_load_state_dict_pre_hook(
             check_state_dict, with_module=True)
+        _state(model).guarded = True
 
 
 def check_state_dict(model: nn.Module,
@@ -212,11 +287,7 @@ def check_state_dict(model: nn.Module,
     # a shared layer has a key for each of its names
     modules = dict(model.named_modules(remove_duplicate=False))
     expected = {k for k, v in modules.items() if isinstance(v, BasisLayer)}
-    found = {
-        key[len(prefix):-len(_BASIS_KEY)]
-        for key in state_dict
-        if key.startswith(prefix) and key.endswith(_BASIS_KEY)
-    }
+    found = _basis_names(modules, state_dict, prefix)
     if expected and not found:
         raise RuntimeError(
             'these weights are dense, but the model is compressed '
@@ -227,19 +298,35 @@ def check_state_dict(model: nn.Module,
             f'these weights are compressed ({len(found)} basis layers), but '
             'the model is dense: use the config that was written beside them '
             '(compressed.py), or mmbasis.load_compressed()')
+    other = 'these weights are of another compression plan: '
     if found != expected:
         names = sorted(found ^ expected)
         raise RuntimeError(
-            'these weights are of another compression plan: layers '
-            f'{names[:3]} ({len(names)} in all) are compressed in only one of '
-            'weights and model')
+            f'{other}layers {names[:3]} ({len(names)} in all) are compressed '
+            'in only one of weights and model')
     for name in sorted(expected):
         shape = state_dict[f'{prefix}{name}{_BASIS_KEY}'].shape
-        if shape != modules[name].basis.weight.shape:
-            raise RuntimeError(
-                f'these weights are of another compression plan: {name} has '
-                f'basis filters of shape {tuple(shape)}, the model '
-                f'{tuple(modules[name].basis.weight.shape)}')
+        own = modules[name].basis.weight.shape
+        if shape != own:
+            raise RuntimeError(f'{other}{name} has basis filters of shape '
+                               f'{tuple(shape)}, the model {tuple(own)}')
+
+
+def _basis_names(modules: Dict[str, nn.Module], state_dict: dict,
+                 prefix: str) -> Set[str]:
+    """Names of the basis layers in weights; not of modules of the model that
+    have parts of the same names themselves."""
+    names = {
+        key[len(prefix):-len(_BASIS_KEY)]
+        for key in state_dict
+        if key.startswith(prefix) and key.endswith(_BASIS_KEY)
+    }
+    return {
+        name for name in names
+        if f'{prefix}{name}{_COEFFICIENTS_KEY}' in state_dict and (
+            isinstance(modules.get(name), BasisLayer)
+            or f'{name}.basis' not in modules)
+    }
 
 
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any],

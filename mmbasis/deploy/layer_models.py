@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..compression.surgery import replace_modules
+from ..layers import BasisLayer
 from ..planning import LayerInfo, evaluation, find_layers
 from ..planning.latency import CARRIER, COMPRESSED_ID, MODEL_ID
 from ..planning.layers import choose_layers
@@ -176,7 +177,7 @@ class LayerModels:
         self.add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
         for rank in (None, *ranks):
             module = layer.module if rank is None else _fill(
-                layer.kind(layer.module, rank))
+                BasisLayer(layer.module, rank))
             self.add(
                 f'{group}/{"dense" if rank is None else f"rank{rank}"}',
                 _Carrier(channels, dims, module),
@@ -185,7 +186,7 @@ class LayerModels:
                 group=group,
                 carrier=carrier,
                 rank=rank,
-                kind=layer.kind.__name__,
+                kind=layer.kind.name,
                 weight_shape=list(layer.module.weight.shape),
                 uses={layer.name: count})
 
@@ -207,7 +208,7 @@ class LayerModels:
         replace_modules(
             compressed, {
                 layer.module: _fill(
-                    layer.kind(layer.module, ranks[layer.name]))
+                    BasisLayer(layer.module, ranks[layer.name]))
                 for layer in find_layers(compressed) if layer.name in ranks
             })
         self.add(

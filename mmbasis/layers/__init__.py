@@ -1,11 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from .base import BasisLayer
-from .conv import BasisConv, BasisConvTranspose
-from .deform import BasisDeformConv
-from .kinds import basis_layer_type, why_not
-from .linear import BasisLinear
+from .basis_layer import BasisLayer
+from .conv import ConvKind, ConvTransposeKind
+from .deform import DeformConvKind
+from .dense_kind import DenseKind
+from .kinds import kind_of, why_not
+from .linear import LinearKind
 
 __all__ = [
-    'BasisLayer', 'BasisConv', 'BasisConvTranspose', 'BasisDeformConv',
-    'BasisLinear', 'basis_layer_type', 'why_not'
+    'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
+    'DeformConvKind', 'LinearKind', 'kind_of', 'why_not'
 ]

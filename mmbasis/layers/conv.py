@@ -9,18 +9,21 @@ from mmcv.cnn.bricks import (Conv2dAdaptivePadding, ConvTranspose2d,
 from mmcv.cnn.bricks.wrappers import Conv2d, Conv3d
 from torch import Tensor
 
-from .base import BasisLayer
+from ..registry import LAYER_KINDS
+from .dense_kind import DenseKind
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class BasisConv(BasisLayer):
-    """A convolution (1d, 2d or 3d, grouped or not) as basis and coefficients.
+@LAYER_KINDS.register_module()
+class ConvKind(DenseKind):
+    """Convolutions (1d, 2d or 3d, grouped or not).
 
     The basis keeps kernel, stride, padding, ``padding_mode``, dilation and
-    groups. See :class:`BasisLayer` for the arguments.
+    groups; the coefficients are a 1x1 convolution.
     """
+    name = 'BasisConv'
     dense_types = (*_CONVS, Conv2d, Conv3d, Conv2dAdaptivePadding)
 
     @staticmethod
@@ -36,10 +39,6 @@ class BasisConv(BasisLayer):
     @staticmethod
     def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
         return matrix.reshape(-1, *like.weight.shape[1:])
-
-    @staticmethod
-    def _narrowed(dense: nn.Module, channels: int) -> dict:
-        return dict(out_channels=channels)
 
     @staticmethod
     def channel_axis(dense: nn.Module) -> int:
@@ -70,24 +69,26 @@ class BasisConv(BasisLayer):
             at = (at.unsqueeze(1) * size + index).flatten(0, 1)
         return x.flatten(2)[..., at].flatten(1, 2)
 
-    def _build_norm(self, channels: int) -> nn.Module:
-        return _NORMS[self.basis.weight.dim() - 3](channels)
+    @staticmethod
+    def build_norm(dense: nn.Module, channels: int) -> nn.Module:
+        return _NORMS[dense.weight.dim() - 3](channels)
 
     @staticmethod
-    def _build_coefficients(dense: nn.Module, channels: int,
-                            bias: bool) -> nn.Module:
+    def build_coefficients(dense: nn.Module, channels: int,
+                           bias: bool) -> nn.Module:
         conv = _CONVS[dense.weight.dim() - 3]
         return conv(
             channels, dense.out_channels, 1, groups=dense.groups, bias=bias)
 
 
-class BasisConvTranspose(BasisConv):
-    """A transposed convolution (1d, 2d or 3d) as basis and coefficients.
+@LAYER_KINDS.register_module()
+class ConvTransposeKind(ConvKind):
+    """Transposed convolutions (1d, 2d or 3d, grouped or not).
 
     The basis is a transposed convolution of the same geometry, the
-    coefficients are a 1x1 convolution at the output's resolution. See
-    :class:`BasisLayer` for the arguments.
+    coefficients are a 1x1 convolution at the output's resolution.
     """
+    name = 'BasisConvTranspose'
     dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
                    ConvTranspose2d, ConvTranspose3d)
 

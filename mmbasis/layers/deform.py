@@ -3,7 +3,8 @@ from typing import Tuple
 
 import torch.nn as nn
 
-from .conv import BasisConv
+from ..registry import LAYER_KINDS
+from .conv import ConvKind
 
 try:
     from mmcv.ops import (DeformConv2d, DeformConv2dPack,
@@ -17,29 +18,18 @@ else:
     DeformConv2d.bias = None
 
 
-class BasisDeformConv(BasisConv):
-    """A deformable convolution of MMCV (v1 or v2, grouped or not) as basis and
-    coefficients.
+@LAYER_KINDS.register_module()
+class DeformConvKind(ConvKind):
+    """Deformable convolutions of MMCV (v1 or v2, grouped or not).
 
     The basis samples where the dense layer does, so the offsets (and masks)
     are arguments of ``forward`` or, in the ``Pack`` forms, come from
     ``basis.conv_offset``: the dense layer's offset branch, as it was. The
-    coefficients are a 1x1 convolution. See :class:`BasisLayer` for the
-    arguments.
+    coefficients are a 1x1 convolution.
     """
+    name = 'BasisDeformConv'
     dense_types = DEFORM_TYPES
 
-    def to_dense(self) -> nn.Module:
-        """See :meth:`BasisLayer.to_dense`.
-
-        Raises:
-            ValueError: If the layer has a bias, and the dense layer is a
-                ``DeformConv2d``, which cannot have one.
-        """
-        has_bias = self.coefficients.bias is not None or self.norm is not None
-        if has_bias and 'bias' not in self.basis._parameters:
-            raise ValueError(
-                f'a {self.dense_type.__name__} has no bias, so this basis '
-                'layer, which has one, cannot be merged: keep it as it is, '
-                'or compress with data_aware=False')
-        return super().to_dense()
+    @staticmethod
+    def takes_bias(dense: nn.Module) -> bool:
+        return 'bias' in dense._parameters  # a DeformConv2d has no place

@@ -6,28 +6,23 @@ import torch.nn as nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .base import BasisLayer
-from .conv import BasisConv, BasisConvTranspose
-from .deform import DEFORM_TYPES, BasisDeformConv
-from .linear import BasisLinear
-
-_KINDS = (BasisConv, BasisConvTranspose, BasisDeformConv, BasisLinear)
-_DENSE_TYPES = {
-    dense_type: kind
-    for kind in _KINDS
-    for dense_type in kind.dense_types
-}
+from ..registry import LAYER_KINDS
+from .deform import DEFORM_TYPES
+from .dense_kind import DenseKind
+from .inheritance import why_not_inherited
 
 
-def basis_layer_type(module: nn.Module) -> Optional[Type[BasisLayer]]:
-    """The basis layer class for a dense layer, or None.
+def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:
+    """The kind of a dense layer, or None if none is registered for it.
 
     A subclass counts as its parent as long as it computes what its parent
     does, that is, overrides neither ``forward`` nor ``_conv_forward``.
     """
+    kinds = list(LAYER_KINDS.module_dict.values())
     for cls in type(module).__mro__:
-        if cls in _DENSE_TYPES:
-            return _DENSE_TYPES[cls]
+        for kind in reversed(kinds):  # a user's kinds come last and win
+            if cls in kind.dense_types:
+                return kind
         if {'forward', '_conv_forward'} & set(vars(cls)):
             return None
     return None
@@ -43,7 +38,7 @@ def why_not(module: nn.Module) -> Optional[str]:
         str | None: None where it can; an empty string where the module is not
         a linear or convolution layer at all.
     """
-    kind = basis_layer_type(module)
+    kind = kind_of(module)
     if kind is None:
         if isinstance(module, (_ConvNd, nn.Linear, *DEFORM_TYPES)):
             return (f'{type(module).__name__} computes its output in a way '
@@ -59,4 +54,4 @@ def why_not(module: nn.Module) -> Optional[str]:
         if kind.matrix_shape(module)[0] > 1:
             return 'depthwise: one output channel per group'
         return 'one output channel'
-    return None
+    return why_not_inherited(module)

@@ -5,21 +5,21 @@ import torch.nn as nn
 from mmcv.cnn.bricks import Linear
 from torch import Tensor
 
-from .base import BasisLayer
+from ..registry import LAYER_KINDS
+from .dense_kind import DenseKind
 
 
 class _ChannelsLastNorm(nn.BatchNorm1d):
-    """Batch normalisation of the last axis of ``(..., C)``."""
+    """Batch normalization of the last axis of ``(..., C)``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
-class BasisLinear(BasisLayer):
-    """A linear layer as basis and coefficients, both linear layers.
-
-    See :class:`BasisLayer` for the arguments; there is one group.
-    """
+@LAYER_KINDS.register_module()
+class LinearKind(DenseKind):
+    """Linear layers: basis and coefficients are linear, too, in one group."""
+    name = 'BasisLinear'
     dense_types = (nn.Linear, Linear)
 
     @staticmethod
@@ -35,7 +35,7 @@ class BasisLinear(BasisLayer):
         return matrix.squeeze(0)
 
     @staticmethod
-    def _narrowed(dense: nn.Module, channels: int) -> dict:
+    def channel_attributes(dense: nn.Module, channels: int) -> dict:
         return dict(out_features=channels)
 
     @staticmethod
@@ -56,10 +56,10 @@ class BasisLinear(BasisLayer):
         return x.reshape(len(x), -1, x.shape[-1]).mT[..., positions]
 
     @staticmethod
-    def _build_norm(channels: int) -> nn.Module:
+    def build_norm(dense: nn.Module, channels: int) -> nn.Module:
         return _ChannelsLastNorm(channels)
 
     @staticmethod
-    def _build_coefficients(dense: nn.Module, channels: int,
-                            bias: bool) -> nn.Module:
+    def build_coefficients(dense: nn.Module, channels: int,
+                           bias: bool) -> nn.Module:
         return nn.Linear(channels, dense.out_features, bias=bias)

@@ -1,7 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Bare compressed models for test, inference and deployment."""
 import copy
-from types import MethodType
 from typing import Any, Union
 
 import torch.nn as nn
@@ -10,8 +9,9 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
 from ..compat import repair_ssd_head
-from ..compression import (apply_plan, basis_layers, get_plan, load_weights,
-                           plan_of, read_checkpoint)
+from ..compression import (apply_plan, get_plan, load_weights, plan_of,
+                           read_checkpoint)
+from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
 from .basis_model import PlanLike, as_plan
@@ -34,8 +34,8 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
     if type(getattr(model, 'bbox_head', None)).__name__ == 'SSDHead':
         repair_ssd_head()
     apply_plan(model, as_plan(plan), project=False)
-    if get_plan(model).norm:
-        _add_switch_to_deploy(model)
+    if get_plan(model).norm:  # MMDeploy calls it, which folds these
+        override_merging(model, 'switch_to_deploy')
     return model
 
 
@@ -58,18 +58,6 @@ def _without_pretrained(config: Any) -> Any:
 def _is_pretrained(key: str, value: Any) -> bool:
     return key == 'init_cfg' and isinstance(
         value, dict) and value.get('type') == 'Pretrained'
-
-
-def _add_switch_to_deploy(model: nn.Module) -> None:
-    """Let MMDeploy and mmpretrain fold the normalisations in the middle."""
-
-    def switch_to_deploy(self: nn.Module) -> None:
-        for _, layer in basis_layers(self):
-            layer.fold_norm()
-        if hasattr(type(self), 'switch_to_deploy'):
-            type(self).switch_to_deploy(self)
-
-    model.__dict__['switch_to_deploy'] = MethodType(switch_to_deploy, model)
 
 
 def standalone_config(cfg: Config, plan: CompressionPlan,

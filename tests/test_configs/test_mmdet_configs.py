@@ -104,7 +104,7 @@ def test_dense_model_is_built(name):
         for some in (layers, [x for x in layers if x.compressible]))
     assert free > .5 * total
     has_deformable = 'BasisDeformConv' in {
-        x.kind.__name__
+        x.kind.name
         for x in layers if x.kind
     }
     assert has_deformable == ('dconv' in name)

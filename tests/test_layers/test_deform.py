@@ -8,7 +8,7 @@ import torch.nn as nn
 from mmcv.ops import (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d,
                       ModulatedDeformConv2dPack)
 
-from mmbasis.layers import BasisDeformConv, basis_layer_type, why_not
+from mmbasis.layers import BasisLayer, DeformConvKind, kind_of, why_not
 
 GEOMETRY = dict(kernel_size=3, padding=1, bias=False)
 # class, arguments
@@ -52,8 +52,8 @@ def build(name, size=(9, 8)):
 
 
 def represent(dense, rank=None, **kwargs):
-    full_rank = min(BasisDeformConv.matrix_shape(dense)[1:])
-    layer = BasisDeformConv(dense, rank or full_rank, **kwargs)
+    full_rank = min(DeformConvKind.matrix_shape(dense)[1:])
+    layer = BasisLayer(dense, rank or full_rank, **kwargs)
     layer.project(dense)
     return layer
 
@@ -68,7 +68,7 @@ def assert_same(actual, expected, tolerance=1e-5):
 def test_full_rank_is_the_same_function(name):
     dense, args = build(name)
     assert why_not(dense) is None
-    assert basis_layer_type(dense) is BasisDeformConv
+    assert kind_of(dense) is DeformConvKind
     layer = represent(dense)
     assert_same(layer(*args), dense(*args))
     assert layer.orthogonality_error < 1e-5
@@ -94,7 +94,7 @@ def test_offsets_matter(name):
 @every_layer
 def test_truncation_loses_the_dropped_singular_values(name):
     dense, args = build(name)
-    matrix = BasisDeformConv.to_matrix(dense).detach().double()
+    matrix = DeformConvKind.to_matrix(dense).detach().double()
     values = torch.linalg.svdvals(matrix)
     layer = represent(dense, 2)
     again = layer.to_dense()
@@ -123,7 +123,7 @@ def test_state_dict_round_trip(name, norm):
     dense, args = build(name)
     layer = represent(dense, 2, norm=norm, bias=True).eval()
     nn.init.normal_(layer.coefficients.bias)
-    other = BasisDeformConv(build(name)[0], 2, norm=norm, bias=True).eval()
+    other = BasisLayer(build(name)[0], 2, norm=norm, bias=True).eval()
     for parameter in other.parameters():
         nn.init.zeros_(parameter)
     missing = other.load_state_dict(layer.state_dict())

@@ -6,8 +6,8 @@ from mmcv.cnn import ConvModule, ConvWS2d
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch.nn.utils import parametrizations
 
-from mmbasis.layers import (BasisConv, BasisConvTranspose, BasisLinear,
-                            basis_layer_type, why_not)
+from mmbasis.layers import (BasisLayer, ConvKind, ConvTransposeKind, LinearKind,
+                            kind_of, why_not)
 
 
 class Scaled(nn.Conv2d):
@@ -83,26 +83,26 @@ def test_parametrized_weight_norm_is_refused():
 ])
 def test_no_layer_to_speak_of(module):
     assert why_not(module) == ''
-    assert basis_layer_type(module) is None
+    assert kind_of(module) is None
 
 
 @pytest.mark.parametrize('module, kind', [
-    (nn.Conv1d(4, 6, 3), BasisConv),
-    (nn.Conv3d(4, 6, 3), BasisConv),
-    (Initialised(4, 6, 3), BasisConv),
-    (Conv2dAdaptivePadding(4, 6, 3), BasisConv),
-    (nn.ConvTranspose2d(4, 6, 3), BasisConvTranspose),
-    (nn.Linear(4, 6), BasisLinear),
-    (nn.Conv2d(6, 12, 3, groups=6), BasisConv),
+    (nn.Conv1d(4, 6, 3), ConvKind),
+    (nn.Conv3d(4, 6, 3), ConvKind),
+    (Initialised(4, 6, 3), ConvKind),
+    (Conv2dAdaptivePadding(4, 6, 3), ConvKind),
+    (nn.ConvTranspose2d(4, 6, 3), ConvTransposeKind),
+    (nn.Linear(4, 6), LinearKind),
+    (nn.Conv2d(6, 12, 3, groups=6), ConvKind),
 ])
 def test_kind_of_each_layer(module, kind):
-    assert basis_layer_type(module) is kind
+    assert kind_of(module) is kind
     assert why_not(module) is None
 
 
 def test_subclass_is_copied_with_its_class():
     dense = Initialised(4, 6, 3)
-    layer = BasisConv(dense, 4)
+    layer = BasisLayer(dense, 4)
     layer.project(dense)
     x = torch.rand(1, 4, 5, 5)
     torch.testing.assert_close(layer(x), dense(x))

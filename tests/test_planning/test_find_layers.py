@@ -5,8 +5,8 @@ import torch.nn as nn
 from mmcv.cnn import ConvModule
 from mmcv.ops import DeformConv2d, DeformConv2dPack
 
-from mmbasis.layers import (BasisConv, BasisConvTranspose, BasisDeformConv,
-                            BasisLinear)
+from mmbasis.layers import (BasisLayer, ConvKind, ConvTransposeKind,
+                            DeformConvKind, LinearKind)
 from mmbasis.planning import check_finite, find_layers
 from mmbasis.planning.layers import choose_layers
 
@@ -31,11 +31,11 @@ def reasons(model, **kwargs):
 def test_names_kinds_and_reasons():
     layers = find_layers(Net())
     assert [(layer.name, layer.kind) for layer in layers] == [
-        ('stem.conv', BasisConv),
-        ('blocks.0', BasisConv),
-        ('blocks.1', BasisConv),
-        ('blocks.2', BasisConvTranspose),
-        ('head.fc', BasisLinear),
+        ('stem.conv', ConvKind),
+        ('blocks.0', ConvKind),
+        ('blocks.1', ConvKind),
+        ('blocks.2', ConvTransposeKind),
+        ('head.fc', LinearKind),
     ]
     assert 'depthwise' in layers[1].reason
     assert all(layer.compressible for i, layer in enumerate(layers) if i != 1)
@@ -75,7 +75,8 @@ def test_tied_bias():
 
 
 def test_basis_layers_are_not_looked_into():
-    model = nn.Sequential(BasisConv(nn.Conv2d(4, 6, 3), 2), nn.Conv2d(6, 6, 3))
+    model = nn.Sequential(
+        BasisLayer(nn.Conv2d(4, 6, 3), 2), nn.Conv2d(6, 6, 3))
     assert [layer.name for layer in find_layers(model)] == ['1']
 
 
@@ -109,7 +110,7 @@ def test_offset_branches(asked):
     is asked for."""
     model = Deformable()
     kinds = {layer.name: layer.kind for layer in find_layers(model)}
-    assert kinds['conv1'] is kinds['conv2'] is BasisDeformConv
+    assert kinds['conv1'] is kinds['conv2'] is DeformConvKind
     assert reasons(model, **asked) == {
         'conv1': '',
         'conv1.conv_offset': 'offset branch',

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from mmbasis.factorization import spectrum_of_factor
-from mmbasis.layers import basis_layer_type
+from mmbasis.layers import BasisLayer, kind_of
 from mmbasis.planning import (BudgetPlanner, EnergyPlanner, FixedPlanner,
                               RatioPlanner, find_layers)
 from mmbasis.registry import PLANNERS
@@ -51,7 +51,7 @@ def test_energy_is_the_papers_rule(model, threshold):
     for layer in analyzed(model):
         if not layer.compressible:
             continue
-        matrix = basis_layer_type(layer.module).to_matrix(layer.module)
+        matrix = kind_of(layer.module).to_matrix(layer.module)
         energy = torch.linalg.svdvals(matrix.double()).square().sum(0)
         share = energy.cumsum(0) / energy.sum()
         needed = int((share < threshold).sum()) + 1
@@ -432,7 +432,7 @@ def test_no_plan_makes_a_layer_dearer(seed):
                 continue
             compressed += 1
             entry = plan.layers[layer.name]
-            basis = layer.kind(layer.module, entry.rank, **extras)
+            basis = BasisLayer(layer.module, entry.rank, **extras)
             assert entry.params == [
                 sum(p.numel() for p in module.parameters())
                 for module in (layer.module, basis)
@@ -462,7 +462,7 @@ def test_break_even_is_the_last_rank_that_pays(seed, extras):
         dense = sum(p.numel() for p in layer.module.parameters())
         cheaper = []
         for rank in range(1, layer.full_rank + 1):
-            basis = layer.kind(layer.module, rank, **extras)
+            basis = BasisLayer(layer.module, rank, **extras)
             params = sum(p.numel() for p in basis.parameters())
             assert layer.params(rank, **extras) == params
             if layer.macs(rank) < layer.macs() and params < dense:

@@ -100,7 +100,7 @@ def ours(model, batches) -> None:
     for layer in layers:
         if layer.name in plan.layers:
             entry = plan.layers[layer.name]
-            basis: BasisLayer = layer.kind(layer.module, entry.rank, bias=True)
+            basis = BasisLayer(layer.module, entry.rank, bias=True)
             basis.project(layer.module, layer.spectrum.vectors, layer.mean)
 
 

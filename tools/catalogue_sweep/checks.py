@@ -36,6 +36,14 @@ LARGE = 2.5e8
 MODES = ('tensor', 'predict', 'loss')
 
 
+def bases_of(layers):
+    """Where :func:`apply_plan` takes the basis of each layer from."""
+    return {
+        x.name: (x.spectrum.vectors, x.mean)
+        for x in layers if x.spectrum is not None
+    }
+
+
 class CatalogueError(RuntimeError):
     """The dense model does not work either."""
 
@@ -251,7 +259,7 @@ class Checked:
                 for x in self.model.get_submodule(name).parameters()
             }
         model = nn.Module.to(copy.deepcopy(self.model, memo), dtype)
-        apply_plan(model, plan, layers)
+        apply_plan(model, plan, bases_of(layers))
         return model
 
     def _compare_layers(self, model: nn.Module) -> None:
@@ -323,7 +331,7 @@ class Checked:
                         'spectrum', 'mean'):
                 setattr(layer, key, getattr(known, key))
         plan = planner.plan(layers, bias=True)
-        apply_plan(self.model, plan, layers)
+        apply_plan(self.model, plan, bases_of(layers))
         return plan
 
     def _first_image(self) -> Any:

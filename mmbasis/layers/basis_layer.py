@@ -1,7 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from abc import ABCMeta, abstractmethod
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -9,13 +8,12 @@ from torch import Tensor
 
 from ..factorization import (factorize, merge, orthogonality_error,
                              orthonormalize, spectrum_of_factor)
+from .inheritance import (is_own_method, own_attributes, rebound_attributes,
+                          share_hooks, share_inner_hooks)
+from .kinds import kind_of
 
-#: what models ask their layers for
-_GEOMETRY = ('in_channels', 'kernel_size', 'stride', 'padding', 'dilation',
-             'in_features', 'out_features')
 
-
-class BasisLayer(nn.Module, metaclass=ABCMeta):
+class BasisLayer(nn.Module):
     """A dense layer as basis filters and 1x1 coefficients.
 
     ``basis`` is the same kind of layer as the dense one, with ``rank`` output
@@ -27,21 +25,21 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
     Both are ordinary modules, so that hooks, counters, quantisers and
     exporters know them. A new layer has the structure only, its basis is
     zero: :meth:`project` or :meth:`set_factors` fills it, or a checkpoint.
+    It has the plain attributes of the dense layer (``kernel_size``,
+    ``in_features``, …); hooks come with :meth:`take_over`.
 
     Args:
         dense (nn.Module): The layer to represent. It is not changed.
         rank (int): Basis filters per group, in ``[1, min(P / G, D)]``.
         bias (bool): Give the coefficients a bias even where the dense layer
             has none. Defaults to False.
-        norm (bool): Put a batch normalisation between basis and coefficients.
+        norm (bool): Put a batch normalization between basis and coefficients.
             Defaults to False.
 
     Raises:
+        TypeError: If no kind is registered for the layer.
         ValueError: If the rank is out of range.
     """
-
-    #: the dense layers that this class represents, by their own ``forward``
-    dense_types: Tuple[type, ...] = ()
 
     def __init__(self,
                  dense: nn.Module,
@@ -49,99 +47,43 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
                  bias: bool = False,
                  norm: bool = False) -> None:
         super().__init__()
-        groups, out_per_group, in_size = self.matrix_shape(dense)
+        kind = kind_of(dense)
+        if kind is None:
+            raise TypeError(f'a {type(dense).__name__} cannot be represented '
+                            'by a basis')
+        groups, out_per_group, in_size = kind.matrix_shape(dense)
         full_rank = min(out_per_group, in_size)
         if not 1 <= rank <= full_rank:
             raise ValueError(
                 f'the rank of a {type(dense).__name__} of matrix shape '
                 f'{(groups, out_per_group, in_size)} must be in '
                 f'[1, {full_rank}], but got {rank}')
+        self.kind = kind
         self.rank = rank
         self.groups = groups
         self.out_channels = groups * out_per_group
         self.dense_type = type(dense)
-        for name in _GEOMETRY:
-            if hasattr(dense, name):
-                setattr(self, name, getattr(dense, name))
-        weight = dense.weight
-        zeros = weight.new_zeros((groups, rank, in_size))
-        self.basis = _clone(dense, self.from_matrix(zeros, dense),
-                            **self._narrowed(dense, groups * rank))
-        self.norm = self._build_norm(groups * rank) if norm else None
-        self.coefficients = self._build_coefficients(
+        for name, value in own_attributes(dense).items():
+            if not (name in vars(self) or hasattr(type(self), name)
+                    or is_own_method(dense, name, value)):
+                vars(self)[name] = value
+        zeros = dense.weight.new_zeros((groups, rank, in_size))
+        self.basis = _clone(dense, kind.from_matrix(zeros, dense),
+                            **kind.channel_attributes(dense, groups * rank))
+        self.norm = kind.build_norm(dense, groups * rank) if norm else None
+        self.coefficients = kind.build_coefficients(
             dense, groups * rank, bias or dense.bias is not None)
+        self._inherit_state(dense)
+
+    def _inherit_state(self, dense: nn.Module) -> None:
+        """Mode, device, type, and which parameters are trained."""
+        weight = dense.weight
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
         for parameter in self._own_parameters():
             parameter.requires_grad = weight.requires_grad
-
-    # ------------------------------------------------- one kind of layer
-    @staticmethod
-    @abstractmethod
-    def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
-        """``(G, P / G, D)`` of a dense layer."""
-
-    @staticmethod
-    @abstractmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
-        """The weights ``H`` of a dense (or basis) layer, ``(G, P / G, D)``."""
-
-    @staticmethod
-    @abstractmethod
-    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
-        """The inverse of :meth:`to_matrix`, for any number of rows."""
-
-    @staticmethod
-    @abstractmethod
-    def _narrowed(dense: nn.Module, channels: int) -> dict:
-        """Attributes of ``dense`` that say how many channels it puts out."""
-
-    @staticmethod
-    @abstractmethod
-    def _build_norm(channels: int) -> nn.Module:
-        """The batch normalisation that fits behind the basis."""
-
-    @staticmethod
-    @abstractmethod
-    def _build_coefficients(dense: nn.Module, channels: int,
-                            bias: bool) -> nn.Module:
-        """The pointwise layer from ``channels`` to the output channels."""
-
-    @staticmethod
-    @abstractmethod
-    def channel_axis(dense: nn.Module) -> int:
-        """The axis of inputs and outputs, from the end, that holds the
-        channels."""
-
-    @staticmethod
-    def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
-        """How often the weights are applied to turn input ``x`` into output
-        ``y``: the MACs of the layer over the number of its weights."""
-        return y.numel() // dense.out_channels
-
-    @staticmethod
-    def sees_patches(dense: nn.Module) -> bool:
-        """Whether :meth:`patches` can tell what the layer's weights are
-        multiplied with."""
-        return False
-
-    @staticmethod
-    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
-                positions: Tensor) -> Tensor:
-        """What the weights are multiplied with at some output positions.
-
-        Args:
-            dense (nn.Module): A layer for which :meth:`sees_patches` holds.
-            x (Tensor): Its input.
-            out_shape (Sequence[int]): Spatial shape of its output.
-            positions (Tensor): Indices of positions of the flattened output,
-                shape ``(positions, )``.
-
-        Returns:
-            Tensor: Shape ``(N, G * D, positions)``: ``H`` times its blocks of
-            ``D`` rows is the output at these positions, without bias.
-        """
-        raise TypeError(f'the patches of a {type(dense).__name__} are unknown')
+        if dense.bias is not None:
+            self.coefficients.bias.requires_grad = dense.bias.requires_grad
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of a branch inside the dense layer."""
@@ -150,9 +92,25 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
             if module is not None:
                 yield from module.parameters()
 
+    def take_over(self, dense: nn.Module) -> None:
+        """Take the place of the dense layer that this one was built from.
+
+        Its hooks, which stay valid for their handles, are those of this layer
+        from now on; a ``forward`` of its own, as activation checkpointing
+        sets it, is bound to this layer.
+
+        Raises:
+            CannotRebind: If ``forward`` cannot be bound to this layer, see
+                :func:`why_not`.
+        """
+        rebound = rebound_attributes(dense, self)
+        share_hooks(dense, self)
+        share_inner_hooks(dense, self.basis)
+        vars(self).update(rebound)
+
     # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:
-        """Basis filters, the optional normalisation, then coefficients.
+        """Basis filters, the optional normalization, then coefficients.
 
         The arguments are those of the dense layer.
         """
@@ -166,21 +124,38 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         """Basis ``F`` of shape ``(G, Q, D)`` and coefficients ``w`` of shape
         ``(G, P / G, Q)``; gradients flow through both."""
         weight = self.coefficients.weight
-        return self.to_matrix(self.basis), weight.reshape(
+        return self.kind.to_matrix(self.basis), weight.reshape(
             self.groups, -1, self.rank)
 
     @property
     def weight(self) -> Tensor:
         """The weights of the dense layer that this one stands for, computed:
-        some models ask a layer for the type or device of its weights.
+        some models read the weights of their layers. With a normalization
+        between the factors, they are those of evaluation mode."""
+        coefficients = self._folded()[0].to(self.basis.weight)
+        matrix = merge(self.factors[0], coefficients)
+        return self.kind.from_matrix(matrix, self.basis)
 
-        Raises:
-            AttributeError: If a normalisation stands between the factors.
-        """
-        if self.norm is not None:
-            raise AttributeError('a layer with a normalisation between basis '
-                                 'and coefficients has no weight')
-        return self.from_matrix(merge(*self.factors), self.basis)
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """The bias of the dense layer that this one stands for, see
+        :attr:`weight`; shape ``(P, )``."""
+        bias = self._folded()[1]
+        return bias if bias is None else bias.to(self.basis.weight.dtype)
+
+    def _folded(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """Coefficients ``(G, P / G, Q)`` and bias ``(P, )`` that make up for
+        the normalization in evaluation mode."""
+        weight, bias = self.factors[1], self.coefficients.bias
+        if self.norm is None:
+            return weight, bias
+        norm, weight = self.norm, weight.double()
+        scale = norm.weight.double() / (norm.running_var.double() +
+                                        norm.eps).sqrt()
+        shift = norm.bias.double() - norm.running_mean.double() * scale
+        extra = (weight @ shift.view(self.groups, self.rank, 1)).flatten()
+        return (weight * scale.view(self.groups, 1, self.rank),
+                extra if bias is None else bias.double() + extra)
 
     @torch.no_grad()
     def set_factors(self,
@@ -198,7 +173,7 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         Raises:
             ValueError: If a bias is given to a layer without one.
         """
-        self.basis.weight.copy_(self.from_matrix(basis, self.basis))
+        self.basis.weight.copy_(self.kind.from_matrix(basis, self.basis))
         self.coefficients.weight.copy_(
             coefficients.reshape(self.coefficients.weight.shape))
         if bias is not None:
@@ -223,7 +198,7 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
                 ``(G, P / G)``. What the subspace loses of it goes into the
                 bias, if the layer has one. Defaults to zero.
         """
-        matrix = self.to_matrix(dense).detach().double()
+        matrix = self.kind.to_matrix(dense).detach().double()
         if vectors is None:
             vectors = spectrum_of_factor(matrix).vectors
         vectors = vectors[..., :self.rank]
@@ -246,11 +221,11 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         """Make the basis orthonormal; the function of the layer stays.
 
         Raises:
-            RuntimeError: If a normalisation stands between the factors: it
+            RuntimeError: If a normalization stands between the factors: it
                 acts on single basis filters, which would be mixed.
         """
         if self.norm is not None:
-            raise RuntimeError('a layer with a normalisation between basis '
+            raise RuntimeError('a layer with a normalization between basis '
                                'and coefficients cannot be retracted; call '
                                'fold_norm() first')
         self.set_factors(*orthonormalize(*self.factors))
@@ -258,7 +233,7 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
     # ------------------------------------------------------ deployment
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
-        """Fold the middle batch normalisation into the coefficients.
+        """Fold the middle batch normalization into the coefficients.
 
         Returns:
             BasisLayer: Self, changed in place; in evaluation mode it is the
@@ -266,20 +241,13 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
         """
         if self.norm is None:
             return self
-        norm, coefficients = self.norm, self.coefficients
-        scale = norm.weight.double() / (norm.running_var.double() +
-                                        norm.eps).sqrt()
-        shift = norm.bias.double() - norm.running_mean.double() * scale
-        weight = self.factors[1].double()
-        extra = weight @ shift.view(self.groups, self.rank, 1)
-        bias = extra.flatten()
+        coefficients, (weight, bias) = self.coefficients, self._folded()
         if coefficients.bias is None:
             coefficients.bias = nn.Parameter(
-                torch.zeros_like(bias, dtype=coefficients.weight.dtype),
+                coefficients.weight.new_zeros(self.out_channels),
                 requires_grad=coefficients.weight.requires_grad)
-        weight = weight * scale.view(self.groups, 1, self.rank)
         coefficients.weight.copy_(weight.reshape(coefficients.weight.shape))
-        coefficients.bias.add_(bias)
+        coefficients.bias.copy_(bias)
         self.norm = None
         return self
 
@@ -287,21 +255,33 @@ class BasisLayer(nn.Module, metaclass=ABCMeta):
     def to_dense(self) -> nn.Module:
         """The equivalent dense layer, of the class that was represented.
 
-        The middle normalisation, if any, is folded in the copy; this layer is
-        not changed.
+        The middle normalization, if any, is folded in it; this layer is not
+        changed. Hooks and a ``forward`` of the instance's own go along.
+
+        Raises:
+            ValueError: If the layer has a bias, and the dense one cannot.
         """
-        folded = self
-        if self.norm is not None:
-            folded = copy.deepcopy(self).fold_norm()
-        matrix = merge(*(factor.double() for factor in folded.factors))
-        bias = folded.coefficients.bias
-        weight = self.from_matrix(matrix, self.basis).to(self.basis.weight)
-        dense = _clone(folded.basis, weight,
-                       **self._narrowed(folded.basis, self.out_channels))
+        coefficients, bias = self._folded()
+        if bias is not None and not self.kind.takes_bias(self.basis):
+            raise ValueError(
+                f'a {self.dense_type.__name__} has no bias, so this basis '
+                'layer, which has one, cannot be merged: keep it as it is, '
+                'or compress with data_aware=False')
+        matrix = merge(self.factors[0].double(), coefficients.double())
+        weight = self.kind.from_matrix(matrix, self.basis)
+        channels = self.kind.channel_attributes(self.basis, self.out_channels)
+        dense = _clone(self.basis, weight.to(self.basis.weight), **channels)
+        dense.weight.requires_grad = (
+            self.basis.weight.requires_grad
+            or self.coefficients.weight.requires_grad)
         if bias is not None:
-            dense.bias = copy.deepcopy(bias)
-        for parameter in dense.parameters(recurse=False):
-            parameter.requires_grad = self.basis.weight.requires_grad
+            own = self.coefficients.bias
+            dense.bias = nn.Parameter(
+                bias.to(dense.weight).clone(), dense.weight.requires_grad
+                if own is None else own.requires_grad)
+        share_hooks(self, dense)
+        share_inner_hooks(self.basis, dense)
+        vars(dense).update(rebound_attributes(self, dense))
         return dense
 
     def extra_repr(self) -> str:
@@ -312,19 +292,28 @@ def _clone(module: nn.Module, weight: Tensor, **attributes) -> nn.Module:
     """Copy a layer with other weights, no bias and no hooks.
 
     Copying keeps whatever the class adds to the plain layer (adaptive padding,
-    an offset branch, …) without a word about it here. Its attributes are
-    shared: some models hang all that they remember on each of their layers
-    (DDQ).
+    an offset branch, …) without a word about it here. Plain attributes are
+    shared, not copied: a model may hang all that it remembers on each of its
+    layers. Methods that were replaced on the instance are left out.
     """
-    own = vars(nn.Module())
-    memo = {id(x): x for name, x in vars(module).items() if name not in own}
+    own = own_attributes(module)
+    fresh = {
+        name: value
+        for name, value in vars(nn.Module()).items()
+        if name.endswith('_hooks') or name == '_is_full_backward_hook'
+    }
+    memo = {id(x): x for x in own.values()}
+    for name, value in fresh.items():  # hooks may hold anything, even the run
+        if value is not None:
+            memo[id(vars(module)[name])] = value
     memo[id(module.weight)] = nn.Parameter(weight)
     if module.bias is not None:
         memo[id(module.bias)] = None
     clone = copy.deepcopy(module, memo)
-    for name, value in vars(clone).items():
-        if name.endswith('_hooks'):
-            value.clear()
+    vars(clone).update(fresh)
+    for name, value in own.items():
+        if is_own_method(module, name, value):
+            delattr(clone, name)
     for name, value in attributes.items():
         setattr(clone, name, value)
     return clone

@@ -1,0 +1,130 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Merging for deployment, in models that hold basis layers.
+
+Re-parameterised networks (RepVGG, MobileOne, LeViT, …) have methods that
+merge convolutions with what surrounds them. These read ``weight`` of a layer
+and expect no bias, and they would turn basis layers into dense ones again. So
+a block that holds basis layers is not merged: its middle normalizations are
+folded, and it stays what the plan says. All other blocks are merged.
+"""
+import inspect
+import sys
+from functools import partial, wraps
+from typing import Any, Callable, Iterator, List
+
+import mmcv.cnn
+import torch.nn as nn
+from mmengine.logging import MMLogger
+
+from ..layers import BasisLayer
+
+#: methods without arguments that merge the module they belong to
+MERGING_METHODS = ('switch_to_deploy', 'fuse', 'merge_kernel', 'local_inject',
+                   'reparameterize')
+
+
+def keep_structure(model: nn.Module) -> List[str]:
+    """Have basis layers survive the merging methods of the modules around
+    them. It is what the instances do from now on, and what their copies do.
+
+    Args:
+        model (nn.Module): Compressed.
+
+    Returns:
+        list[str]: The blocks that are not merged because of basis layers.
+    """
+    kept = []
+    for name, module in model.named_modules():
+        methods = list(_merging_methods(module))
+        if methods and _basis_layers(module):
+            for method in methods:
+                override_merging(module, method)
+            if not _is_merged_by_parts(module):
+                kept.append(name)
+    return kept
+
+
+def recommend_deployed_form(kept: List[str]) -> None:
+    """Say what compresses better, if blocks are kept from being merged."""
+    if kept:
+        MMLogger.get_current_instance().info(
+            '%d blocks (%s, …) that can be merged for deployment hold basis '
+            'layers and will not be merged: compressing the deployed form of '
+            'the model (deploy=True, or switch_to_deploy() before) is better',
+            len(kept), kept[0])
+
+
+def override_merging(module: nn.Module, method: str) -> None:
+    """Override a merging method of one instance, see :func:`_merge`."""
+    vars(module)[method] = partial(_merge, module, method)
+
+
+def _merge(module: nn.Module, method: str, *args, **kwargs) -> Any:
+    """What a merging method does instead of its class's.
+
+    Returns:
+        Any: The module itself where it is kept, since methods such as
+        ``fuse`` return what takes the place of the module.
+    """
+    layers = _basis_layers(module)
+    for layer in layers:
+        layer.fold_norm()
+    if layers and not _is_merged_by_parts(module):
+        return module
+    own = getattr(type(module), method, None)
+    return None if own is None else own(module, *args, **kwargs)
+
+
+def _merging_methods(module: nn.Module) -> Iterator[str]:
+    methods = []
+    for name in MERGING_METHODS:
+        method = getattr(type(module), name, None)
+        # mmdet's FPG has a method ``fuse`` that fuses its arguments
+        if inspect.isfunction(method) and not any(
+                x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD
+                for x in list(inspect.signature(method).parameters.values()
+                              )[1:]):
+            methods.append(name)
+    # beside others, ``reparameterize`` only computes the merged weights
+    yield from (methods[:-1] if len(methods) > 1
+                and methods[-1] == 'reparameterize' else methods)
+
+
+def _is_merged_by_parts(module: nn.Module) -> bool:
+    """Whether a module leaves merging to modules inside it."""
+    return any(
+        any(_merging_methods(x)) for x in module.modules() if x is not module)
+
+
+def _basis_layers(module: nn.Module) -> List[BasisLayer]:
+    return [x for x in module.modules() if isinstance(x, BasisLayer)]
+
+
+def _repair_fuse_conv_bn() -> None:
+    """Let MMCV fuse normalizations into basis layers: it would take the
+    layer in front of a basis layer for the one to fuse into."""
+    original: Callable = mmcv.cnn.fuse_conv_bn
+
+    @wraps(original)
+    def fuse_conv_bn(module: nn.Module) -> nn.Module:
+        places = [(parent, name, child) for parent in module.modules()
+                  for name, child in parent._modules.items()
+                  if isinstance(child, BasisLayer)]
+        for layer in _basis_layers(module):
+            layer.fold_norm()
+        for parent, name, layer in places:
+            parent._modules[name] = layer.coefficients
+        try:
+            return original(module)
+        finally:
+            for parent, name, layer in places:
+                parent._modules[name] = layer
+
+    home = sys.modules[original.__module__]
+    for module in list(sys.modules.values()):
+        if module is not home and vars(module).get(
+                'fuse_conv_bn') is original:
+            setattr(module, 'fuse_conv_bn', fuse_conv_bn)
+
+
+_repair_fuse_conv_bn()

@@ -1,0 +1,241 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What was attached to a layer and goes along when the layer is replaced:
+hooks, attributes, and a ``forward`` of the instance's own."""
+import copy
+from functools import partial
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType
+from types import MethodType, ModuleType
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch.nn as nn
+from torch import Tensor
+
+_HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs',
+          '_forward_hooks_always_called', '_forward_pre_hooks',
+          '_forward_pre_hooks_with_kwargs', '_backward_hooks',
+          '_backward_pre_hooks', '_is_full_backward_hook')
+_STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks',
+                '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
+_OPAQUE = (nn.Module, Tensor, ModuleType, type, str, bytes,
+           BuiltinFunctionType)
+#: objects that are looked through before giving up
+_MOST = 100000
+
+
+class CannotRebind(Exception):
+    """A callable depends on a layer in a way that cannot be rebound."""
+
+
+def own_attributes(module: nn.Module) -> Dict[str, Any]:
+    """The attributes of an instance that :class:`nn.Module` does not have."""
+    plain = vars(nn.Module())
+    return {k: v for k, v in vars(module).items() if k not in plain}
+
+
+def is_own_method(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute replaces or keeps a method of its instance."""
+    return callable(value) and (hasattr(type(module), name) or getattr(
+        value, '__self__', None) is module)
+
+
+def why_not_inherited(module: nn.Module) -> Optional[str]:
+    """Why a replacement could not behave as a layer does; None if it can."""
+    if any(vars(module).get(name) for name in _STATE_HOOKS):
+        return 'hooks on its state dict speak of its own weights'
+    for name, value in own_attributes(module).items():
+        if callable(value) and hasattr(type(module), name):
+            if name != 'forward':
+                return f'its {name} was replaced on the instance'
+    try:
+        rebound_attributes(module, module)
+    except CannotRebind as error:
+        return f'its forward was replaced on the instance ({error})'
+    return None
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of another one. Both hold the same dictionaries
+    afterwards, so that the handles of the hooks stay valid."""
+    vars(new).update({k: vars(old)[k] for k in _HOOKS if k in vars(old)})
+
+
+def share_inner_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The same for the modules inside two modules (an offset branch)."""
+    for name, module in old.named_modules():
+        if name:
+            share_hooks(module, new.get_submodule(name))
+
+
+def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
+    """Callable attributes of a layer, its own ``forward`` above all, for the
+    layer that replaces it.
+
+    Args:
+        old (nn.Module): The layer to replace.
+        new (nn.Module): Its replacement.
+
+    Returns:
+        dict[str, Any]: The attributes to set, by name: those that depended on
+        ``old`` depend on ``new`` instead.
+
+    Raises:
+        CannotRebind: If ``old`` has a ``forward`` of its own that does not
+            end in the class's, or that holds on to ``old`` out of reach.
+    """
+    own = own_attributes(old)
+    if 'forward' not in own:
+        return {}
+    rebind = _Rebind(old, new)
+    rebound = {k: rebind(v) for k, v in own.items() if callable(v)}
+    if not rebind.calls_class:
+        raise CannotRebind('it does not call the forward of its class')
+    rebound['forward'] = _OwnForward(rebound['forward'], new)
+    return {k: v for k, v in rebound.items() if v is not own[k]}
+
+
+class _OwnForward:
+    """A ``forward`` bound to a layer. In a copy of the layer it is bound to
+    the copy, even if it is a closure, which copying leaves as it is."""
+
+    def __init__(self, call: Any, module: nn.Module) -> None:
+        self.call, self.module = call, module
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> '_OwnForward':
+        module = copy.deepcopy(self.module, memo)
+        return _OwnForward(_Rebind(self.module, module)(self.call), module)
+
+
+class _Rebind:
+    """Rebuild a callable with one layer in the place of another, wherever it
+    holds that: as the object of a method, in a partial or a closure.
+
+    Args:
+        old (nn.Module): The layer that is replaced.
+        new (nn.Module): Its replacement.
+    """
+
+    def __init__(self, old: nn.Module, new: nn.Module) -> None:
+        self.old, self.new = old, new
+        #: whether the ``forward`` of the old layer's class was met
+        self.calls_class = False
+        self._done: Dict[int, Any] = {}
+        self._seen: Dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if value is self.old:
+            return self.new
+        if isinstance(value, _OwnForward):
+            return self(value.call)
+        if isinstance(value, MethodType) and value.__self__ is self.old:
+            if value.__func__ is not type(self.old).forward:
+                raise CannotRebind(f'it calls {value.__name__}')
+            self.calls_class = True
+            return MethodType(type(self.new).forward, self.new)
+        if id(value) not in self._done:
+            if isinstance(value, partial):
+                self._partial(value)
+            elif isinstance(value, FunctionType):
+                self._function(value)
+            else:
+                self._refuse(value)
+                self._done[id(value)] = value
+        return self._done[id(value)]
+
+    def _partial(self, value: partial) -> None:
+        self._done[id(value)] = value  # ends circles
+        rebuilt = type(value)(
+            self(value.func), *map(self, value.args),
+            **self._values(value.keywords))
+        vars(rebuilt).update(self._values(vars(value)))
+        self._done[id(value)] = rebuilt
+
+    def _function(self, value: FunctionType) -> None:
+        for name in _global_names(value.__code__):
+            self._refuse(value.__globals__.get(name), value.__globals__)
+        cells = [x for x in value.__closure__ or () if _content(x) is not x]
+        new_cells = {id(x): CellType() for x in cells}
+        defaults = value.__defaults__ or ()
+        rebuilt = FunctionType(
+            value.__code__, value.__globals__, value.__name__, None,
+            value.__closure__ and tuple(
+                new_cells.get(id(x), x) for x in value.__closure__))
+        self._done[id(value)] = rebuilt
+        for cell in cells:
+            new_cells[id(cell)].cell_contents = self(cell.cell_contents)
+        rebuilt.__defaults__ = tuple(map(self, defaults)) or None
+        rebuilt.__kwdefaults__ = self._values(value.__kwdefaults__) or None
+        vars(rebuilt).update(self._values(vars(value)))
+        rebuilt.__qualname__, rebuilt.__doc__ = (value.__qualname__,
+                                                 value.__doc__)
+        if all(x is y or (x is value and y is rebuilt)
+               for x, y in zip(_parts(value), _parts(rebuilt))):
+            self._done[id(value)] = value  # nothing of the layer in it
+
+    def _values(self, items: Optional[dict]) -> dict:
+        return {k: self(v) for k, v in (items or {}).items()}
+
+    def _refuse(self, value: Any, scope: Optional[dict] = None) -> None:
+        """Require that data, or what a global name stands for, do not lead to
+        the old layer; global names are followed in ``scope`` only."""
+        weights = [x for x in self.old._parameters.values() if x is not None]
+        queue = [value]
+        while queue:
+            value = queue.pop()
+            if value is self.old or getattr(value, '__self__',
+                                            None) is self.old:
+                raise CannotRebind('it reaches the layer by a global name or '
+                                   'through data')
+            if any(value is x for x in weights):
+                raise CannotRebind('it holds the weights of the layer')
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value  # alive, so that ids are unique
+                queue.extend(_contents(value, scope))
+            if len(self._seen) > _MOST:
+                raise CannotRebind('it holds too much to look through')
+
+
+def _content(cell: CellType) -> Any:
+    """The content of a cell; the cell itself if it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
+
+
+def _parts(value: FunctionType) -> List[Any]:
+    """What a function holds, apart from global names."""
+    return [
+        *map(_content, value.__closure__ or ()), *(value.__defaults__ or ()),
+        *(value.__kwdefaults__ or {}).values(),
+        *vars(value).values()
+    ]
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """The global names that a function and those inside it may use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)
+
+
+def _contents(value: Any, scope: Optional[dict]) -> Iterator[Any]:
+    """What a value leads to, as far as that can be followed."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        yield from value
+    elif isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, FunctionType):
+        yield from _parts(value)
+        if value.__globals__ is scope:
+            for name in _global_names(value.__code__):
+                yield value.__globals__.get(name)
+    elif hasattr(value, '__dict__') and not isinstance(value, _OPAQUE):
+        yield from vars(value).values()
