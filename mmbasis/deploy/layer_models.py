@@ -107,11 +107,14 @@ def _geometry(module: nn.Module) -> str:
     return '_'.join(parts)
 
 
-def _fill(layer: nn.Module) -> nn.Module:
-    """Numbers as a trained layer has them: zeros may be faster."""
-    for parameter in layer.parameters():
+def _basis(layer: LayerInfo, rank: int) -> nn.Module:
+    """The layer at a rank, with numbers as after training: zeros may be
+    faster."""
+    assert layer.kind is not None  # compressible layers have one
+    module = layer.kind(layer.module, rank)
+    for parameter in module.parameters():
         nn.init.normal_(parameter, std=.05)
-    return layer.eval()
+    return module.eval()
 
 
 class LayerModels:
@@ -175,8 +178,7 @@ class LayerModels:
         carrier = f'{CARRIER}/{"x".join(map(str, shape))}'
         self.add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
         for rank in (None, *ranks):
-            module = layer.module if rank is None else _fill(
-                layer.kind(layer.module, rank))
+            module = layer.module if rank is None else _basis(layer, rank)
             self.add(
                 f'{group}/{"dense" if rank is None else f"rank{rank}"}',
                 _Carrier(channels, dims, module),
@@ -185,7 +187,7 @@ class LayerModels:
                 group=group,
                 carrier=carrier,
                 rank=rank,
-                kind=layer.kind.__name__,
+                kind=layer.kind and layer.kind.__name__,
                 weight_shape=list(layer.module.weight.shape),
                 uses={layer.name: count})
 
@@ -206,8 +208,7 @@ class LayerModels:
         compressed = copy.deepcopy(model)
         replace_modules(
             compressed, {
-                layer.module: _fill(
-                    layer.kind(layer.module, ranks[layer.name]))
+                layer.module: _basis(layer, ranks[layer.name])
                 for layer in find_layers(compressed) if layer.name in ranks
             })
         self.add(
