@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import os.path as osp
+
 from setuptools import find_packages, setup
 
 HERE = osp.dirname(osp.abspath(__file__))

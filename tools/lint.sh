@@ -12,10 +12,10 @@ check() {
   "$@" || failed+=("$name")
 }
 
-check ruff "$bin/ruff" check --quiet "$@"
+check ruff "$bin/ruff" check --quiet --output-format concise "$@"
 check mypy "$bin/mypy" --no-error-summary
-check codespell "$bin/codespell" "$@" README.md CHANGELOG.md Makefile \
-  requirements
+check codespell "$bin/codespell" "$@" README.md CHANGELOG.md \
+  CONTRIBUTING.md Makefile requirements .github
 check 'Python 3.8' "$bin/vermin" -t=3.8- --no-tips --violations --quiet "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
