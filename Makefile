@@ -39,10 +39,8 @@ lint: env
 	VENV=$(VENV) tools/lint.sh $(SOURCES)
 
 format: env
-	$(VENV)/bin/isort $(SOURCES)
-	$(VENV)/bin/yapf -i -r $(SOURCES)
-	$(VENV)/bin/docformatter -i -r --wrap-descriptions 79 $(SOURCES)
+	$(VENV)/bin/ruff check --fix --show-fixes $(SOURCES)
 
 clean:
-	rm -rf build dist work_dirs/demo .pytest_cache mmbasis.egg-info
+	rm -rf build dist work_dirs/demo .*_cache mmbasis.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import os.path as osp
+
 from setuptools import find_packages, setup
 
 HERE = osp.dirname(osp.abspath(__file__))
@@ -31,6 +32,7 @@ setup(
     "inside MMEngine's runner",
     license='Apache License 2.0',
     packages=find_packages(include=('mmbasis', 'mmbasis.*')),
+    package_data={'mmbasis': ['py.typed']},
     python_requires='>=3.8,<3.12',
     install_requires=read_requirements('runtime'),
     extras_require={

@@ -62,9 +62,9 @@ def _keep_tracing_exporter() -> None:
 def repair_partition() -> None:
     """Let MMDeploy cut graphs with onnx >= 1.17.
 
-    MMDeploy replaces a private method of onnx' extractor by one of its own;
-    that method has other arguments since onnx 1.17, where onnx' own is as
-    fast.
+    MMDeploy replaces a private method of onnx's extractor with one of its
+    own. That method has other arguments since onnx 1.17, where onnx's own is
+    as fast.
     """
     from mmdeploy.core.optimizers import extractor
     from onnx.utils import Extractor
@@ -78,8 +78,9 @@ def repair_partition() -> None:
         setattr(extractor, f'{name}_fast', own)
 
 
+@functools.lru_cache(maxsize=None)
 def repair_static_methods() -> None:
-    """Have MMDeploy give static methods back that it rewrote.
+    """Make MMDeploy restore the static methods that it rewrote.
 
     Its rewriter restores a static method as a plain function, which then
     takes the object for its first argument: Swin no longer runs in a process
@@ -87,8 +88,6 @@ def repair_static_methods() -> None:
     """
     from mmdeploy.core.rewriters.function_rewriter import FunctionRewriter
     enter, leave = FunctionRewriter.enter, FunctionRewriter.exit
-    if getattr(enter, 'keeps_static_methods', False):
-        return
 
     @functools.wraps(enter)
     def enter_noting(self, *args, **kwargs):
@@ -101,7 +100,6 @@ def repair_static_methods() -> None:
         for owner, name, method in self.static_methods:
             setattr(owner, name, method)
 
-    enter_noting.keeps_static_methods = True
     FunctionRewriter.enter = enter_noting
     FunctionRewriter.exit = leave_restoring
 
@@ -111,11 +109,11 @@ def _static_methods(paths: Iterable[str]) -> List[Tuple[type, str, Any]]:
     found = []
     for path in paths:
         place, _, name = path.rpartition('.')
-        module, _, owner = place.rpartition('.')
-        cls = getattr(sys.modules.get(module), owner, None)
-        method = vars(cls).get(name) if isinstance(cls, type) else None
-        if isinstance(method, staticmethod):
-            found.append((cls, name, method))
+        module, _, class_name = place.rpartition('.')
+        owner = getattr(sys.modules.get(module), class_name, None)
+        if isinstance(owner, type) and isinstance(
+                vars(owner).get(name), staticmethod):
+            found.append((owner, name, vars(owner)[name]))
     return found
 
 

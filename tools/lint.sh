@@ -12,13 +12,10 @@ check() {
   "$@" || failed+=("$name")
 }
 
-check flake8 "$bin/flake8" "$@"
-check isort "$bin/isort" --check-only --diff --quiet "$@"
-check yapf "$bin/yapf" --diff --recursive "$@"
-check codespell "$bin/codespell" "$@" README.md CHANGELOG.md Makefile \
-  requirements
-check docformatter "$bin/docformatter" --check --recursive \
-  --wrap-descriptions 79 "$@"
+check ruff "$bin/ruff" check --quiet --output-format concise "$@"
+check mypy "$bin/mypy" --no-error-summary
+check codespell "$bin/codespell" "$@" README.md CHANGELOG.md \
+  CONTRIBUTING.md Makefile requirements .github
 check 'Python 3.8' "$bin/vermin" -t=3.8- --no-tips --violations --quiet "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then

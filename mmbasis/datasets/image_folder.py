@@ -16,19 +16,17 @@ class ImageFolder(BaseDataset):
 
     The layout, the order of classes (sorted folder names) and the samples
     (``img_path``, ``gt_label``) are those of mmpretrain's
-    ``CustomDataset``. In addition it can keep a part of the training images
-    aside, since whatever is chosen (ranks, recalibration, the epoch that is
-    kept) must not be chosen on the test images, and it says how to get the
-    images when they are missing.
+    ``CustomDataset``. In addition it can hold out a part of the training
+    images, because nothing (ranks, recalibration, the best epoch) may be
+    chosen on the test images, and it says how to get missing images.
 
     Args:
         data_root (str): Folder that holds one folder per class.
-        part (str): ``'all'`` images; or ``'holdout'``, the part kept aside;
+        part (str): ``'all'`` images; or ``'holdout'``, the part held out;
             or ``'train'``, the rest. The part is spread evenly over the
             sorted files of each class, so it is the same on every machine.
             Defaults to ``'all'``.
-        holdout (float): Fraction kept aside, between 0 and 1. Defaults to
-            0.1.
+        holdout (float): Fraction held out, between 0 and 1. Defaults to 0.1.
         hint (str): How to get the images; ends the error for a missing
             folder. Defaults to ''.
         **kwargs: Other arguments of :class:`mmengine.dataset.BaseDataset`,

@@ -3,7 +3,7 @@
 import copy
 import os
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -112,9 +112,9 @@ def _before_nms(deployment: Deployment, data: dict,
         backend=backend,
         ir=IR.ONNX)
     with torch.no_grad(), RewriterContext(
-            cfg, backend, IR.ONNX, opset=cfg.onnx_config.opset_version):
-        with _recorded_marks() as marks:
-            model(inputs, data_samples=data['data_samples'], mode='predict')
+            cfg, backend, IR.ONNX, opset=cfg.onnx_config.opset_version
+    ), _recorded_marks() as marks:
+        model(inputs, data_samples=data['data_samples'], mode='predict')
     return marks
 
 
@@ -191,7 +191,7 @@ def _compare_scores(deployment: Deployment, session: Any,
             inputs, copy.deepcopy(data['data_samples']), mode='predict')
     theirs = torch.stack([sample.pred_score for sample in samples])
     ours = next(iter(run_onnx(session, inputs).values()))
-    result = dict(scores=_difference(ours, theirs))
+    result: Dict[str, Any] = dict(scores=_difference(ours, theirs))
     result['top1'] = bool((ours.argmax(1) == theirs.argmax(1).numpy()).all())
     result['agrees'] = (
         result['top1'] and result['scores']['largest'] <= SCORE_TOLERANCE)
@@ -202,11 +202,8 @@ Boxes = Tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _instances(samples: Sequence[Any]) -> Boxes:
-    """Detections in one image.
-
-    Boxes end at its border, and those wholly
-    outside are none: MMDeploy leaves that to its user.
-    """
+    """Detections in one image, clipped to it; those wholly outside are
+    dropped, which MMDeploy leaves to its user."""
     found = samples[0].pred_instances
     height, width = samples[0].ori_shape[:2]
     boxes = found.bboxes.detach().numpy()
@@ -234,29 +231,40 @@ def match_boxes(ours: Boxes, theirs: Boxes) -> Dict[str, Any]:
     """
     floors = [x[1].min() for x in (ours, theirs) if len(x[1])]
     floor = max(floors) + SCORE_TOLERANCE if len(floors) == 2 else -1.
-    compared, unmatched = 0, 0
-    boxes: List[float] = []
-    scores: List[float] = []
-    for first, second in ((ours, theirs), (theirs, ours)):
-        for box, score, label in zip(*first):
-            if score <= floor:
-                continue
-            compared += 1
-            corner = np.abs(second[0] - box).max(1, initial=0)
-            score_gap = np.abs(second[1] - score)
-            fits = ((second[2] == label) & (corner <= BOX_TOLERANCE)
-                    & (score_gap <= SCORE_TOLERANCE))
-            if not fits.any():
-                unmatched += 1
-                continue
-            partner = np.where(fits, corner, np.inf).argmin()
-            boxes.append(float(corner[partner]))
-            scores.append(float(score_gap[partner]))
-    summary = {
-        key: dict(largest=max(x, default=0.), mean=sum(x) / max(len(x), 1))
-        for key, x in (('boxes', boxes), ('scores', scores))
-    }
-    return dict(compared=compared, unmatched=unmatched, **summary)
+    gaps = [
+        *_partner_gaps(ours, theirs, floor),
+        *_partner_gaps(theirs, ours, floor)
+    ]
+    found = [gap for gap in gaps if gap is not None]
+    result: Dict[str, Any] = dict(
+        compared=len(gaps), unmatched=len(gaps) - len(found))
+    for column, key in enumerate(('boxes', 'scores')):
+        values = [gap[column] for gap in found]
+        result[key] = dict(
+            largest=max(values, default=0.),
+            mean=sum(values) / max(len(values), 1))
+    return result
+
+
+def _partner_gaps(first: Boxes, second: Boxes,
+                  floor: float) -> List[Optional[Tuple[float, float]]]:
+    """How far each detection of ``first`` whose score is above the floor is
+    from its partner in ``second``, in corners and in score; None where it has
+    no partner."""
+    gaps: List[Optional[Tuple[float, float]]] = []
+    for box, score, label in zip(*first):
+        if score <= floor:
+            continue
+        corner = np.abs(second[0] - box).max(1, initial=0)
+        score_gap = np.abs(second[1] - score)
+        fits = ((second[2] == label) & (corner <= BOX_TOLERANCE)
+                & (score_gap <= SCORE_TOLERANCE))
+        if not fits.any():
+            gaps.append(None)
+            continue
+        partner = np.where(fits, corner, np.inf).argmin()
+        gaps.append((float(corner[partner]), float(score_gap[partner])))
+    return gaps
 
 
 def _compare_boxes(deployment: Deployment, backend_model: Any,

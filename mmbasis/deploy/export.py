@@ -62,7 +62,7 @@ class Deployment:
 
     @property
     def backend(self) -> str:
-        """Name of the back end: ``'onnxruntime'``, ``'tensorrt'`` …"""
+        """Name of the back end, such as ``'onnxruntime'``."""
         return self.deploy_cfg.backend_config.type
 
     @property

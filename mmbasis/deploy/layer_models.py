@@ -5,6 +5,7 @@ import json
 import os
 import os.path as osp
 import re
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch.nn as nn
 
 from ..compression.surgery import replace_modules
 from ..layers import BasisLayer
-from ..planning import LayerInfo, evaluation, find_layers
+from ..planning import Costs, Layer, find_layers
 from ..planning.latency import CARRIER, COMPRESSED_ID, MODEL_ID
-from ..planning.layers import choose_layers
+from ..planning.statistics import LayerRecorder
+from ..running import evaluation
 from ..utils.io import write_atomically
 
 #: channels that feed a layer: few, so that feeding it costs little
@@ -41,56 +43,50 @@ class _Carrier(nn.Module):
         return self.reduce(self.layer(self.feed(x)))
 
 
-def _dims(layer: LayerInfo) -> int:
+def _dims(layer: Layer) -> int:
     """Spatial dimensions, 0 for a linear layer."""
     return max(0, layer.module.weight.dim() - 2)
 
 
 def layer_shapes(model: nn.Module, inputs: torch.Tensor,
-                 samples: Optional[list]) -> List[Tuple[LayerInfo, dict]]:
-    """Compressible layers and the input shapes that they see.
+                 samples: Optional[list]) -> List[Tuple[Costs, dict]]:
+    """Layers that can be compressed and the input shapes that they see.
 
     Args:
-        model (nn.Module): The dense model; its layers get their costs for
-            these inputs.
+        model (nn.Module): The dense model.
         inputs (Tensor): A batch, ``(N, 3, H, W)``.
         samples (list, optional): ``data_samples`` for detectors that ask for
             them even in mode ``'tensor'``.
 
     Returns:
-        list[tuple[LayerInfo, dict]]: Layers, and for each how often it sees
-        an input shape in one forward pass.
+        list[tuple[Costs, dict]]: Costs of the layers for these inputs, and
+        for each how often it sees an input shape in one forward pass.
     """
-    layers = find_layers(model)
-    choose_layers(model, layers)
-    layers = [layer for layer in layers if layer.compressible]
+    layers = [x for x in find_layers(model) if x.obstacle is None]
     seen: Dict[str, Dict[tuple, int]] = {layer.name: {} for layer in layers}
-    handles = []
-    for layer in layers:
+    recorder = LayerRecorder(layers)
+    with evaluation(model), ExitStack() as stack, recorder:
+        for layer in layers:
 
-        def count(module, args, output, layer=layer):
-            shapes = seen[layer.name]
-            shape = tuple(args[0].shape)
-            shapes[shape] = shapes.get(shape, 0) + 1
-            layer.weight_positions += layer.kind.weight_positions(
-                module, args[0], output)
-            layer.out_positions += output.numel() // (
-                layer.matrix_shape[0] * layer.matrix_shape[1])
+            def count(module: nn.Module,
+                      args: tuple,
+                      shapes: Dict[tuple, int] = seen[layer.name]) -> None:
+                shape = tuple(args[0].shape)
+                shapes[shape] = shapes.get(shape, 0) + 1
 
-        handles.append(layer.module.register_forward_hook(count))
-    try:
-        with evaluation(model), torch.no_grad():
-            model(inputs, samples, mode='tensor')
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(layer, seen[layer.name]) for layer in layers if seen[layer.name]]
+            stack.callback(
+                layer.module.register_forward_pre_hook(count).remove)
+        model(inputs, samples, mode='tensor')
+        recorder.images = recorder.passes = 1
+    statistics = recorder.finish()
+    return [(Costs(layer, statistics[layer.name]), seen[layer.name])
+            for layer in layers if seen[layer.name]]
 
 
-def rank_grid(layer: LayerInfo, count: int, round_to: int) -> List[int]:
+def rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
     """Ranks to measure: multiples of ``round_to`` that save MACs, evenly
     spread."""
-    ranks = np.arange(round_to, layer.break_even() + 1, round_to)
+    ranks = np.arange(round_to, costs.break_even + 1, round_to)
     if len(ranks) > count:
         chosen = np.linspace(0, len(ranks) - 1, count)
         ranks = ranks[chosen.round().astype(int)]
@@ -108,11 +104,13 @@ def _geometry(module: nn.Module) -> str:
     return '_'.join(parts)
 
 
-def _fill(layer: nn.Module) -> nn.Module:
-    """Numbers as a trained layer has them: zeros may be faster."""
-    for parameter in layer.parameters():
+def _basis(layer: Layer, rank: int) -> nn.Module:
+    """The layer at a rank, with numbers as after training: zeros may be
+    faster."""
+    module = BasisLayer(layer.module, rank)
+    for parameter in module.parameters():
         nn.init.normal_(parameter, std=.05)
-    return layer.eval()
+    return module.eval()
 
 
 class LayerModels:
@@ -157,7 +155,7 @@ class LayerModels:
         self.entries.append(
             dict(id=name, onnx=file, input_shape=list(shape), **keys))
 
-    def add_layer(self, layer: LayerInfo, shape: Tuple[int, ...], count: int,
+    def add_layer(self, layer: Layer, shape: Tuple[int, ...], count: int,
                   ranks: Sequence[int]) -> None:
         """Add a layer at one input shape, dense and at ranks.
 
@@ -176,8 +174,7 @@ class LayerModels:
         carrier = f'{CARRIER}/{"x".join(map(str, shape))}'
         self.add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
         for rank in (None, *ranks):
-            module = layer.module if rank is None else _fill(
-                BasisLayer(layer.module, rank))
+            module = layer.module if rank is None else _basis(layer, rank)
             self.add(
                 f'{group}/{"dense" if rank is None else f"rank{rank}"}',
                 _Carrier(channels, dims, module),
@@ -186,7 +183,7 @@ class LayerModels:
                 group=group,
                 carrier=carrier,
                 rank=rank,
-                kind=layer.kind.name,
+                kind=layer.kind and layer.kind.name,
                 weight_shape=list(layer.module.weight.shape),
                 uses={layer.name: count})
 
@@ -207,8 +204,7 @@ class LayerModels:
         compressed = copy.deepcopy(model)
         replace_modules(
             compressed, {
-                layer.module: _fill(
-                    BasisLayer(layer.module, ranks[layer.name]))
+                layer.module: _basis(layer, ranks[layer.name])
                 for layer in find_layers(compressed) if layer.name in ranks
             })
         self.add(
@@ -237,9 +233,10 @@ class LayerModels:
         """
         layers = layer_shapes(model, torch.randn(*shape), samples)
         middle = {}
-        for index, (layer, seen) in enumerate(layers):
+        for index, (costs, seen) in enumerate(layers):
+            layer = costs.layer
             listener(f'{index + 1} of {len(layers)}: {layer.name}')
-            ranks = rank_grid(layer, count, round_to)
+            ranks = rank_grid(costs, count, round_to)
             for layer_shape, uses in seen.items():
                 self.add_layer(layer, layer_shape, uses, ranks)
             if ranks:

@@ -8,8 +8,15 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from ..compression import (attach_plan, basis_layers, get_plan, load_weights,
-                           plan_of, read_checkpoint, save_checkpoint)
+from ..compression import (
+    attach_plan,
+    basis_layers,
+    get_plan,
+    load_weights,
+    plan_of,
+    read_checkpoint,
+    save_checkpoint,
+)
 from ..compression.surgery import replace_modules
 from ..models import build_compressed, dense_architecture, standalone_config
 from ..planning import CompressionPlan, DensePlan
@@ -28,8 +35,14 @@ def merge_layers(model: nn.Module, names: List[str],
 
     Returns:
         CompressionPlan: The plan of the model now, which it carries.
+
+    Raises:
+        ValueError: If the model carries no plan.
     """
     plan = get_plan(model)
+    if plan is None:
+        raise ValueError(f'this {type(model).__name__} carries no plan: only '
+                         'a compressed model has layers to merge')
     modules = dict(basis_layers(model))
     merged = {name: modules[name].to_dense() for name in names}
     replace_modules(model, {modules[n]: merged[n] for n in names})
@@ -62,23 +75,34 @@ def _target(deploy_cfg: Union[str, Config]) -> Dict[str, str]:
     return dict(backend=backend.type, precision=precision)
 
 
+def _slow_layers(plan: CompressionPlan,
+                 latencies: LatencyTable) -> Dict[str, Dict[str, Any]]:
+    """Layers of a plan that are not faster as a basis."""
+    return {
+        name: dict(
+            rank=entry.rank,
+            basis_ms=latencies.cost(name, entry.rank),
+            dense_ms=latencies.cost(name, None))
+        for name, entry in plan.layers.items() if name in latencies.curves
+        and not latencies.is_faster(name, entry.rank)
+    }
+
+
 def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
                       checkpoint: str, table: str,
                       work_dir: str) -> Tuple[Config, str, Dict[str, Any]]:
     """Merge the layers that the latency table does not show to be faster.
 
     Args:
-        deploy_cfg (str | Config): The table must be of its back end and
-            precision.
-        model_cfg (Config): Config of the compressed model, or of the dense
-            one.
+        deploy_cfg (str | Config): Has the table's back end and precision.
+        model_cfg (Config): Of the compressed model, or of the dense one.
         checkpoint (str): The compressed weights.
         table (str): The latency table.
         work_dir (str): Gets ``merged.pth`` where a layer was merged.
 
     Returns:
         tuple[Config, str, dict]: Config and checkpoint of the result, and
-        what each merged layer took, ms.
+        for each merged layer its rank and what it took, ms.
 
     Raises:
         ValueError: If the table is of another back end, precision or model,
@@ -94,14 +118,7 @@ def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
     init_default_scope(model_cfg.get('default_scope', 'mmengine'))
     model = build_compressed(dense_architecture(model_cfg), plan)
     load_weights(model, content, checkpoint)
-    slow = {}
-    for name, entry in plan.layers.items():
-        if name in latencies.curves and not latencies.is_faster(
-                name, entry.rank):
-            slow[name] = dict(
-                rank=entry.rank,
-                basis_ms=latencies.cost(name, entry.rank),
-                dense_ms=latencies.cost(name, None))
+    slow = _slow_layers(plan, latencies)
     if not slow:
         return model_cfg, checkpoint, {}
     plan = merge_layers(model, list(slow), 'merged: not faster as a basis')

@@ -80,11 +80,10 @@ def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
         images (list[ndarray]): Each ``(1, 3, H, W)``.
     """
     import onnx
-    from onnxruntime.quantization import (CalibrationDataReader, QuantFormat,
-                                          QuantType, quantize_static)
+    from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):
 
         def __init__(self, name: str) -> None:
             self.feeds: Iterator[dict] = ({name: x} for x in images)
@@ -97,15 +96,15 @@ def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
     try:
         # symbolic shapes fail on the data-dependent ones of detectors
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        quantize_static(
+        quantization.quantize_static(
             prepared,
             output,
             Reader(name),
-            quant_format=QuantFormat.QDQ,
+            quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=['Conv', 'MatMul', 'Gemm'],
             per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8)
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8)
     finally:
         if os.path.exists(prepared):
             os.remove(prepared)

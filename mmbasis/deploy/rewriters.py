@@ -27,8 +27,8 @@ def gather_topk__plain(
         is_batched: bool = True) -> Union[Optional[Tensor], List]:
     """Pick the best candidates with ONNX's own operators.
 
-    MMDeploy's TensorRT version puts out its plugin ``GatherTopk``. That one
-    is kept where non-maximum suppression, another plugin, is in the graph.
+    MMDeploy's TensorRT version emits its plugin ``GatherTopk``. That one is
+    kept where non-maximum suppression, another plugin, is in the graph.
 
     Args:
         *inputs (Tensor, optional): Shape ``(N, boxes, ...)``, or
@@ -66,14 +66,15 @@ def gather_topk__plain(
 def rtmdet_head__predict_by_feat(self,
                                  cls_scores: List[Tensor],
                                  bbox_preds: List[Tensor],
-                                 batch_img_metas: Optional[List[dict]] = None,
+                                 batch_img_metas: List[dict],
                                  **_) -> Tuple[Tensor, Tensor]:
     """Decode RTMDet's boxes as MMDetection does.
 
-    MMDeploy's own rewriter does not end the boxes at the image's border, so
-    that non-maximum suppression there decides differently.
+    MMDeploy's own rewriter does not clip the boxes to the image, so that
+    non-maximum suppression decides differently there.
 
     Args:
+        self (RTMDetHead): The head.
         cls_scores (list[Tensor]): Of each level, ``(N, classes, H, W)``.
         bbox_preds (list[Tensor]): Distances in pixels, ``(N, 4, H, W)``.
         batch_img_metas (list[dict]): With ``img_shape``, (height, width).

@@ -33,10 +33,9 @@ def reduced_rank_regression(
         prior (Tensor): ``M0``, shape ``(G, P, N)``, what the map would be if
             nothing had changed.
         rank (int, optional): ``Q``. Defaults to full rank.
-        weight (Tensor, optional): ``W``, symmetric and positive
-            semi-definite, shape ``(G, P, P)``: an error ``e`` counts
-            ``e^T W e``. Defaults to the identity. At full rank it does not
-            matter.
+        weight (Tensor, optional): ``W``, positive semi-definite, shape
+            ``(G, P, P)``: an error ``e`` counts ``e^T W e``. Defaults to the
+            identity. At full rank it does not matter.
         ridge (float): ``lambda`` as a fraction of the largest eigenvalue of
             ``second``.
 
@@ -50,16 +49,23 @@ def reduced_rank_regression(
     change = torch.cholesky_solve(cross.mT, root).mT
     mapping = prior + change
     explained = (cross * change).sum()
-    # the left singular vectors of M L order the directions of y by the
-    # energy that is predicted
+    return (*_truncate(mapping, root, rank, weight), explained)
+
+
+def _truncate(mapping: Tensor, root: Tensor, rank: Optional[int],
+              weight: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    """Coefficients and basis of the directions with most predicted energy.
+
+    The left singular vectors of ``M L`` order the directions of ``y`` by the
+    energy that is predicted; with ``W = C C^T`` those of ``C^T M L``.
+    """
     if weight is None:
         vectors = spectrum_of_factor(mapping @ root).vectors[..., :rank]
-        return vectors, vectors.mT @ mapping, explained
-    # W = C C^T: the same after turning y into C^T y
+        return vectors, vectors.mT @ mapping
     metric = cholesky_with_ridge(weight.double(), WEIGHT_FLOOR).mT
     vectors = spectrum_of_factor(metric @ mapping @ root).vectors[..., :rank]
     coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
-    return coefficients, vectors.mT @ metric @ mapping, explained
+    return coefficients, vectors.mT @ metric @ mapping
 
 
 def cholesky_with_ridge(moment: Tensor, ridge: float) -> Tensor:

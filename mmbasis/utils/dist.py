@@ -11,9 +11,9 @@ from mmengine.config import Config
 def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
     """Join the processes over gloo where there is no GPU.
 
-    MMEngine's own start of distributed training selects a CUDA device
-    whatever the backend is, which fails without one; it leaves a process
-    group that already stands alone. With a GPU, or without a launcher, this
+    MMEngine selects a CUDA device when it starts distributed training,
+    whatever the backend is, and fails without one; a process group that is
+    already there it does not touch. With a GPU, or without a launcher, this
     does nothing.
 
     Args:

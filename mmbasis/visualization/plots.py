@@ -27,25 +27,28 @@ def _save(figure: Figure, path: str) -> None:
 
 def plot_spectra(layers: Sequence[LayerInfo], plan: CompressionPlan,
                  path: str) -> None:
-    """Draw what each rank would lose, with the ranks that were chosen.
+    """Draw what each rank would lose, and the ranks that were chosen.
 
     Args:
         layers (Sequence[LayerInfo]): With spectra.
         plan (CompressionPlan): The plan; the layers in it are drawn.
         path (str): PNG to write.
     """
-    shown = [layer for layer in layers if layer.name in plan.layers]
+    energies = {
+        layer.name: layer.spectrum.energy.cpu().numpy()
+        for layer in layers
+        if layer.spectrum is not None and layer.name in plan.layers
+    }
     figure = _figure(7, 4.5)
     axes = figure.add_subplot()
     colors = matplotlib.colormaps['viridis']
-    for index, layer in enumerate(shown):
-        energy = layer.spectrum.energy.cpu().numpy()
+    for index, (name, energy) in enumerate(energies.items()):
         lost = 1 - np.cumsum(energy) / max(energy.sum(), 1e-300)
         lost = np.maximum(np.concatenate([[1.], lost]), 1e-6)
         fraction = np.arange(len(lost)) / (len(lost) - 1)
-        color = colors(index / max(len(shown) - 1, 1))
+        color = colors(index / max(len(energies) - 1, 1))
         axes.plot(fraction, lost, color=color, linewidth=.8)
-        rank = plan.layers[layer.name].rank
+        rank = plan.layers[name].rank
         axes.plot(fraction[rank], lost[rank], 'o', color=color, markersize=4)
     axes.set(
         yscale='log',
@@ -88,28 +91,25 @@ def plot_sensitivities(layers: Sequence[LayerInfo], plan: CompressionPlan,
         plan (CompressionPlan): The plan; ranks in it are marked.
         path (str): PNG to write.
     """
-    shown = [layer for layer in layers if layer.spectrum is not None]
-    losses = [
-        layer.spectrum.energy
+    losses = {
+        layer.name: layer.spectrum.energy
         if layer.sensitivity is None else layer.sensitivity / 2
-        for layer in shown
-    ]
-    longest = max(len(x) for x in losses)
-    grid = np.full((longest + 1, len(shown)), np.nan)
-    figure = _figure(max(6, .18 * len(shown)), 5)
+        for layer in layers if layer.spectrum is not None
+    }
+    longest = max(len(x) for x in losses.values())
+    grid = np.full((longest + 1, len(losses)), np.nan)
+    figure = _figure(max(6, .18 * len(losses)), 5)
     axes = figure.add_subplot()
-    for column, (layer, loss) in enumerate(zip(shown, losses)):
+    for column, (name, loss) in enumerate(losses.items()):
         lost = np.append(loss.cpu().numpy()[::-1].cumsum()[::-1], 0)
         grid[:len(lost), column] = np.log10(np.maximum(lost, 1e-6))
-        if layer.name in plan.layers:
-            axes.plot(column, plan.layers[layer.name].rank, 'r_')
+        if name in plan.layers:
+            axes.plot(column, plan.layers[name].rank, 'r_')
     image = axes.imshow(grid, aspect='auto', origin='lower', cmap='viridis')
     figure.colorbar(image, label='log10 of what is lost')
     axes.set(ylabel='rank', title='Loss by rank, and the ranks of the plan')
     axes.set_xticks(
-        np.arange(len(shown)), [x.name for x in shown],
-        rotation=90,
-        fontsize=6)
+        np.arange(len(losses)), list(losses), rotation=90, fontsize=6)
     _save(figure, path)
 
 

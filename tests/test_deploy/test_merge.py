@@ -7,6 +7,7 @@ import torch
 
 from mmbasis.compression import plan_of, read_checkpoint
 from mmbasis.deploy import Deployment, merge_slow_layers
+from mmbasis.deploy.merge import merge_layers
 
 CLS = 'classification_onnxruntime_static-32x32'
 
@@ -80,3 +81,8 @@ def test_table_of_another_target(classifier, deploy_cfg, tmp_path, changes,
         merge_slow_layers(
             deploy_cfg(CLS), classifier.cfg, classifier.checkpoint, table,
             str(tmp_path))
+
+
+def test_a_dense_model_has_nothing_to_merge():
+    with pytest.raises(ValueError, match='Conv2d carries no plan'):
+        merge_layers(torch.nn.Conv2d(3, 4, 1), [], 'merged')

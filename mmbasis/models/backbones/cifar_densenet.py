@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Optional, Tuple
+from typing import List, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 
 from mmbasis.registry import MODELS
+
+from .cifar_resnet import HE_NORMAL
 
 
 class CifarDenseLayer(BaseModule):
@@ -84,13 +86,8 @@ class CifarDenseNet(BaseModule):
                  growth_rate: int = 12,
                  drop_rate: float = 0.,
                  in_channels: int = 3,
-                 init_cfg: Optional[dict] = None) -> None:
-        if init_cfg is None:
-            init_cfg = [
-                dict(type='Kaiming', layer='Conv2d', mode='fan_in'),
-                dict(type='Constant', layer='_BatchNorm', val=1)
-            ]
-        super().__init__(init_cfg)
+                 init_cfg: Union[dict, List[dict], None] = None) -> None:
+        super().__init__(HE_NORMAL if init_cfg is None else init_cfg)
         if depth < 7 or (depth - 4) % 3:
             raise ValueError(f'depth of CifarDenseNet must be 3n + 4 with '
                              f'n >= 1 (40, 100, ...), but got {depth}')

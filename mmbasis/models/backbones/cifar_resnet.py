@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Optional, Tuple
+from typing import List, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 
 from mmbasis.registry import MODELS
+
+#: initialisation of He et al., 2015, and BatchNorm scales of 1
+HE_NORMAL = [
+    dict(type='Kaiming', layer='Conv2d', mode='fan_in'),
+    dict(type='Constant', layer='_BatchNorm', val=1)
+]
 
 
 class CifarBasicBlock(BaseModule):
@@ -74,13 +80,8 @@ class CifarResNet(BaseModule):
     def __init__(self,
                  depth: int,
                  in_channels: int = 3,
-                 init_cfg: Optional[dict] = None) -> None:
-        if init_cfg is None:
-            init_cfg = [
-                dict(type='Kaiming', layer='Conv2d', mode='fan_in'),
-                dict(type='Constant', layer='_BatchNorm', val=1)
-            ]
-        super().__init__(init_cfg)
+                 init_cfg: Union[dict, List[dict], None] = None) -> None:
+        super().__init__(HE_NORMAL if init_cfg is None else init_cfg)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(
                 f'depth of CifarResNet must be 6n + 2 with n >= 1 '

@@ -1,11 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import List, Optional, Tuple
+from typing import List, Tuple, Union
 
 import torch
 import torch.nn as nn
 from mmengine.model import BaseModule
 
 from mmbasis.registry import MODELS
+
+from .cifar_resnet import HE_NORMAL
 
 
 @MODELS.register_module()
@@ -36,13 +38,8 @@ class CifarVGG(BaseModule):
     def __init__(self,
                  depth: int = 16,
                  in_channels: int = 3,
-                 init_cfg: Optional[dict] = None) -> None:
-        if init_cfg is None:
-            init_cfg = [
-                dict(type='Kaiming', layer='Conv2d', mode='fan_in'),
-                dict(type='Constant', layer='_BatchNorm', val=1)
-            ]
-        super().__init__(init_cfg)
+                 init_cfg: Union[dict, List[dict], None] = None) -> None:
+        super().__init__(HE_NORMAL if init_cfg is None else init_cfg)
         if depth not in self.arch_settings:
             raise ValueError(f'depth of CifarVGG must be one of '
                              f'{sorted(self.arch_settings)}, but got {depth}')
