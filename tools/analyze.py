@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmbasis.compression import (Compressor, analyze, as_planner,
-                                 forward_latency, load_weights,
-                                 model_complexity, read_checkpoint,
-                                 single_truncations, take_batches)
+from mmbasis.compression import (Recipe, analyze, forward_latency,
+                                 load_weights, make_plan, read_checkpoint,
+                                 run_recipe, single_truncations, take_batches)
 from mmbasis.models import dense_architecture
-from mmbasis.planning import CompressionPlan, LayerInfo
+from mmbasis.planning import Analysis, CompressionPlan
+from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Analysis:
+class Measurements:
     """What is measured, on disk after each step.
 
     Args:
@@ -108,15 +108,15 @@ class Analysis:
     def draw(self, name: str) -> str:
         return osp.join(self.cfg.work_dir, name)
 
-    def measure_layers(self, model: nn.Module, layers: List[LayerInfo],
+    def measure_layers(self, model: nn.Module, analysis: Analysis,
                        held_out: List[Any]) -> None:
         """Predicted and measured loss of each layer alone."""
-        count = sum(layer.compressible for layer in layers)
+        count = len(analysis.selection.chosen)
         done = self.data['layers']
         if len(done) < count:
             done.clear()
             for row in track(
-                    single_truncations(model, layers, held_out),
+                    single_truncations(model, analysis, held_out),
                     'Layers',
                     total=count,
                     console=Console()):
@@ -127,9 +127,9 @@ class Analysis:
                       batches: tuple, example: Any) -> None:
         """Compress a copy of the model, test it and note what it costs."""
         key = 'threshold' if planner == 'paper' else 'macs'
-        compressor = Compressor(as_planner({**PLANNERS[planner], key: budget}))
+        recipe = Recipe.of(planner={**PLANNERS[planner], key: budget})
         model = copy.deepcopy(model)
-        plan = compressor.run(model, *batches)
+        plan = run_recipe(model, recipe, *batches).plan
         totals = plan.totals()
         self.data['points'].append(
             dict(
@@ -160,19 +160,19 @@ def show(data: Dict[str, Any], metric: str) -> None:
     Console().print(table)
 
 
-def draw_points(analysis: Analysis, metric: str) -> None:
+def draw_points(found: Measurements, metric: str) -> None:
     """Accuracy against each kind of cost, and the ranks of the best plan."""
-    points = analysis.data['points']
+    points = found.data['points']
     for axis, label in AXES.items():
         curves: Dict[str, Dict[float, float]] = {}
         for point in sorted(points, key=lambda p: p[axis]):
             curve = curves.setdefault(point['planner'], {})
             curve[point[axis]] = point['metrics'][metric]
-        plot_curves(curves, analysis.draw(f'pareto_{axis}.png'), label, metric)
+        plot_curves(curves, found.draw(f'pareto_{axis}.png'), label, metric)
     for point in points:
         name = f'ranks_{point["planner"]}_{point["budget"]:g}.png'
         plot_ranks(
-            CompressionPlan.from_dict(point['plan']), analysis.draw(name))
+            CompressionPlan.from_dict(point['plan']), found.draw(name))
 
 
 def main() -> None:
@@ -183,7 +183,7 @@ def main() -> None:
     MMLogger.get_instance('mmbasis', logger_name='mmbasis')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     set_random_seed(args.seed)
-    analysis = Analysis(
+    found = Measurements(
         cfg,
         dict(
             config=args.config,
@@ -200,27 +200,28 @@ def main() -> None:
         iter(
             Runner.build_dataloader(
                 dict(cfg.val_dataloader, batch_size=1), seed=0)))
-    if 'dense' not in analysis.data:
-        analysis.data['dense'] = dict(
+    if 'dense' not in found.data:
+        found.data['dense'] = dict(
             metrics=evaluate(cfg, model, 'val'),
             latency_ms=forward_latency(model, example))
-        analysis.save()
-    planner = as_planner(dict(type='BudgetPlanner', macs=args.budgets[0]))
-    layers = analyze(model, planner, batches[0])
-    analysis.measure_layers(model, layers, batches[1] or batches[0])
-    plan = planner.plan(layers, bias=True)
-    plot_spectra(layers, plan, analysis.draw('spectra.png'))
-    plot_sensitivities(layers, plan, analysis.draw('sensitivities.png'))
-    plot_losses(analysis.data['layers'], analysis.draw('losses.png'))
+        found.save()
+    recipe = Recipe.of(
+        planner=dict(type='BudgetPlanner', macs=args.budgets[0]))
+    analysis = analyze(model, recipe, batches[0])
+    found.measure_layers(model, analysis, batches[1] or batches[0])
+    plan = make_plan(recipe, analysis)
+    plot_spectra(analysis, plan, found.draw('spectra.png'))
+    plot_sensitivities(analysis, plan, found.draw('sensitivities.png'))
+    plot_losses(found.data['layers'], found.draw('losses.png'))
 
-    done = {(p['planner'], p['budget']) for p in analysis.data['points']}
+    done = {(p['planner'], p['budget']) for p in found.data['points']}
     todo = [(name, budget) for name in args.planners for budget in args.budgets
             if (name, budget) not in done]
     for name, budget in track(todo, 'Planners', console=Console()):
-        analysis.measure_point(model, name, budget, batches, example)
-    metric = args.metric or next(iter(analysis.data['dense']['metrics']))
-    draw_points(analysis, metric)
-    show(analysis.data, metric)
+        found.measure_point(model, name, budget, batches, example)
+    metric = args.metric or next(iter(found.data['dense']['metrics']))
+    draw_points(found, metric)
+    show(found.data, metric)
     Console().print(f'Written to {cfg.work_dir}: analysis.json and pictures')
 
 

@@ -17,12 +17,11 @@ from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import (TEACHER_KEY, Compressor, as_planner,
-                                 load_weights, model_complexity,
-                                 read_checkpoint, save_checkpoint,
+from mmbasis.compression import (TEACHER_KEY, Recipe, load_weights,
+                                 read_checkpoint, run_recipe, save_checkpoint,
                                  take_batches)
 from mmbasis.models import dense_architecture, standalone_config
-from mmbasis.planning import BasePlanner, CompressionPlan
+from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate
@@ -89,10 +88,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def make_planner(args: argparse.Namespace) -> BasePlanner:
-    """The planner that the arguments ask for."""
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments ask for."""
+    how = dict(
+        calibration=dict(num_batches=args.calib_batches),
+        reconstruction=args.reconstruction,
+        recalibration=RECALIBRATION[args.recalibration])
     if args.plan is not None:
-        return as_planner(CompressionPlan.load(args.plan))
+        return Recipe.of(plan=args.plan, **how)
     if args.energy is not None:
         config = dict(type='EnergyPlanner', threshold=args.energy)
     else:
@@ -102,7 +105,7 @@ def make_planner(args: argparse.Namespace) -> BasePlanner:
             params=args.params,
             latency=args.latency,
             table=args.table)
-    return as_planner(dict(config, round_to=args.round_to))
+    return Recipe.of(planner=dict(config, round_to=args.round_to), **how)
 
 
 def print_report(report: dict) -> None:
@@ -122,7 +125,7 @@ def print_report(report: dict) -> None:
 def main() -> None:
     """Compress, evaluate if asked to, and write everything down."""
     args = parse_args()
-    planner = make_planner(args)
+    recipe = make_recipe(args)
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     mkdir_or_exist(cfg.work_dir)
     MMLogger.get_instance('mmbasis', logger_name='mmbasis')
@@ -140,11 +143,9 @@ def main() -> None:
     before = model_complexity(model, example)
     metrics = dict(before=evaluate(cfg, model)) if args.evaluate else {}
 
-    compressor = Compressor(
-        planner,
-        reconstruction=args.reconstruction,
-        recalibration=RECALIBRATION[args.recalibration])
-    plan = compressor.run(model, *take_batches(loader, args.calib_batches))
+    done = run_recipe(model, recipe,
+                      *take_batches(loader, recipe.calibration.num_batches))
+    plan = done.plan
     after = model_complexity(model, example)
     report = dict(
         config=args.config,
@@ -176,7 +177,7 @@ def main() -> None:
         })
     standalone = standalone_config(cfg, plan, path('compressed.pth'))
     write_atomically(path('compressed.py'), standalone.pretty_text)
-    plot_spectra(compressor.layers, plan, path('spectra.png'))
+    plot_spectra(done.analysis, plan, path('spectra.png'))
     plot_ranks(plan, path('ranks.png'))
     write_atomically(path('report.json'), json.dumps(report, indent=2))
     print_report(report)

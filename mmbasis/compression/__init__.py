@@ -3,8 +3,8 @@
 from .analysis import forward_latency, single_truncations
 from .checkpoint import (META_KEY, TEACHER_KEY, plan_of, read_checkpoint,
                          save_checkpoint)
-from .pipeline import (Compression, analyze, bases_of, compress, log_plan,
-                       make_plan, run_recipe, take_batches)
+from .pipeline import (Compression, analyze, bases_of, compress, find_targets,
+                       log_plan, make_plan, run_recipe, take_batches)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import (Calibration, Orthogonality, Recipe, Teaching, Term,
                      as_plan, as_planner)
@@ -16,7 +16,7 @@ from .surgery import (apply_plan, attach_plan, basis_layers, densified,
 __all__ = [
     'forward_latency', 'single_truncations', 'META_KEY', 'TEACHER_KEY',
     'plan_of', 'read_checkpoint', 'save_checkpoint', 'Compression', 'analyze',
-    'bases_of', 'compress', 'log_plan', 'make_plan', 'run_recipe',
+    'bases_of', 'compress', 'find_targets', 'log_plan', 'make_plan', 'run_recipe',
     'take_batches', 'output_error', 'recalibrate', 'recalibrate_if_better',
     'Calibration', 'Orthogonality', 'Recipe', 'Teaching', 'Term', 'as_plan',
     'as_planner', 'Reconstruction', 'Action', 'Run', 'Source', 'Start',

@@ -5,14 +5,17 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
+import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 
-from ..planning import (Analysis, BasePlanner, CompressionPlan, Exclusion,
-                        Form, Layer, Reason, Rules, Selection, Targets,
+from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
+                        Reason, Rules, Selection,
                         check_finite, find_layers, measure,
                         measure_sensitivity)
-from ..running import Adapter, UnknownLossError, adapter_of, find_targets
+from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
+                       evaluation, trace_targets, train_deterministically,
+                       undisturbed)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction
@@ -129,15 +132,37 @@ def analyze(model: nn.Module, recipe: Recipe,
 def _select(adapter: Adapter, recipe: Recipe, layers: Sequence[Layer],
             data: Any) -> Selection:
     rules = recipe.planner.rules if recipe.planner else Rules()
-    targets = Targets()
+    targets = Targets(set(), set())
     if rules.need_targets:
-        targets = Targets(
-            *find_targets(adapter, {x.name: x.module
-                                    for x in layers}, data))
+        targets = find_targets(adapter, layers, data)
     if recipe.planner is not None:
         return recipe.planner.select(layers, targets)
     assert recipe.plan is not None, 'a recipe without planner and plan'
     return _follow(recipe.plan, rules.select(layers, targets))
+
+
+def find_targets(adapter: Adapter, layers: Sequence[Layer],
+                 data: Any) -> Targets:
+    """Find the layers that make predictions, and those that say where others
+    sample.
+
+    Args:
+        adapter (Adapter): Runs the dense model.
+        layers (Sequence[Layer]): Its layers.
+        data (Any): A batch with annotations, as in training.
+    """
+    model = adapter.model
+
+    def run() -> Any:
+        try:
+            train_deterministically(model)
+            return adapter.loss(data)
+        except UnknownLossError:
+            model.eval()
+            return adapter.outputs(data)
+
+    with undisturbed(model), evaluation(model), torch.enable_grad():
+        return trace_targets(model, {x.name: x.module for x in layers}, run)
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
@@ -183,11 +208,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         Compression: What was done.
     """
     analysis = analyze(model, recipe, batches)
-    if recipe.planner is not None:
-        plan = make_plan(recipe.planner, analysis, recipe)
-    else:
-        assert recipe.plan is not None
-        plan = recipe.plan
+    plan = make_plan(recipe, analysis)
     choose = (
         recipe.recalibration == 'auto' and recipe.data_aware
         and bool(held_out))
@@ -207,12 +228,14 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
     return Compression(plan, analysis)
 
 
-def make_plan(planner: BasePlanner, analysis: Analysis,
-              recipe: Recipe) -> CompressionPlan:
-    """The plan of a planner; coefficients get a bias where data say what it
-    should be."""
-    return planner.plan(analysis,
-                        Form(bias=planner.data_aware, norm=recipe.norm))
+def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:
+    """The plan of a recipe, or of its planner; coefficients get a bias where
+    data say what it should be."""
+    if recipe.planner is None:
+        assert recipe.plan is not None, 'a recipe without planner and plan'
+        return recipe.plan
+    form = Form(bias=recipe.data_aware, norm=recipe.norm)
+    return recipe.planner.plan(analysis, form)
 
 
 def bases_of(analysis: Analysis) -> dict:

@@ -7,7 +7,7 @@ from .layers import Exclusion, Layer, Reason, check_finite, find_layers
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .planners import BasePlanner, Candidates
 from .rules import EnergyPlanner, FixedPlanner, RatioPlanner
-from .selection import Rules, Selection, Targets
+from .selection import Rules, Selection
 from .sensitivity import measure_sensitivity
 from .statistics import Analysis, LayerStatistics, measure
 
@@ -15,6 +15,6 @@ __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',
     'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'Candidates', 'EnergyPlanner', 'FixedPlanner',
-    'RatioPlanner', 'Rules', 'Selection', 'Targets', 'measure_sensitivity',
+    'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
     'Analysis', 'LayerStatistics', 'measure'
 ]

@@ -8,11 +8,12 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from ..running import Targets
 from ..utils.plain import to_json
 from .costs import Cost, Costs, Form, MacsCost, ranks_that_pay
 from .layers import Layer, check_patterns
 from .plan import CompressionPlan
-from .selection import Rules, Selection, Targets
+from .selection import Rules, Selection
 from .statistics import Analysis, LayerStatistics
 
 

@@ -6,11 +6,12 @@ from typing import Dict, Optional, Sequence, Union
 import numpy as np
 
 from ..registry import PLANNERS
+from ..running import Targets
 from .costs import Form
 from .layers import Exclusion, Layer, Reason, check_patterns
 from .planners import (BasePlanner, Candidates, Decided, check_fraction,
                        check_rank, first_match, is_rank)
-from .selection import Selection, Targets
+from .selection import Selection
 from .statistics import LayerStatistics
 
 

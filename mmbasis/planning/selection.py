@@ -1,25 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Which layers are to be compressed, and why not the others."""
 from dataclasses import dataclass, field, replace
-from typing import Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
+from ..running import Targets
 from .layers import (OFFSETS, PREDICTION, Exclusion, Layer, Reason,
                      check_patterns)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Layers with a special task, found by running the model.
-
-    Args:
-        predictions (frozenset[str]): Names of layers whose output is a
-            prediction. They are small, and later layers cannot correct their
-            errors.
-        offsets (frozenset[str]): Names of layers that say where others
-            sample. Their errors move the samples of all channels.
-    """
-    predictions: FrozenSet[str] = frozenset()
-    offsets: FrozenSet[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,7 @@ class Rules:
         include (tuple[str]): Patterns; where given, all else stays dense.
         exclude (tuple[str]): Patterns of layers that stay dense.
         prediction_layers (bool): Whether to compress the layers in
-            :class:`Targets` as well, which otherwise only ``include`` does.
+            :class:`~mmbasis.running.Targets` as well, which otherwise only ``include`` does.
     """
     include: Tuple[str, ...] = ()
     exclude: Tuple[str, ...] = ()

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..planning import CompressionPlan, LayerInfo
+from ..planning import Analysis, CompressionPlan
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -25,19 +25,19 @@ def _save(figure: Figure, path: str) -> None:
     os.replace(temporary, path)
 
 
-def plot_spectra(layers: Sequence[LayerInfo], plan: CompressionPlan,
+def plot_spectra(analysis: Analysis, plan: CompressionPlan,
                  path: str) -> None:
     """Draw what each rank would lose, and the ranks that were chosen.
 
     Args:
-        layers (Sequence[LayerInfo]): With spectra.
+        analysis (Analysis): With spectra.
         plan (CompressionPlan): The plan; the layers in it are drawn.
         path (str): PNG to write.
     """
     energies = {
-        layer.name: layer.spectrum.energy.cpu().numpy()
-        for layer in layers
-        if layer.spectrum is not None and layer.name in plan.layers
+        name: known.spectrum.energy.cpu().numpy()
+        for name, known in analysis.statistics.items()
+        if known.spectrum is not None and name in plan.layers
     }
     figure = _figure(7, 4.5)
     axes = figure.add_subplot()
@@ -81,20 +81,21 @@ def plot_ranks(plan: CompressionPlan, path: str) -> None:
     _save(figure, path)
 
 
-def plot_sensitivities(layers: Sequence[LayerInfo], plan: CompressionPlan,
+def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
                        path: str) -> None:
     """Draw for each layer what its truncation costs by rank: the increase of
     the loss, or the energy where that is unknown.
 
     Args:
-        layers (Sequence[LayerInfo]): With spectra.
+        analysis (Analysis): With spectra.
         plan (CompressionPlan): The plan; ranks in it are marked.
         path (str): PNG to write.
     """
     losses = {
-        layer.name: layer.spectrum.energy
-        if layer.sensitivity is None else layer.sensitivity / 2
-        for layer in layers if layer.spectrum is not None
+        name: known.spectrum.energy
+        if known.sensitivity is None else known.sensitivity / 2
+        for name, known in analysis.statistics.items()
+        if known.spectrum is not None
     }
     longest = max(len(x) for x in losses.values())
     grid = np.full((longest + 1, len(losses)), np.nan)

@@ -90,7 +90,7 @@ def test_full_rank_is_the_dense_model(model, batches):
         batches,
         'sequential',
         ranks,
-        allow_dearer=True,
+        allow_costlier=True,
         prediction_layers=True)
     assert len(dict(basis_layers(full))) == 5
     assert error(full, model, batches[0]) < 1e-4

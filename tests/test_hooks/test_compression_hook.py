@@ -69,7 +69,7 @@ def test_starts_from_the_projected_weights(tmp_path, dense):
         planner=dict(
             type='FixedPlanner',
             ranks={'.*': 'full'},
-            allow_dearer=True,
+            allow_costlier=True,
             prediction_layers=True))
     cfg = toy_cfg(tmp_path / 'run', dense, hook, epochs=1)
     cfg.optim_wrapper.optimizer.lr = 0.

@@ -217,7 +217,7 @@ def test_logits_of_a_transformer():
         module='head.layers.head', type='kl', weight=.7, temperature=4.)
     assert Distillation(net).terms == [term]
     planner = FixedPlanner({'head.layers.head': 3},
-                           allow_dearer=True,
+                           allow_costlier=True,
                            prediction_layers=True)
     compress(net, planner, [dict(inputs=torch.rand(2, 3, 16, 16))])
     assert 'head.layers.head.coefficients' in dict(net.named_modules())

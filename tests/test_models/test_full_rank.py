@@ -113,7 +113,7 @@ def check_full_rank(model, planner, x, **kwargs):
 ])
 def test_full_rank_is_the_same_function(name, data_aware, reconstruction):
     planner = FixedPlanner({'.*': 'full'},
-                           allow_dearer=True,
+                           allow_costlier=True,
                            prediction_layers=True,
                            data_aware=data_aware)
     plan = check_full_rank(
@@ -140,7 +140,7 @@ def test_full_rank_of_the_whole_vgg16():
     x = images(2, 2, 224)
     expected = outputs(model, x)
     planner = FixedPlanner({'.*': 'full'},
-                           allow_dearer=True,
+                           allow_costlier=True,
                            prediction_layers=True)
     plan = mmbasis.compress(
         model, planner, [dict(inputs=x)], reconstruction='local')

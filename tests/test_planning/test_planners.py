@@ -102,7 +102,7 @@ def test_fixed_ranks_by_name_and_class(model):
 
 def test_fixed_full_rank(model):
     full = dict(ranks={'.*': 'full'})
-    plan = make_plan(FixedPlanner(**full, allow_dearer=True), model)
+    plan = make_plan(FixedPlanner(**full, allow_costlier=True), model)
     assert ranks(plan) == {'0': 16, '1': 16, '2': 16, '4': 16, '5': 16}
     plan = make_plan(FixedPlanner(**full), model)
     assert not plan.layers

@@ -29,9 +29,9 @@ from rich.progress import track
 
 import mmbasis
 from mmbasis.compression import layer_regression, load_weights, read_checkpoint
-from mmbasis.compression.passes import SumWatch
 from mmbasis.factorization import reduced_rank_regression
 from mmbasis.planning import BudgetPlanner
+from mmbasis.running import SumWatch
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate
@@ -79,21 +79,22 @@ class EqualEnergyPlanner(BudgetPlanner):
     """The paper's rule at a given cost: the energy threshold, the same in all
     layers, that just meets the budget."""
 
-    def _choose(self, layers, fixed):
-        budget = self.budget * sum(layer.macs() for layer in layers)
+    def choose(self, free, decided):
+        budget = self.budget * sum(x.costs.macs() for x in free)
 
         def ranks(threshold):
             return [
-                min(x.spectrum.rank_for_energy(threshold),
-                    self._ranks(x)[-1]) for x in layers
+                min(x.statistics.spectrum.rank_for_energy(threshold),
+                    x.ranks[-1]) for x in free
             ]
 
         low, high = 0., 1.
         for _ in range(50):
             middle = (low + high) / 2
-            cost = sum(x.macs(int(r)) for x, r in zip(layers, ranks(middle)))
+            cost = sum(
+                x.costs.macs(r) for x, r in zip(free, ranks(middle)))
             low, high = (middle, high) if cost <= budget else (low, middle)
-        return [int(r) for r in ranks(low)]
+        return ranks(low)
 
 
 def make_planner(settings: dict, budget: float):

@@ -30,8 +30,8 @@ from mmengine.runner import set_random_seed
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import (analyze, apply_plan, as_planner, load_weights,
-                                 read_checkpoint)
+from mmbasis.compression import (Recipe, analyze, apply_plan, load_weights,
+                                 make_plan, read_checkpoint)
 from mmbasis.deploy.layer_models import LayerModels, RawOutputs
 from mmbasis.models import dense_architecture
 from mmbasis.planning.latency import LatencyTable
@@ -101,8 +101,8 @@ class Plans:
 
     def make(self, **planner):
         """A plan; the model stays dense."""
-        planner = as_planner(dict(planner, data_aware=False))
-        return planner.plan(analyze(self.model, planner, [self.batch]))
+        recipe = Recipe.of(planner=dict(planner, data_aware=False))
+        return make_plan(recipe, analyze(self.model, recipe, [self.batch]))
 
     def energy_at(self, macs: float):
         """The plan of the paper's rule that keeps this fraction of MACs."""

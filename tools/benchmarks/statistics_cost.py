@@ -24,11 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.registry import MODELS, init_default_scope
 
-from mmbasis.compression import analyze, compress
+from mmbasis.compression import Recipe, analyze, compress, make_plan
 from mmbasis.layers import BasisLayer
-from mmbasis.planning import (BudgetPlanner, calibrate, evaluation,
-                              find_layers, forward_batch)
-from mmbasis.planning.calibration import LayerRecorder
+from mmbasis.planning import BudgetPlanner, find_layers
+from mmbasis.planning.samples import Moments
+from mmbasis.running import evaluation
 from mmbasis.utils.io import write_atomically
 
 
@@ -73,7 +73,7 @@ class InputSide:
             handles.append(layer.module.register_forward_hook(hook))
         with evaluation(model):
             for batch in batches:
-                forward_batch(model, batch)
+                model(**batch)
         for handle in handles:
             handle.remove()
 
@@ -94,31 +94,29 @@ class InputSide:
 
 def ours(model, batches) -> None:
     """Statistics, plan and factors, as :func:`mmbasis.compress` does."""
-    planner = BudgetPlanner(macs=.5, loss_aware=False)
-    layers = analyze(model, planner, batches)
-    plan = planner.plan(layers)
-    for layer in layers:
+    recipe = Recipe.of(planner=BudgetPlanner(macs=.5, loss_aware=False))
+    analysis = analyze(model, recipe, batches)
+    plan = make_plan(recipe, analysis)
+    for layer in analysis.layers:
         if layer.name in plan.layers:
             entry = plan.layers[layer.name]
+            known = analysis.statistics[layer.name]
             basis = BasisLayer(layer.module, entry.rank, bias=True)
-            basis.project(layer.module, layer.spectrum.vectors, layer.mean)
+            basis.project(layer.module, known.spectrum.vectors, known.mean)
 
 
 def everything(model, batches) -> None:
     """The whole compression, on a copy."""
-    model = copy.deepcopy(model)
-    model.test_step = lambda data: model(data['inputs'])
-    compress(model, BudgetPlanner(macs=.5), batches)
+    compress(copy.deepcopy(model), BudgetPlanner(macs=.5), batches)
 
 
 def our_bytes(model) -> int:
     """Memory of the moments alone."""
-    layers = find_layers(model)
-    with LayerRecorder(layers, moments=True) as recorder:
-        pass
-    return sum(m.numel() * m.element_size()
-               for moments in recorder.moments.values()
-               for m in (moments.total, moments.second))
+    moments = [
+        Moments.zeros(x) for x in find_layers(model) if x.obstacle is None
+    ]
+    return sum(m.numel() * m.element_size() for x in moments
+               for m in (x.total, x.second))
 
 
 def timed(function, *args) -> float:
@@ -129,7 +127,6 @@ def timed(function, *args) -> float:
 
 def input_side(model, batches) -> int:
     layers = find_layers(model)
-    calibrate(model, layers, batches[:1], moments=False)
     method = InputSide(layers)
     method.collect(model, batches)
     method.factorize()
@@ -150,12 +147,11 @@ def main() -> None:
         dict(inputs=torch.randn(args.batch_size, 3, 224, 224))
         for _ in range(args.images // args.batch_size)
     ]
-    model.test_step = lambda data: model(data['inputs'])
 
     def forward():
         with evaluation(model):
             for batch in batches:
-                forward_batch(model, batch)
+                model(**batch)
 
     timed(forward)  # warm up
     times = {'forward': [], 'ours': [], 'input side': []}

@@ -8,20 +8,23 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from types import MethodType
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
 
-from mmbasis.compression import (Compressor, analyze, apply_plan, basis_layers,
-                                 load_weights, plan_of, read_checkpoint,
-                                 save_checkpoint)
+from mmbasis.compression import (Recipe, analyze, apply_plan, bases_of,
+                                 basis_layers, find_targets, load_weights,
+                                 make_plan, plan_of, read_checkpoint,
+                                 run_recipe, save_checkpoint)
 from mmbasis.models import build_compressed
 from mmbasis.models.distillation import Distillation
-from mmbasis.planning import (BudgetPlanner, CompressionPlan, FixedPlanner,
-                              LayerInfo, find_layers)
+from mmbasis.planning import (Analysis, BudgetPlanner, CompressionPlan,
+                              FixedPlanner, Form)
+from mmbasis.running import adapter_of
 from .compare import (difference, forward, in_float32, layer_differences,
                       precision, tensors)
 from .counting import MacCounter
@@ -34,14 +37,6 @@ TOLERANCE = 1e-4
 #: parameters above which there is no room for a model in float64
 LARGE = 2.5e8
 MODES = ('tensor', 'predict', 'loss')
-
-
-def bases_of(layers):
-    """Where :func:`apply_plan` takes the basis of each layer from."""
-    return {
-        x.name: (x.spectrum.vectors, x.mean)
-        for x in layers if x.spectrum is not None
-    }
 
 
 class CatalogueError(RuntimeError):
@@ -93,14 +88,15 @@ class Checked:
         self._step('dense')
         self._find_size()
         self._step('analysis')
-        planner = FixedPlanner({'.*': 'full'},
-                               allow_dearer=True,
-                               prediction_layers=True)
-        layers = analyze(self.model, planner, [self.data])
+        recipe = Recipe.of(
+            planner=FixedPlanner({'.*': 'full'},
+                                 allow_costlier=True,
+                                 prediction_layers=True))
+        analysis = analyze(self.model, recipe, [self.data])
         self._step('full rank')
-        self._full_rank(planner.plan(layers, bias=True), layers)
+        self._full_rank(make_plan(recipe, analysis), analysis)
         self._step('half')
-        plan = self._half(layers)
+        plan = self._half(analysis)
         self._step('round trip')
         self._round_trip(plan)
         self._step('test mode')
@@ -196,8 +192,7 @@ class Checked:
         return [forward(model, data, mode) for mode in chosen]
 
     # -------------------------------------------------------- full rank
-    def _full_rank(self, plan: CompressionPlan,
-                   layers: Sequence[LayerInfo]) -> None:
+    def _full_rank(self, plan: CompressionPlan, analysis: Analysis) -> None:
         """The compressed model is the same function.
 
         In float64 where they differ in float32: rounding makes boxes change
@@ -233,7 +228,7 @@ class Checked:
                 del dense  # large models leave no room for the next
                 gc.collect()
                 if model is None:
-                    model = self._at_full_rank(plan, layers, dtypes[-1])
+                    model = self._at_full_rank(plan, analysis, dtypes[-1])
                 basis = model
                 if dtype != dtypes[-1]:
                     basis = in_float32(model)
@@ -247,7 +242,7 @@ class Checked:
         if error > TOLERANCE or self.facts['modes'] == ['loss']:
             self._compare_layers(model)
 
-    def _at_full_rank(self, plan: CompressionPlan, layers: Sequence[LayerInfo],
+    def _at_full_rank(self, plan: CompressionPlan, analysis: Analysis,
                       dtype: torch.dtype) -> nn.Module:
         """A compressed copy of the dense model."""
         memo = {}
@@ -259,7 +254,7 @@ class Checked:
                 for x in self.model.get_submodule(name).parameters()
             }
         model = nn.Module.to(copy.deepcopy(self.model, memo), dtype)
-        apply_plan(model, plan, bases_of(layers))
+        apply_plan(model, plan, bases_of(analysis))
         return model
 
     def _compare_layers(self, model: nn.Module) -> None:
@@ -289,7 +284,7 @@ class Checked:
                           self._outputs(model)) > TOLERANCE
 
     # -------------------------------------------------------- half MACs
-    def _half(self, analyzed: Sequence[LayerInfo]) -> CompressionPlan:
+    def _half(self, analyzed: Analysis) -> CompressionPlan:
         """Compress to half the MACs, and count them."""
         counter = self._counter(analyzed)
         if self.facts['thorough']:
@@ -297,10 +292,10 @@ class Checked:
                 self.teacher = Distillation(self.model)
                 self.teacher.take(self.model, None)
             # some data is of another kind in training (Soft Teacher)
-            planner = BudgetPlanner(
-                macs=.5, loss_aware='loss' in self.facts['modes'])
-            compressor = Compressor(planner)
-            plan = compressor.run(self.model, [self.data], [])
+            recipe = Recipe.of(
+                planner=BudgetPlanner(
+                    macs=.5, loss_aware='loss' in self.facts['modes']))
+            plan = run_recipe(self.model, recipe, [self.data], []).plan
         else:
             plan = self._compress(analyzed)
         totals = plan.totals()['macs']
@@ -320,30 +315,28 @@ class Checked:
                                                   self.unused)
         return plan
 
-    def _compress(self, analyzed: Sequence[LayerInfo]) -> CompressionPlan:
+    def _compress(self, analyzed: Analysis) -> CompressionPlan:
         """To half, by the analysis that was made for full rank."""
         planner = BudgetPlanner(macs=.5, loss_aware=False)
-        layers = find_layers(self.model)
-        planner.select(self.model, layers)
-        for layer, known in zip(layers, analyzed):
-            layer.reason = known.reason or layer.reason
-            for key in ('weight_positions', 'out_positions', 'calls',
-                        'spectrum', 'mean'):
-                setattr(layer, key, getattr(known, key))
-        plan = planner.plan(layers, bias=True)
-        apply_plan(self.model, plan, bases_of(layers))
+        layers = analyzed.layers
+        targets = find_targets(adapter_of(self.model), layers, self.data)
+        selection = planner.select(layers, targets).without(
+            analyzed.selection.excluded)
+        plan = planner.plan(
+            replace(analyzed, selection=selection), Form(bias=True))
+        apply_plan(self.model, plan, bases_of(analyzed))
         return plan
 
     def _first_image(self) -> Any:
         return {k: v[:1] for k, v in copy.deepcopy(self.data).items()}
 
-    def _counter(self, layers: Sequence[LayerInfo]) -> Optional[MacCounter]:
+    def _counter(self, analysis: Analysis) -> Optional[MacCounter]:
         """None where MMEngine cannot count the model."""
         if not {'tensor', 'predict'} <= set(self.facts['modes']):
             self.facts['counter'] = 'mode tensor is not all that it does'
             return None
         try:
-            return MacCounter(self.model, self._first_image(), layers)
+            return MacCounter(self.model, self._first_image(), analysis)
         except Exception as error:
             self.facts['counter'] = describe(error)
             return None

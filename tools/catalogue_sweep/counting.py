@@ -1,13 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Whether MMEngine counts what a plan says is saved."""
-from typing import Any, Dict, Optional, Sequence, Set
+from typing import Any, Dict, Optional, Set
 
 import torch
 import torch.nn as nn
 
-from mmbasis.compression import model_complexity
-from mmbasis.planning import CompressionPlan, LayerInfo, find_layers
-from mmbasis.planning.calibration import LayerRecorder
+from mmbasis.planning import Analysis, CompressionPlan
+from mmbasis.planning.statistics import LayerRecorder
+from mmbasis.running import model_complexity
 from .compare import forward
 
 
@@ -17,26 +17,26 @@ class MacCounter:
     Args:
         model (nn.Module): The dense model.
         image (Any): A batch of one image.
-        layers (Sequence[LayerInfo]): Its layers, calibrated.
+        analysis (Analysis): What was measured of its layers.
 
     Raises:
         Exception: If MMEngine cannot count it.
     """
 
     def __init__(self, model: nn.Module, image: Any,
-                 layers: Sequence[LayerInfo]) -> None:
+                 analysis: Analysis) -> None:
         self.image = image
         self.before = model_complexity(model, image)['macs']
-        traced = find_layers(model)
-        with torch.no_grad(), LayerRecorder(traced, False) as recorder:
+        with torch.no_grad(), LayerRecorder(analysis.layers) as recorder:
             forward(model, image, 'tensor')
             recorder.images = recorder.passes = 1
-        recorder.finish()
+        traced = recorder.finish()
         #: how much more often layers run in mode tensor, which is counted,
         #: than in a test: heads of DETR and CondInst do
         self.times: Dict[str, float] = {
-            x.name: x.weight_positions / max(y.weight_positions, 1)
-            for x, y in zip(traced, layers)
+            name: traced[name].weight_positions /
+            max(known.weight_positions, 1)
+            for name, known in analysis.statistics.items()
         }
 
     def check(self, model: nn.Module, plan: CompressionPlan,
