@@ -49,9 +49,9 @@ def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
 def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
     """Replace modules wherever they hang, so that shared ones stay shared.
 
-    Basis layers take over what is attached to the dense layers; moving
-    averages inside the model get to know of it. If that fails, the model is
-    as before.
+    What is attached to a dense layer goes to its basis layer, and back;
+    moving averages inside the model get to know of it. If that fails, the
+    model is as before.
 
     Args:
         model (nn.Module): The model, changed in place.
@@ -61,6 +61,8 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
         for old, module in new.items():
             if isinstance(module, BasisLayer):
                 module.take_over(old)
+            elif isinstance(old, BasisLayer):
+                old.hand_back(module)
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if child in new:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..factorization import (factorize, merge, orthogonality_error,
                              orthonormalize, spectrum_of_factor)
-from .inheritance import (is_own_method, own_attributes, rebound_attributes,
-                          share_hooks, share_inner_hooks)
+from .inheritance import (fresh_hooks, inner_modules, is_own_method,
+                          move_hooks, own_attributes, rebound_attributes,
+                          share_hooks)
 from .kinds import kind_of
 
 
@@ -95,18 +96,24 @@ class BasisLayer(nn.Module):
     def take_over(self, dense: nn.Module) -> None:
         """Take the place of the dense layer that this one was built from.
 
-        Its hooks, which stay valid for their handles, are those of this layer
-        from now on; a ``forward`` of its own, as activation checkpointing
-        sets it, is bound to this layer.
+        Its hooks move to this layer, and their handles stay valid; a
+        ``forward`` of its own, as activation checkpointing sets it, is bound
+        to this layer.
 
         Raises:
             CannotRebind: If ``forward`` cannot be bound to this layer, see
                 :func:`why_not`.
         """
         rebound = rebound_attributes(dense, self)
-        share_hooks(dense, self)
-        share_inner_hooks(dense, self.basis)
+        for pair in ((dense, self), *inner_modules(dense, self.basis)):
+            move_hooks(*pair)
         vars(self).update(rebound)
+
+    def hand_back(self, dense: nn.Module) -> None:
+        """Give up the hooks of this layer to the dense one that replaces
+        it."""
+        for pair in ((self, dense), *inner_modules(self.basis, dense)):
+            move_hooks(*pair)
 
     # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:
@@ -279,8 +286,8 @@ class BasisLayer(nn.Module):
             dense.bias = nn.Parameter(
                 bias.to(dense.weight).clone(), dense.weight.requires_grad
                 if own is None else own.requires_grad)
-        share_hooks(self, dense)
-        share_inner_hooks(self.basis, dense)
+        for pair in ((self, dense), *inner_modules(self.basis, dense)):
+            share_hooks(*pair)
         vars(dense).update(rebound_attributes(self, dense))
         return dense
 
@@ -297,11 +304,7 @@ def _clone(module: nn.Module, weight: Tensor, **attributes) -> nn.Module:
     layers. Methods that were replaced on the instance are left out.
     """
     own = own_attributes(module)
-    fresh = {
-        name: value
-        for name, value in vars(nn.Module()).items()
-        if name.endswith('_hooks') or name == '_is_full_backward_hook'
-    }
+    fresh = fresh_hooks()
     memo = {id(x): x for x in own.values()}
     for name, value in fresh.items():  # hooks may hold anything, even the run
         if value is not None:

@@ -5,7 +5,7 @@ import copy
 from functools import partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType
 from types import MethodType, ModuleType
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -53,17 +53,30 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
     return None
 
 
+def fresh_hooks() -> Dict[str, Any]:
+    """Where a module keeps its hooks, for one that has none."""
+    new = vars(nn.Module())
+    return {k: new[k] for k in _HOOKS if k in new}
+
+
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give a module the hooks of another one. Both hold the same dictionaries
     afterwards, so that the handles of the hooks stay valid."""
     vars(new).update({k: vars(old)[k] for k in _HOOKS if k in vars(old)})
 
 
-def share_inner_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The same for the modules inside two modules (an offset branch)."""
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Take the hooks of a module away and give them to another one."""
+    share_hooks(old, new)
+    vars(old).update(fresh_hooks())
+
+
+def inner_modules(old: nn.Module,
+                  new: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
+    """Pairs of the modules inside two modules (an offset branch)."""
     for name, module in old.named_modules():
         if name:
-            share_hooks(module, new.get_submodule(name))
+            yield module, new.get_submodule(name)
 
 
 def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
