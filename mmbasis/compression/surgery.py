@@ -239,6 +239,27 @@ def densified(model: nn.Module) -> nn.Module:
     return model
 
 
+def restructure(model: nn.Module, plan: CompressionPlan) -> None:
+    """Give a model the structure of a plan, whichever it has now, for weights
+    that are loaded afterwards.
+
+    Args:
+        model (nn.Module): Dense or compressed, changed in place, or not at
+            all if the plan does not fit.
+        plan (CompressionPlan): The plan.
+
+    Raises:
+        ValueError: If the plan is of another model.
+    """
+    with _all_or_nothing(model):
+        replace_modules(model, {
+            layer: layer.to_dense()
+            for _, layer in basis_layers(model)
+        })
+        _state(model).plan = None
+        apply_plan(model, plan, project=False)
+
+
 def _state(model: nn.Module) -> _State:
     return vars(model).setdefault(_STATE, _State())
 
