@@ -132,10 +132,10 @@ def _candidates(boxes: Tensor, scores: Tensor) -> Tensor:
 
 
 def match_candidates(ours: Tensor, theirs: Tensor) -> Dict[str, Any]:
-    """Compare candidates whatever their order.
+    """Compare candidates in any order.
 
-    Those of nearly equal score may change places where the best of a level
-    are picked, and at the end of that list one may stand for another.
+    Candidates of nearly equal score may swap places where the best of a level
+    are picked, and the last one picked may be another.
 
     Args:
         ours (Tensor): ``(N, 4 + C)``, in units of the tolerances.

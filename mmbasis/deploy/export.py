@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Export through MMDeploy's own API, with the mistakes named first."""
+"""Export through MMDeploy's own API, after checks that name mistakes."""
 import copy
 import os
 import os.path as osp
@@ -56,7 +56,7 @@ class Deployment:
             self.model_cfg, self.deploy_cfg, 'cpu')
         #: what the export is compared with: nothing folded, nothing rewritten
         self.model = MODELS.build(self.model_cfg.model)
-        # MMDeploy itself loads without strictness
+        # MMDeploy ignores missing and unexpected keys
         load_weights(self.model, content, checkpoint)
         self.model.eval()
 
@@ -125,7 +125,7 @@ class Deployment:
                 dynamic_axes=self._axes(part['dynamic_axes']),
                 save_file=path)
             files.append(path)
-        # full of marks, which nothing runs
+        # it is full of marks, which no back end runs
         os.remove(whole)
         return files
 
@@ -137,7 +137,7 @@ class Deployment:
         data, inputs = self.create_input(image)
         onnx = self.deploy_cfg.onnx_config
         os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
-        # an earlier export in this process counted on
+        # earlier exports in this process have counted, too
         reset_mark_function_count()
         with no_mp():
             export(

@@ -13,8 +13,8 @@ from .export import Deployment
 def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     """Preprocessed training images.
 
-    They pass through the test pipeline of the model, as the images do that
-    the network will see.
+    They pass through the model's test pipeline, like the images that the
+    network will see.
 
     Args:
         deployment (Deployment): Its model config has a ``train_dataloader``
@@ -36,7 +36,7 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     config.test_mode = True
     dataset = DATASETS.build(config)
     if len(dataset) < count:
-        raise ValueError(f'{count} images are asked for calibration, the '
+        raise ValueError(f'calibration asks for {count} images, but the '
                          f'training set holds {len(dataset)}')
     images = []
     for index in range(count):

@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What TensorRT's ONNX parser will say, asked without TensorRT.
+"""What TensorRT's ONNX parser accepts, checked without TensorRT.
 
 The facts are those of NVIDIA's operator matrix, ``docs/operators.md`` of
 https://github.com/onnx/onnx-tensorrt, as it stands for TensorRT 8.5 (the last
