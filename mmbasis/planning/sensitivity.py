@@ -150,7 +150,9 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
             for index, data in enumerate(batches):
                 # detectors draw among proposals, and queries to denoise
                 torch.manual_seed(index)
-                fisher_loss(adapter, data, index, is_classifier).backward()
+                # layers behind frozen ones must get their gradients, too
+                inputs = adapter.prepare(data, gradients=True)
+                fisher_loss(adapter, inputs, index, is_classifier).backward()
                 logger.info('Sensitivity: batch %d/%d', index + 1,
                             len(batches))
     statistics = recorder.finish()
