@@ -45,6 +45,21 @@ def as_plan(plan: PlanLike) -> CompressionPlan:
                     f'CompressionPlan, but got {plan!r}')
 
 
+def _require(condition: bool, key: str, allowed: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f'{key} must be {allowed}, but got {value!r}')
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value))
+
+
+def _is_count(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)
+            and value > 0)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The images that layers are calibrated with.
@@ -293,18 +308,3 @@ def _from_config(cls: Any, key: str, config: Any) -> Any:
         return cls(**config)
     except TypeError as error:
         raise ValueError(f'{key} is not complete: {error}') from None
-
-
-def _require(condition: bool, key: str, allowed: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f'{key} must be {allowed}, but got {value!r}')
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value))
-
-
-def _is_count(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)
-            and value > 0)
