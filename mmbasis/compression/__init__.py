@@ -6,8 +6,8 @@ from .checkpoint import (META_KEY, TEACHER_KEY, plan_of, read_checkpoint,
 from .pipeline import (Compression, analyze, bases_of, compress, find_targets,
                        log_plan, make_plan, run_recipe, take_batches)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
-from .recipe import (Calibration, Orthogonality, Recipe, Teaching, Term,
-                     as_plan, as_planner)
+from .recipe import (Calibration, Orthogonality, PlanLike, Recipe, Teaching,
+                     Term, as_plan, as_planner)
 from .reconstruction import Reconstruction
 from .start import Action, Run, Source, Start, resolve
 from .surgery import (apply_plan, attach_plan, basis_layers, densified,
@@ -18,7 +18,7 @@ __all__ = [
     'plan_of', 'read_checkpoint', 'save_checkpoint', 'Compression', 'analyze',
     'bases_of', 'compress', 'find_targets', 'log_plan', 'make_plan', 'run_recipe',
     'take_batches', 'output_error', 'recalibrate', 'recalibrate_if_better',
-    'Calibration', 'Orthogonality', 'Recipe', 'Teaching', 'Term', 'as_plan',
+    'Calibration', 'Orthogonality', 'PlanLike', 'Recipe', 'Teaching', 'Term', 'as_plan',
     'as_planner', 'Reconstruction', 'Action', 'Run', 'Source', 'Start',
     'resolve', 'apply_plan', 'attach_plan', 'basis_layers', 'densified',
     'get_plan', 'guard', 'load_weights', 'restructure'

@@ -9,12 +9,11 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
 from ..compat import repair_ssd_head
-from ..compression import (apply_plan, get_plan, load_weights, plan_of,
-                           read_checkpoint)
+from ..compression import (PlanLike, apply_plan, as_plan, get_plan,
+                           load_weights, plan_of, read_checkpoint)
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
-from .basis_model import PlanLike, as_plan
 
 
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
