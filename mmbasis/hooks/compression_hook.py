@@ -11,10 +11,10 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..compression import (META_KEY, TEACHER_KEY, from_plain, log_plan,
                            plan_of, to_plain)
+from ..datasets import calibration_dataloader
 from ..models.basis_model import BasisModel, PlanLike, as_plan
 from ..optim import carry_over
 from ..registry import HOOKS
-from ..utils.runner import calibration_dataloader
 
 DATA_BATCH = Optional[Any]
 
@@ -242,7 +242,7 @@ class BasisCompressionHook(Hook):
         if self.dataloader_cfg is not None:
             return Runner.build_dataloader(
                 copy.deepcopy(self.dataloader_cfg), seed=runner.seed)
-        return calibration_dataloader(runner.cfg, runner.seed)
+        return calibration_dataloader(runner, runner.seed)
 
     @staticmethod
     def _set_model(runner: Runner, model: BasisModel) -> None:

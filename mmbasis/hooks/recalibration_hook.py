@@ -8,9 +8,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ..compression import recalibrate_if_better, take_batches
+from ..datasets import calibration_dataloader
 from ..planning import evaluation, train_deterministically
 from ..registry import HOOKS
-from ..utils.runner import calibration_dataloader
 
 
 @HOOKS.register_module()
@@ -50,7 +50,7 @@ class RecalibrationHook(Hook):
         """Recalibrate after the last iteration."""
         if not self.is_last_train_iter(runner):
             return
-        loader = calibration_dataloader(runner.cfg, runner.seed)
+        loader = calibration_dataloader(runner, runner.seed)
         batches, held_out = take_batches(loader, self.num_batches,
                                          self.held_out)
         if not held_out:

@@ -14,6 +14,7 @@ from ..factorization import orthogonality_penalty
 from ..planning import BasePlanner, CompressionPlan
 from ..registry import MODELS
 from .distillation import Distillation
+from .quirks import repair
 
 PlanLike = Union[str, dict, CompressionPlan]
 
@@ -84,7 +85,7 @@ class BasisModel(BaseModel):
         if not isinstance(architecture, BaseModel):
             raise TypeError('architecture must be an MMEngine model, but got '
                             f'{type(architecture).__name__}')
-        self._adopt(architecture)
+        self._adopt(repair(architecture))
         self.planner = planner
         self.use_norm = norm
         self.orthogonality_weight = _orthogonality_weight(orthogonality)
