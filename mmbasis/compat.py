@@ -117,14 +117,6 @@ def _static_methods(paths: Iterable[str]) -> List[Tuple[type, str, Any]]:
     return found
 
 
-def repair_ssd_head() -> None:
-    """Give MMDetection 3.3.0's ``SSDHead`` the attribute ``loss_cls``, which
-    its own prediction asks for and the class does not set."""
-    from mmdet.models.dense_heads import SSDHead
-    if not hasattr(SSDHead, 'loss_cls'):
-        SSDHead.loss_cls = None
-
-
 def max_onnx_opset() -> int:
     """The newest ONNX opset that the tracing exporter of this torch writes."""
     from torch.onnx import _constants

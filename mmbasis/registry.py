@@ -23,7 +23,10 @@ class CompressedModels(Registry):
     build_compressed: Callable[[dict, Any], Any]
 
     def get(self, key: str) -> Optional[Union[type, Callable]]:
-        if key in self._module_dict or self.split_scope_key(key)[0]:
+        scope, name = self.split_scope_key(key)
+        # another scope, not the path of a class
+        known = {self.scope, 'mmengine', *MMENGINE_MODELS.children}
+        if key in self._module_dict or ('.' not in name and scope in known):
             return super().get(key)
 
         def build(plan: Any, **architecture):

@@ -19,8 +19,8 @@ from typing import Any, Dict, List
 import torch.nn as nn
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.registry import init_default_scope
+from mmengine.runner import set_random_seed
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.progress import track
@@ -29,12 +29,13 @@ from rich.table import Table
 from mmbasis.compression import (Recipe, analyze, forward_latency,
                                  load_weights, make_plan, read_checkpoint,
                                  run_recipe, single_truncations, take_batches)
-from mmbasis.models import dense_architecture
+from mmbasis.datasets import calibration_dataloader
+from mmbasis.models import build_dense
 from mmbasis.planning import Analysis, CompressionPlan
 from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
-from mmbasis.utils.runner import calibration_dataloader, evaluate
+from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
 from mmbasis.visualization import (plot_curves, plot_losses, plot_ranks,
                                    plot_sensitivities, plot_spectra)
 
@@ -179,6 +180,7 @@ def main() -> None:
     """Measure what is missing, then draw everything."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    check_evaluation(cfg, 'val')
     mkdir_or_exist(cfg.work_dir)
     MMLogger.get_instance('mmbasis', logger_name='mmbasis')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -190,16 +192,13 @@ def main() -> None:
             checkpoint=args.checkpoint,
             calib_batches=args.calib_batches,
             seed=args.seed))
-    model = MODELS.build(dense_architecture(cfg))
+    model = build_dense(cfg)
     load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
 
     loader = calibration_dataloader(cfg, args.seed)
     batches = take_batches(loader, args.calib_batches)
-    example = next(
-        iter(
-            Runner.build_dataloader(
-                dict(cfg.val_dataloader, batch_size=1), seed=0)))
+    example = example_batch(cfg, 'val')
     if 'dense' not in found.data:
         found.data['dense'] = dict(
             metrics=evaluate(cfg, model, 'val'),

@@ -11,8 +11,8 @@ import os.path as osp
 
 from mmengine.config import DictAction
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.registry import init_default_scope
+from mmengine.runner import set_random_seed
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
@@ -20,11 +20,12 @@ from rich.table import Table
 from mmbasis.compression import (TEACHER_KEY, Recipe, load_weights,
                                  read_checkpoint, run_recipe, save_checkpoint,
                                  take_batches)
-from mmbasis.models import dense_architecture, standalone_config
+from mmbasis.datasets import calibration_dataloader
+from mmbasis.models import build_dense, standalone_config
 from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
-from mmbasis.utils.runner import calibration_dataloader, evaluate
+from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
 from mmbasis.visualization import plot_ranks, plot_spectra
 
 RECALIBRATION = dict(auto='auto', always=True, never=False)
@@ -70,7 +71,7 @@ def parse_args() -> argparse.Namespace:
         '--recalibration',
         choices=list(RECALIBRATION),
         default='auto',
-        help='compute the statistics of batch normalisations anew; auto (the '
+        help='compute the statistics of batch normalisations again; auto (the '
         'default): where that helps on held-out training images, and not with '
         '--energy')
     parser.add_argument(
@@ -127,19 +128,18 @@ def main() -> None:
     args = parse_args()
     recipe = make_recipe(args)
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    if args.evaluate:
+        check_evaluation(cfg, 'test')
     mkdir_or_exist(cfg.work_dir)
     MMLogger.get_instance('mmbasis', logger_name='mmbasis')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     set_random_seed(args.seed)
-    model = MODELS.build(dense_architecture(cfg))
+    model = build_dense(cfg)
     load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
 
     loader = calibration_dataloader(cfg, args.seed)
-    example = next(
-        iter(
-            Runner.build_dataloader(
-                dict(cfg.test_dataloader, batch_size=1), seed=0)))
+    example = example_batch(cfg, 'test', 'val', 'train')
     before = model_complexity(model, example)
     metrics = dict(before=evaluate(cfg, model)) if args.evaluate else {}
 

@@ -16,13 +16,13 @@ import sys
 import warnings
 
 from mmengine.config import DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from rich.console import Console
 from rich.table import Table
 
 from mmbasis.compression import load_weights, read_checkpoint
 from mmbasis.deploy.layer_models import LayerModels
-from mmbasis.models import dense_architecture
+from mmbasis.models import build_dense
 from mmbasis.planning.latency import LatencyTable
 from mmbasis.utils import load_config
 
@@ -98,7 +98,7 @@ def export(args: argparse.Namespace) -> None:
     warnings.filterwarnings('ignore')
     cfg = load_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = MODELS.build(dense_architecture(cfg))
+    model = build_dense(cfg)
     load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
     samples = samples_for(cfg, args.input_shape)

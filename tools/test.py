@@ -9,6 +9,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmbasis.models.quirks import repair
 from mmbasis.utils import init_cpu_dist, load_config
 
 
@@ -76,6 +77,7 @@ def main() -> None:
     init_cpu_dist(args.launcher, cfg)
     runner = (
         RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
+    repair(runner.model)
     if args.out and not args.out.endswith('.json'):
         runner.test_evaluator.metrics.append(DumpResults(args.out))
     metrics = runner.test()

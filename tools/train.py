@@ -7,6 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mmbasis.models.quirks import repair
 from mmbasis.utils import init_cpu_dist, load_config
 
 
@@ -81,6 +82,7 @@ def main() -> None:
     init_cpu_dist(args.launcher, cfg)
     runner = (
         RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
+    repair(runner.model)
     runner.train()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.quirks import repair
 from .export import Deployment
 
 #: largest difference of scores and of values before non-maximum suppression
@@ -107,7 +108,8 @@ def _before_nms(deployment: Deployment, data: dict,
     cfg.ir_config = cfg.onnx_config
     backend = deployment.backend
     model = patch_model(
-        deployment.task.build_pytorch_model(deployment.checkpoint),
+        repair(
+            deployment.task.build_pytorch_model(deployment.checkpoint)),
         cfg=cfg,
         backend=backend,
         ir=IR.ONNX)

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 from ..compat import max_onnx_opset, repair_static_methods
 from ..compression import load_weights, plan_of, read_checkpoint
 from ..models import standalone_config
+from ..models.quirks import repair
 from ..utils import load_config
 
 #: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads
@@ -141,7 +142,7 @@ class Deployment:
         reset_mark_function_count()
         with no_mp():
             export(
-                self.task.build_pytorch_model(self.checkpoint),
+                repair(self.task.build_pytorch_model(self.checkpoint)),
                 inputs,
                 output_path_prefix=osp.splitext(path)[0],
                 backend=self.backend,

@@ -8,10 +8,10 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 
 from ..compression import (META_KEY, TEACHER_KEY, Action, Recipe, Run, Source,
                            Start, get_plan, log_plan, resolve, restructure)
+from ..datasets import calibration_dataloader
 from ..models.basis_model import BasisModel
 from ..registry import HOOKS
 from ..utils.plain import from_plain, to_plain
-from ..utils.runner import calibration_dataloader
 from .rebuild import Managed, bare_model
 
 

@@ -7,10 +7,10 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
 from ..compression import recalibrate_if_better, take_batches
+from ..datasets import calibration_dataloader
 from ..models import unwrap
 from ..registry import HOOKS
 from ..running import adapter_of, evaluation, train_deterministically
-from ..utils.runner import calibration_dataloader
 from .rebuild import bare_model
 
 

@@ -16,6 +16,7 @@ from ..factorization import orthogonality_penalty
 from ..planning import CompressionPlan
 from ..registry import MODELS
 from .distillation import Distillation
+from .quirks import repair
 
 #: attributes of the wrapper; all others are the model's
 _OWN = {
@@ -73,7 +74,7 @@ class BasisModel(BaseModel):
         #: the file that the dense weights came from
         self.source: Optional[str] = None
         self.distillation = self._build_distillation(architecture)
-        self._adopt(architecture)
+        self._adopt(repair(architecture))
         guard(self)
         built = get_plan(architecture)
         if built is not None:

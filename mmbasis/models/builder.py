@@ -8,12 +8,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-from ..compat import repair_ssd_head
 from ..compression import (PlanLike, apply_plan, as_plan, get_plan,
                            load_weights, plan_of, read_checkpoint)
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
+from ..utils import as_text_config, load_config
+from .quirks import repair
 
 
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
@@ -29,9 +30,7 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
     Returns:
         nn.Module: The compressed model.
     """
-    model = MMENGINE_MODELS.build(_without_pretrained(architecture))
-    if type(getattr(model, 'bbox_head', None)).__name__ == 'SSDHead':
-        repair_ssd_head()
+    model = repair(MMENGINE_MODELS.build(_without_pretrained(architecture)))
     apply_plan(model, as_plan(plan), project=False)
     if get_plan(model).norm:  # MMDeploy calls it, which folds these
         override_merging(model, 'switch_to_deploy')
@@ -42,21 +41,40 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
 MODELS.build_compressed = build_compressed
 
 
+def build_dense(cfg: Config) -> nn.Module:
+    """Build the dense model of a config.
+
+    Args:
+        cfg (Config): With a ``model``, spelled in whichever way.
+
+    Returns:
+        nn.Module: The model, with the weights it is built with.
+    """
+    return repair(MMENGINE_MODELS.build(dense_architecture(cfg)))
+
+
 def _without_pretrained(config: Any) -> Any:
     """Drop initialisation from pretrained weights: those are dense, and the
     checkpoint of the compressed model comes after them anyway."""
     if isinstance(config, dict):
         return type(config)((k, _without_pretrained(v))
                             for k, v in config.items()
-                            if not _is_pretrained(k, v))
+                            if k != 'init_cfg' or not _is_pretrained(v))
     if isinstance(config, (list, tuple)):
-        return type(config)(_without_pretrained(v) for v in config)
+        return type(config)(
+            _without_pretrained(v) for v in config if not _is_pretrained(v))
     return config
 
 
-def _is_pretrained(key: str, value: Any) -> bool:
-    return key == 'init_cfg' and isinstance(
-        value, dict) and value.get('type') == 'Pretrained'
+def _is_pretrained(config: Any) -> bool:
+    return isinstance(config, dict) and _last_name(
+        config.get('type')) in ('Pretrained', 'PretrainedInit')
+
+
+def _last_name(type_: Any) -> str:
+    """Name of a type that a config gives as a class, or as a string in
+    whichever scope."""
+    return getattr(type_, '__name__', str(type_)).rpartition('.')[2]
 
 
 def standalone_config(cfg: Config, plan: CompressionPlan,
@@ -70,22 +88,27 @@ def standalone_config(cfg: Config, plan: CompressionPlan,
         checkpoint (str): The compressed weights, which training starts from.
 
     Returns:
-        Config: Whose model is built by :func:`build_compressed`.
+        Config: Whose model is built by :func:`build_compressed`. All types
+        are strings, so that its ``pretty_text`` can be loaded.
+
+    Raises:
+        TypeError: If the config holds an object that no text can name.
     """
-    cfg = copy.deepcopy(cfg)
+    cfg = as_text_config(cfg)
     model = dense_architecture(cfg)
     model.type = f'mmbasis.{model.type}'
     model.plan = plan.to_dict()
     cfg.model = model
-    imports = cfg.get('custom_imports') or dict(imports=[])
-    names = imports['imports']
+    imports = dict(cfg.get('custom_imports') or {})
+    names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else list(names)
     if 'mmbasis' not in names:
         names.append('mmbasis')
-    cfg.custom_imports = dict(imports=names, allow_failed_imports=False)
+    cfg.custom_imports = dict(
+        dict(allow_failed_imports=False), **dict(imports, imports=names))
     hooks = [
         hook for hook in cfg.get('custom_hooks') or []
-        if hook['type'] != 'mmbasis.BasisCompressionHook'
+        if _last_name(hook['type']) != 'BasisCompressionHook'
     ]
     # keeps the plan in the checkpoints of further training
     cfg.custom_hooks = hooks + [dict(type='mmbasis.BasisCompressionHook')]
@@ -96,7 +119,7 @@ def standalone_config(cfg: Config, plan: CompressionPlan,
 def dense_architecture(cfg: Config) -> ConfigDict:
     """The config of the dense model, whichever way a config spells it."""
     model = ConfigDict(copy.deepcopy(cfg.model))
-    if model.type == 'mmbasis.BasisModel':
+    if _last_name(model.type) == 'BasisModel' and 'architecture' in model:
         preprocessor = model.get('data_preprocessor')
         model = model.architecture
         if preprocessor is not None:
@@ -124,7 +147,6 @@ def load_compressed(config: Union[str, Config],
         ValueError: If the checkpoint carries no plan.
         RuntimeError: If the weights do not fit.
     """
-    from ..utils import load_config
     cfg = load_config(config) if isinstance(config, str) else config
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     content = read_checkpoint(checkpoint)

@@ -1,12 +1,15 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What all tools do with a config before they build a runner from it."""
+import math
 import os.path as osp
-from typing import Optional
+from typing import Any, Optional
 
+import numpy as np
 import torch
 from mmengine.config import Config
-
-from ..compat import repair_ssd_head
+from mmengine.config.lazy import LazyAttr, LazyObject
+from mmengine.registry import MODELS
+from mmengine.utils import get_object_from_string
 
 
 def load_config(path: str,
@@ -21,6 +24,8 @@ def load_config(path: str,
       builds the model without a runner gets the same one.
     - mmpretrain's data loaders stack their samples, as its own tools set
       them to.
+    - Where ``default_scope`` is None (pure-Python configs), it is the library
+      of the model: libraries build parts from names of their own.
 
     Args:
         path (str): Config file, or ``library::config`` of an installed
@@ -50,15 +55,27 @@ def load_config(path: str,
                                 osp.splitext(osp.basename(path))[0])
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    if cfg.get('default_scope') == 'mmdet':
-        repair_ssd_head()
+    if 'default_scope' in cfg and cfg.default_scope is None:
+        cfg.default_scope = _library(cfg.model)
     if cfg.get('default_scope') == 'mmpretrain':
-        for name in ('train', 'val', 'test'):
-            loader = cfg.get(f'{name}_dataloader')
-            if loader is not None:
-                loader.setdefault('collate_fn', dict(type='default_collate'))
-                loader.setdefault('pin_memory', torch.cuda.is_available())
+        _stack_samples(cfg)
     return cfg
+
+
+def _library(model: dict) -> str:
+    """The scope of the library that a model given as a class comes from."""
+    model = model.get('architecture', model)
+    library = getattr(model.get('type'), '__module__', '').partition('.')[0]
+    return library if library in MODELS.children else 'mmengine'
+
+
+def _stack_samples(cfg: Config) -> None:
+    """Set up data loaders as mmpretrain's own tools do."""
+    for name in ('train', 'val', 'test'):
+        loader = cfg.get(f'{name}_dataloader')
+        if loader is not None:
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', torch.cuda.is_available())
 
 
 def _read(path: str) -> Config:
@@ -72,3 +89,58 @@ def _read(path: str) -> Config:
             f'{osp.abspath(osp.curdir)}); give a file, or the name of an '
             f"installed config as 'library::folder/name.py'")
     return Config.fromfile(path)
+
+
+def as_text_config(cfg: Config) -> Config:
+    """A config that can be written to a file and read again.
+
+    Args:
+        cfg (Config): Any config, pure-Python ones too. Not changed.
+
+    Returns:
+        Config: The same, with the classes and functions after ``type`` as
+        strings to import.
+
+    Raises:
+        TypeError: If it holds an object that no text can name.
+    """
+    return Config(
+        _as_text(cfg._to_lazy_dict(), 'cfg'),
+        cfg_text=cfg.text,
+        filename=cfg.filename)
+
+
+class _Special(float):
+    """Infinity or no number, as Python reads them."""
+
+    def __repr__(self) -> str:
+        return f"float('{float(self)}')"
+
+
+def _as_text(value: Any, key: str) -> Any:
+    """A value of which Python reads the representation again."""
+    if isinstance(value, dict):
+        return {k: _as_text(v, f'{key}.{k}') for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(
+            _as_text(v, f'{key}[{i}]') for i, v in enumerate(value))
+    if isinstance(value, (LazyAttr, LazyObject)):
+        value = value.build()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return _Special(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str,
+                                           bytes, set, range, slice)):
+        return value
+    if key.rpartition('.')[2] not in ('type', 'constructor'):
+        raise TypeError(
+            f'{key} of the config is {value!r}: the config of the compressed '
+            'model is a text, which can name objects only as a type. Give '
+            'numbers, strings, or a dict with a type')
+    name = f'{value.__module__}.{getattr(value, "__qualname__", "")}'
+    if get_object_from_string(name) is not value:
+        raise TypeError(
+            f'{key} of the config is {value!r}, which cannot be imported as '
+            f'{name}: define it at the top of a module')
+    return name

@@ -1,96 +1,57 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Data loaders and evaluation from a config, outside a training run."""
+"""Examples and evaluation from a config, outside a training run."""
 import copy
 import itertools
 import os.path as osp
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict
 
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ..datasets.annotations import first_augmentation
+from ..models.quirks import repair
+
 _RUNS = itertools.count()
 
 
-def calibration_dataloader(cfg: Config, seed: Optional[int]) -> Iterable:
-    """A data loader for calibration: training images in an order of its own,
-    with the transforms of testing.
-
-    What the network will see decides what it must keep: statistics of
-    randomly cropped or mixed images cost accuracy.
+def example_batch(cfg: Config, *splits: str) -> Any:
+    """A batch of one image, to count and time with.
 
     Args:
-        cfg (Config): With ``train_dataloader``, and the transforms in
-            ``test_dataloader`` or ``val_dataloader``; without those the
-            transforms of training stay.
-        seed (int, optional): Of the order.
+        cfg (Config): With data loaders.
+        splits (str): ``'test'``, ``'val'`` or ``'train'``: the first that has
+            a data loader gives the image, with the transforms it has.
 
     Returns:
-        DataLoader: In a distributed run, of this process' share.
+        Any: The batch; the first of several augmentations of the image.
 
     Raises:
-        KeyError: If the config has no ``train_dataloader``.
+        KeyError: If there is none.
     """
-    if cfg.get('train_dataloader') is None:
-        raise KeyError('calibration needs the training images, but the config '
-                       'has no train_dataloader')
-    loader = copy.deepcopy(cfg.train_dataloader)
-    for key in ('test_dataloader', 'val_dataloader'):
-        pipeline = _pipeline(cfg.get(key))
-        if pipeline is not None:
-            loader.dataset = _with_pipeline(loader.dataset, pipeline)
-            break
-    loader.sampler = dict(type='DefaultSampler', shuffle=True)
-    loader.persistent_workers = False
-    return Runner.build_dataloader(loader, seed=seed)
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if loader is not None:
+            loader = Runner.build_dataloader(dict(loader, batch_size=1), seed=0)
+            batch = next(iter(loader))
+            if isinstance(batch, dict) and isinstance(
+                    batch['inputs'][0], list):
+                batch = first_augmentation(batch)
+            return batch
+    raise KeyError('the config needs one of ' +
+                   ', '.join(f'{split}_dataloader' for split in splits))
 
 
-def _pipeline(loader: Any) -> Optional[list]:
-    """The transforms of a loader's (innermost) dataset."""
-    config = loader.get('dataset') if isinstance(loader, dict) else None
-    while isinstance(config, dict):
-        if 'pipeline' in config and 'dataset' not in config:
-            return copy.deepcopy(config['pipeline'])
-        config = config.get('dataset')
-    return None
+def check_evaluation(cfg: Config, split: str) -> None:
+    """Check that a config can be evaluated, before any work starts.
 
-
-def _with_pipeline(config: dict, pipeline: list) -> dict:
-    """A dataset with other transforms.
-
-    A dataset that mixes images has
-    transforms over another dataset: it is left away.
+    Raises:
+        KeyError: If it lacks ``<split>_dataloader`` or ``<split>_evaluator``.
     """
-    if 'datasets' in config:
-        config['datasets'] = [
-            _with_pipeline(x, pipeline) for x in config['datasets']
-        ]
-    elif 'dataset' in config:
-        inner = _with_pipeline(config['dataset'], pipeline)
-        if 'pipeline' in config:
-            return inner
-        config['dataset'] = inner
-    else:
-        config['pipeline'] = _annotated(pipeline, config.get('pipeline', []))
-    return config
-
-
-def _annotated(pipeline: list, training: list) -> list:
-    """Transforms of testing that keep the annotations of training.
-
-    MMDetection's test pipelines load boxes last, in the coordinates of the
-    file, where the evaluator wants them. A loss needs them in those of the
-    transformed image: loaded before the image is resized.
-    """
-    loads = [
-        step for step in (*training, *pipeline)
-        if str(step['type']).endswith('LoadAnnotations')
-    ]
-    rest = [
-        step for step in pipeline
-        if not str(step['type']).endswith('LoadAnnotations')
-    ]
-    return copy.deepcopy(rest[:1] + loads[:1] + rest[1:])
+    for key in (f'{split}_dataloader', f'{split}_evaluator'):
+        if cfg.get(key) is None:
+            raise KeyError(f'evaluation needs {key}, which the config does '
+                           'not have')
 
 
 def evaluate(cfg: Config,
@@ -107,7 +68,7 @@ def evaluate(cfg: Config,
         dict: The evaluator's metrics.
     """
     runner = Runner(
-        model=model,
+        model=repair(model),
         work_dir=osp.join(cfg.work_dir, 'evaluate'),
         test_dataloader=copy.deepcopy(cfg[f'{split}_dataloader']),
         test_cfg=copy.deepcopy(cfg.get('test_cfg') or {}),

@@ -34,7 +34,7 @@ from mmbasis.planning import BudgetPlanner
 from mmbasis.running import SumWatch
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
-from mmbasis.utils.runner import calibration_dataloader, evaluate
+from mmbasis.utils.runner import evaluate
 from mmbasis.visualization import plot_curves
 
 #: images in a calibration batch

@@ -25,7 +25,7 @@ import warnings
 
 import numpy as np
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +33,7 @@ from rich.table import Table
 from mmbasis.compression import (Recipe, analyze, apply_plan, load_weights,
                                  make_plan, read_checkpoint)
 from mmbasis.deploy.layer_models import LayerModels, RawOutputs
-from mmbasis.models import dense_architecture
+from mmbasis.models import build_dense
 from mmbasis.planning.latency import LatencyTable
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
@@ -65,7 +65,7 @@ def build_model(cfg, checkpoint):
     """The dense model, in evaluation mode."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     set_random_seed(0)
-    model = MODELS.build(dense_architecture(cfg))
+    model = build_dense(cfg)
     if checkpoint is not None:
         load_weights(model, read_checkpoint(checkpoint), checkpoint)
     return model.eval()

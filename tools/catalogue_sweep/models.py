@@ -12,7 +12,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmbasis.compat import repair_ssd_head
+from mmbasis.models.quirks import repair
 from .configs import without_pretrained
 
 #: Parameters that are all smaller than this do not count: residual branches
@@ -76,13 +76,11 @@ def build(cfg: Config) -> nn.Module:
         Exception: Whatever the catalogue raises.
     """
     init_default_scope(cfg.default_scope)
-    if cfg.default_scope == 'mmdet':
-        repair_ssd_head()  # as all tools do
     torch.manual_seed(0)
     # some heads and moving averages ask the run how far it is
     for key, value in dict(epoch=0, max_iters=1000).items():
         MessageHub.get_current_instance().update_info(key, value)
-    model = MODELS.build(architecture(cfg))
+    model = repair(MODELS.build(architecture(cfg)))
     if hasattr(model, 'init_weights'):
         model.init_weights()
     preprocessor = model.data_preprocessor
