@@ -219,8 +219,6 @@ class Recipe:
         default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.planner is not None and self.plan is not None:
-            raise ValueError('give a planner or a plan, not both')
         _require(self.reconstruction in (None, 'local', 'sequential'),
                  'reconstruction', "'local' or 'sequential'",
                  self.reconstruction)
@@ -249,6 +247,8 @@ class Recipe:
                 the same with all defaults, False does without.
         """
         given = {k: v for k, v in config.items() if v is not None}
+        if 'planner' in given and 'plan' in given:
+            raise ValueError('give a planner or a plan, not both')
         unknown = set(given) - set(FIELDS)
         if unknown:
             raise ValueError(f'a recipe has the fields {", ".join(FIELDS)}, '

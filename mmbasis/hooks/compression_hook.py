@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from ..compression import (META_KEY, TEACHER_KEY, Action, Recipe, Run, Source,
                            Start, get_plan, log_plan, resolve, restructure)
 from ..datasets import calibration_dataloader
-from ..models.basis_model import BasisModel
+from ..models import BasisModel, unwrap
 from ..registry import HOOKS
 from ..utils.plain import from_plain, to_plain
 from .rebuild import Managed, bare_model
@@ -97,13 +97,13 @@ class BasisCompressionHook(Hook):
         model = bare_model(runner)
         self._source = Source.of(checkpoint)
         self._start = resolve(self.recipe, self._source, self._run,
-                              get_plan(model))
+                              get_plan(unwrap(model)))
         if self._start.note:
             runner.logger.warning(self._start.note)
         if self._start.action is Action.FOLLOW:
             assert self._start.plan is not None
             managed = Managed(runner)
-            restructure(model, self._start.plan)
+            restructure(unwrap(model), self._start.plan)
             managed.rebuild(model)
 
     def before_train(self, runner: Runner) -> None:
@@ -114,7 +114,7 @@ class BasisCompressionHook(Hook):
         """
         model = bare_model(runner)
         start = self._start or resolve(self.recipe, None, self._run,
-                                       get_plan(model))
+                                       model.plan)
         resumed = self._run is Run.RESUME
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME
@@ -150,16 +150,15 @@ class BasisCompressionHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to test a dense model under a compression config."""
-        plan = get_plan(bare_model(runner))
-        if plan is None:
-            resolve(self.recipe, None, Run.TEST, plan)
+        if get_plan(unwrap(bare_model(runner))) is None:
+            resolve(self.recipe, None, Run.TEST)
 
     before_val = before_test
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Put the plan into ``meta`` and everything into plain types."""
         model = bare_model(runner)
-        plan = get_plan(model)
+        plan = get_plan(unwrap(model))
         if plan is not None:
             checkpoint['meta'][META_KEY] = plan.to_dict()
         distillation = getattr(model, 'distillation', None)

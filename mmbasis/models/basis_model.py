@@ -76,9 +76,6 @@ class BasisModel(BaseModel):
         self.distillation = self._build_distillation(architecture)
         self._adopt(repair(architecture))
         guard(self)
-        built = get_plan(architecture)
-        if built is not None:
-            attach_plan(self, built)
         self._start_from(checkpoint)
 
     def _adopt(self, architecture: nn.Module) -> None:
@@ -128,7 +125,7 @@ class BasisModel(BaseModel):
         if asked is not None and self.plan is None:
             if self.has_weights:
                 self._take_teacher()
-            apply_plan(self, asked, project=self.has_weights)
+            apply_plan(self.architecture, asked, project=self.has_weights)
 
     # --------------------------------------------------- the model's own
     def __getattr__(self, name: str) -> Any:
@@ -156,12 +153,12 @@ class BasisModel(BaseModel):
     @property
     def plan(self) -> Optional[CompressionPlan]:
         """The plan that this model follows; None while it is dense."""
-        return get_plan(self)
+        return get_plan(self.architecture)
 
     def follow(self, plan: CompressionPlan) -> None:
         """Take the structure of a plan, for weights that are loaded
         afterwards."""
-        restructure(self, plan)
+        restructure(self.architecture, plan)
 
     def compress(self,
                  dataloader: Iterable,
@@ -174,7 +171,7 @@ class BasisModel(BaseModel):
         """
         recipe = recipe or self.recipe
         self._take_teacher()
-        return _compress(self, recipe, dataloader)
+        return _compress(self.architecture, recipe, dataloader)
 
     def truncate(self, dataloader: Iterable,
                  recipe: Recipe) -> CompressionPlan:
@@ -190,8 +187,8 @@ class BasisModel(BaseModel):
         assert before is not None
         model = densified(self.architecture)
         plan = _compress(model, recipe, dataloader).with_dense_costs(before)
+        attach_plan(model, plan)
         self._adopt(model)
-        attach_plan(self, plan)
         return plan
 
     def _take_teacher(self) -> None:

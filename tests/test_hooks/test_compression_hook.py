@@ -241,7 +241,7 @@ def test_dense_checkpoint_is_refused(tmp_path, dense):
     (dict(planner=dict(type='NoPlanner')), 'NoPlanner'),
     (dict(), 'nothing to do'),
     (dict(planner={}, plan='plan.json'), 'not both'),
-    (dict(calibration=dict(batches=1)), "got \\['batches'\\]"),
+    (dict(calibration=dict(batches=1)), "got {'batches': 1}"),
     (dict(
         planner=dict(type='EnergyPlanner', threshold=.5),
         orthogonality=dict(w=1)), 'orthogonality must be'),
