@@ -14,7 +14,7 @@ from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
                         check_finite, find_layers, measure,
                         measure_sensitivity)
 from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
-                       evaluation, trace_targets, train_deterministically,
+                       classifies, evaluation, trace_targets, train_deterministically,
                        undisturbed)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
@@ -144,25 +144,27 @@ def _select(adapter: Adapter, recipe: Recipe, layers: Sequence[Layer],
 def find_targets(adapter: Adapter, layers: Sequence[Layer],
                  data: Any) -> Targets:
     """Find the layers that make predictions, and those that say where others
-    sample.
+    sample: from the outputs of a classifier, otherwise from the training
+    loss, which all predictions of a detector reach.
 
     Args:
         adapter (Adapter): Runs the dense model.
         layers (Sequence[Layer]): Its layers.
         data (Any): A batch with annotations, as in training.
     """
-    model = adapter.model
-
-    def run() -> Any:
-        try:
-            train_deterministically(model)
-            return adapter.loss(data)
-        except UnknownLossError:
-            model.eval()
-            return adapter.outputs(data)
-
+    model, modules = adapter.model, {x.name: x.module for x in layers}
     with undisturbed(model), evaluation(model), torch.enable_grad():
-        return trace_targets(model, {x.name: x.module for x in layers}, run)
+        if not classifies(adapter, data):
+            try:
+                train_deterministically(model)
+                return trace_targets(model, modules,
+                                     lambda: adapter.loss(data))
+            except Exception as error:  # annotations may be missing
+                MMLogger.get_current_instance().info(
+                    'Prediction layers are found from the outputs, since '
+                    'there is no loss: %s', error)
+            model.eval()
+        return trace_targets(model, modules, lambda: adapter.outputs(data))
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
