@@ -28,10 +28,11 @@ from rich.table import Table
 
 from mmbasis.compression import (Compressor, analyze, as_planner,
                                  forward_latency, load_weights,
-                                 model_complexity, read_checkpoint,
+                                 read_checkpoint,
                                  single_truncations, take_batches)
 from mmbasis.models import dense_architecture
 from mmbasis.planning import CompressionPlan, LayerInfo
+from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate

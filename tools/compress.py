@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mmbasis.compression import (TEACHER_KEY, Compressor, as_planner,
-                                 load_weights, model_complexity,
+                                 load_weights,
                                  read_checkpoint, save_checkpoint,
                                  take_batches)
 from mmbasis.models import dense_architecture, standalone_config
 from mmbasis.planning import BasePlanner, CompressionPlan
+from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate

@@ -3,7 +3,6 @@
 from .analysis import forward_latency, single_truncations
 from .checkpoint import (META_KEY, TEACHER_KEY, from_plain, plan_of,
                          read_checkpoint, save_checkpoint, to_plain)
-from .complexity import model_complexity
 from .pipeline import (Compressor, analyze, as_planner, compress, log_plan,
                        take_batches)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
@@ -13,8 +12,8 @@ from .surgery import (apply_plan, attach_plan, basis_layers, densified,
 
 __all__ = [
     'META_KEY', 'TEACHER_KEY', 'from_plain', 'plan_of', 'read_checkpoint',
-    'save_checkpoint', 'to_plain', 'model_complexity', 'Compressor', 'analyze',
-    'as_planner', 'compress', 'log_plan', 'take_batches', 'output_error',
+    'save_checkpoint', 'to_plain', 'Compressor', 'analyze', 'as_planner',
+    'compress', 'log_plan', 'take_batches', 'output_error',
     'recalibrate', 'recalibrate_if_better', 'forward_latency',
     'single_truncations', 'Reconstruction', 'apply_plan', 'attach_plan',
     'basis_layers', 'densified', 'get_plan', 'guard', 'load_weights'

@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 from ..layers import BasisLayer
-from ..planning import LayerInfo, evaluation, tensor_outputs
+from ..planning import LayerInfo
+from ..running import adapter_of, evaluation
 from .recalibration import output_error
 from .surgery import replace_modules
 
@@ -61,12 +62,13 @@ def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
         data (Any): A batch.
         repeats (int): Passes that count, after two that do not.
     """
+    adapter = adapter_of(model)
     times: List[float] = []
     device = next(model.parameters()).device
     with evaluation(model):
         for _ in range(repeats + 2):
             start = time.perf_counter()
-            tensor_outputs(model, data)
+            adapter.outputs(data)
             if device.type == 'cuda':
                 torch.cuda.synchronize(device)
             times.append(1e3 * (time.perf_counter() - start))

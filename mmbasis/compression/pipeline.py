@@ -9,9 +9,10 @@ from mmengine.logging import MMLogger
 
 from ..factorization import spectrum_of_factor
 from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
-                        UnknownLossError, calibrate, check_finite, find_layers,
+                        calibrate, check_finite, find_layers,
                         record_gradients)
 from ..registry import PLANNERS
+from ..running import UnknownLossError
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .reconstruction import Reconstruction
 from .surgery import apply_plan, get_plan

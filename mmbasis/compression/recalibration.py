@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Statistics of batch normalisations after truncation."""
 import copy
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any, Callable, List, Sequence
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..planning import evaluation, forward_batch, tensor_outputs
+from ..running import adapter_of, evaluation
 from ..utils.divergence import kl_divergence, normalized_mse
 
 
@@ -31,7 +31,7 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
         model (nn.Module): Changed in place.
         batches (Sequence): Batches as the model takes them.
     """
-    norms = norm_layers(model)
+    adapter, norms = adapter_of(model), norm_layers(model)
     momenta = [norm.momentum for norm in norms]
     with evaluation(model):
         for norm in norms:
@@ -39,7 +39,7 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
             norm.momentum = None  # average instead of moving average
             norm.training = True
         for data in batches:
-            forward_batch(model, data)
+            adapter.predict(data)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         if get_world_size() > 1:
@@ -95,28 +95,20 @@ def output_error(model: nn.Module, reference: nn.Module,
         float: Mean over batches and processes.
     """
     errors = []
+    ours, theirs = adapter_of(model), adapter_of(reference)
     with evaluation(model), evaluation(reference):
         for data in batches:
-            pairs = zip(
-                _tensors(tensor_outputs(model, data)),
-                _tensors(tensor_outputs(reference, data)))
+            pairs = zip(ours.outputs(data), theirs.outputs(data))
             errors += [_distance(x, y) for x, y in pairs if x.shape == y.shape]
-    total = torch.stack(
-        [torch.stack(errors).sum(),
-         torch.tensor(float(len(errors)))]) if errors else torch.zeros(2)
+    total = torch.zeros(2)
+    if errors:
+        total = errors[0].new_tensor([0., len(errors)])
+        total[0] = torch.stack(errors).sum()
     if get_world_size() > 1:
         all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (tuple, list)):
-        for item in outputs:
-            yield from _tensors(item)
-
-
 def _distance(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.float().cpu(), y.float().cpu()
+    x, y = x.float(), y.float()
     return kl_divergence(x, y) if x.dim() == 2 else normalized_mse(x, y)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..factorization import orthonormalize
 from ..layers import BasisLayer
-from ..planning import (CompressionPlan, LayerInfo, count_images, evaluation,
-                        forward_batch, output_samples)
+from ..planning import CompressionPlan, LayerInfo, output_samples
 from ..planning.layers import PREDICTION
+from ..running import Pass, SumWatch, adapter_of, current_pass, evaluation
 from .layer_regression import LayerRegression
-from .passes import Pass, SumWatch, current_pass
 
 #: Images that layers which run several times in a pass are fitted to: each
 #: such layer takes a pass of its own.
@@ -62,7 +61,7 @@ class Reconstruction:
                 both models at a time.
         """
         with evaluation(self.model), evaluation(self.reference):
-            self.watch.probe(self.reference, {
+            self.watch.probe(adapter_of(self.reference), {
                 name: self.reference.get_submodule(name)
                 for name in self.todo
             }, batches[0])
@@ -98,10 +97,11 @@ class Reconstruction:
         with ExitStack() as stack:
             for name in names:
                 self._stop_at(name, stack)
+            adapters = adapter_of(self.reference), adapter_of(self.model)
             passes = [
                 tuple(
-                    stack.enter_context(Pass(model, data, self.watch))
-                    for model in (self.reference, self.model))
+                    stack.enter_context(Pass(adapter, data, self.watch))
+                    for adapter in adapters)
                 for data in batches
             ]
             for one in itertools.chain(*passes):
@@ -196,7 +196,7 @@ class Reconstruction:
         for data in batches:
             if images < SHARED_IMAGES:
                 some.append(data)
-                images += count_images(data)
+                images += adapter_of(self.model).count_images(data)
         targets = [self._outputs(names, data) for data in some]
         for name in names:
             layer = self.todo[name]
@@ -216,7 +216,7 @@ class Reconstruction:
                     self.reference.get_submodule(name).register_forward_hook(
                         lambda _, args, y, name=name: found[name].append(
                             output_samples(self.todo[name], y))).remove)
-            forward_batch(self.reference, data)
+            adapter_of(self.reference).predict(data)
         return found
 
     def _add_calls(self, regression: LayerRegression, data: Any,
@@ -230,7 +230,7 @@ class Reconstruction:
 
         module = self.model.get_submodule(regression.layer.name)
         handle = module.register_forward_pre_hook(add)
-        forward_batch(self.model, data)
+        adapter_of(self.model).predict(data)
         handle.remove()
 
     # -------------------------------------------------------------- weights

@@ -12,9 +12,10 @@ import torch
 import torch.nn as nn
 
 from ..compression.surgery import replace_modules
-from ..planning import LayerInfo, evaluation, find_layers
+from ..planning import LayerInfo, find_layers
 from ..planning.latency import CARRIER, COMPRESSED_ID, MODEL_ID
 from ..planning.layers import choose_layers
+from ..running import evaluation
 from ..utils.io import write_atomically
 
 #: channels that feed a layer: few, so that feeding it costs little

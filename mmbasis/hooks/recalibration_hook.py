@@ -8,7 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ..compression import recalibrate_if_better, take_batches
-from ..planning import evaluation, train_deterministically
+from ..running import evaluation, train_deterministically
 from ..registry import HOOKS
 from ..utils.runner import calibration_dataloader
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..compression import densified, load_weights, read_checkpoint
 from ..layers import BasisLayer, basis_layer_type
-from ..planning import train_deterministically
+from ..running import tensors, train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
 
@@ -234,18 +234,10 @@ def _noting(forward: Callable, found: List[Tensor]) -> Callable:
     @functools.wraps(forward)
     def noting(*args, **kwargs):
         output = forward(*args, **kwargs)
-        found.extend(_tensors(output))
+        found.extend(tensors(output))
         return output
 
     return noting
-
-
-def _tensors(output: Any) -> List[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, (tuple, list)):
-        return [x for item in output for x in _tensors(item)]
-    return []
 
 
 def _compare(term: dict, name: str, students: Sequence[Tensor],

@@ -1,9 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What a few batches say of each layer: positions, and moments of outputs."""
-import random
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -11,10 +9,9 @@ import torch.nn as nn
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..factorization import spectrum_of_factor, spectrum_of_moment
+from ..running import adapter_of, evaluation
 from .layers import LayerInfo
 
 #: Positions of one image that a layer's moments are computed from. More add
@@ -285,82 +282,6 @@ class LayerRecorder:
                 layer.mean = mean - bias.view_as(mean)
 
 
-def count_images(data: Any) -> int:
-    """Number of images in a batch of a dataloader."""
-    if isinstance(data, dict):
-        data = data.get('inputs', next(iter(data.values())))
-    elif isinstance(data, (tuple, list)):
-        data = data[0]
-    return len(data)
-
-
-def forward_batch(model: nn.Module, data: Any) -> Any:
-    """Run a model on a batch: an MMEngine model through its ``test_step``,
-    any other by calling it.
-
-    Args:
-        model (nn.Module): The model.
-        data (Any): What its dataloader yields; for a plain module a tensor,
-            or a tuple whose first entry is the input.
-    """
-    if hasattr(model, 'test_step'):
-        return model.test_step(data)
-    if isinstance(data, dict):
-        return model(**data)
-    return model(data[0] if isinstance(data, (tuple, list)) else data)
-
-
-def tensor_outputs(model: nn.Module, data: Any) -> Any:
-    """What a model puts out before any post-processing: a classifier's
-    logits, a detector's maps; predictions where a model has nothing else to
-    show, as trackers have not."""
-    if not hasattr(model, 'data_preprocessor'):
-        return forward_batch(model, data)
-    prepared = model.data_preprocessor(data, False)
-    try:
-        return model(
-            prepared['inputs'], prepared.get('data_samples'), mode='tensor')
-    except NotImplementedError:
-        return forward_batch(model, data)
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states of Python,
-    NumPy and PyTorch are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            # for those that do more in train() than to set a flag (LeViT)
-            model.train(modes[model])
-            for module, mode in modes.items():
-                module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def train_deterministically(model: nn.Module) -> None:
-    """Put a model in training mode, but what changes with the batch or by
-    chance in evaluation mode: normalisations, dropout, stochastic depth.
-
-    A loss, and whatever is compared with what a model puts out in training,
-    needs that mode: heads put out other things (VFNet, RepPoints), or the same
-    in other units (FCOS), in evaluation mode.
-
-    Args:
-        model (nn.Module): The model, changed in place.
-    """
-    model.train()
-    for module in model.modules():
-        if isinstance(module, (_NormBase, _DropoutNd, nn.MultiheadAttention
-                               )) or type(module).__name__.startswith('Drop'):
-            module.eval()
-
-
 def calibrate(model: nn.Module,
               layers: Sequence[LayerInfo],
               batches: Sequence[Any],
@@ -381,10 +302,11 @@ def calibrate(model: nn.Module,
         ValueError: If an output is not finite.
     """
     logger = MMLogger.get_current_instance()
+    adapter = adapter_of(model)
     with evaluation(model), LayerRecorder(layers, moments) as recorder:
         for index, data in enumerate(batches):
-            forward_batch(model, data)
-            recorder.images += count_images(data)
+            adapter.predict(data)
+            recorder.images += adapter.count_images(data)
             recorder.passes += 1
             logger.info('Calibration: batch %d/%d, %d images', index + 1,
                         len(batches), recorder.images)

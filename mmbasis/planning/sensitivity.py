@@ -1,32 +1,23 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What dropping a direction of a layer's output costs, in units of the
 loss."""
-import copy
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from .calibration import (evaluation, output_samples, tensor_outputs,
-                          train_deterministically)
+from ..running import (adapter_of, classifies, evaluation, fisher_loss,
+                       train_deterministically, undisturbed)
+from .calibration import output_samples
 from .layers import LayerInfo
 
-#: Labels are drawn from softened predictions: on its training images a
-#: network is so sure of itself that its gradients all but vanish.
-TEMPERATURE = 2.
 #: Of layers with more output channels than this, and fewer inputs, gradients
 #: are looked at along the directions of the spectrum only, in which all
 #: outputs lie: a moment of 32768 channels (Sparse R-CNN) takes 8 GB.
 MAX_ROWS = 2048
-
-
-class UnknownLossError(ValueError):
-    """The model has no loss that is known here."""
 
 
 class GradientRecorder:
@@ -105,126 +96,6 @@ def _is_wide(layer: LayerInfo) -> bool:
     return rows > max(MAX_ROWS, in_size)
 
 
-def _sampled_labels(logits: Tensor, batch: int) -> Tensor:
-    """Draw labels from predictions, the same for an image however images are
-    spread over processes.
-
-    Args:
-        logits (Tensor): Shape ``(N, classes)``.
-        batch (int): Index of the batch, seed of its random numbers.
-
-    Returns:
-        Tensor: Shape ``(N, )``.
-    """
-    rank, world = get_rank(), get_world_size()
-    generator = torch.Generator().manual_seed(batch)
-    uniform = torch.rand(len(logits) * world, 1, generator=generator)
-    cumulative = (logits.detach() / TEMPERATURE).softmax(-1).cumsum(-1)
-    labels = (cumulative < uniform[rank::world].to(cumulative)).sum(-1)
-    return labels.clamp_max(logits.shape[-1] - 1)
-
-
-def total_loss(model: nn.Module, inputs: Any, samples: Any, batch: int,
-               classifies: bool) -> Tensor:
-    """The loss of a batch, summed over its images.
-
-    Classifiers are asked for labels of their own: that makes the gradients'
-    second moment the Fisher information of the model. Any other MMEngine
-    model gives its training loss.
-    """
-    if not classifies:
-        losses = model(inputs, samples, mode='loss')
-        return model.parse_losses(losses)[0] * len(inputs)
-    if hasattr(model, 'parse_losses'):
-        outputs = model(inputs, samples, mode='tensor')
-    else:
-        outputs = model(inputs)
-    logits = _logits(outputs)
-    labels = _sampled_labels(logits, batch)
-    return F.cross_entropy(logits, labels, reduction='sum')
-
-
-def _logits(outputs: Any) -> Optional[Tensor]:
-    """The logits of a classifier, None if these are other outputs."""
-    if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
-        outputs = outputs[0]
-    is_matrix = isinstance(outputs, Tensor) and outputs.dim() == 2
-    return outputs if is_matrix else None
-
-
-def _classifies(model: nn.Module, data: Any) -> bool:
-    """Whether a model puts out logits.
-
-    Raises:
-        UnknownLossError: If it neither does nor knows its training loss.
-    """
-    if _logits(tensor_outputs(model, data)) is not None:
-        return True
-    if hasattr(model, 'parse_losses'):
-        return False
-    raise UnknownLossError(
-        'loss-aware planning needs an MMEngine model, whose training loss is '
-        'known, or a plain classifier, which puts out one tensor of shape '
-        '(images, classes): set loss_aware=False')
-
-
-def _prepare(model: nn.Module, data: Any) -> Tuple[Tensor, Any]:
-    """Inputs that take gradients (even layers behind frozen ones must get
-    theirs), and data samples."""
-    if hasattr(model, 'data_preprocessor'):
-        data = model.data_preprocessor(data, False)
-    elif not isinstance(data, dict):
-        data = data[0] if isinstance(data, (tuple, list)) else data
-        data = dict(inputs=data)
-    inputs = data['inputs'].detach().clone().requires_grad_()
-    return inputs, data.get('data_samples')
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights are computed.
-
-    To ask for those of the inputs alone would do that, too, but not in models
-    that checkpoint activations.
-    """
-    parameters = [x for x in model.parameters() if x.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad = True
-
-
-@contextmanager
-def _remembering(model: nn.Module) -> Iterator[None]:
-    """Attributes of modules are as before afterwards, and the entries of those
-    that are dictionaries or lists.
-
-    Heads may keep what they put out for their loss (CondInst), and a model
-    with such graphs cannot be copied; or hang modules elsewhere, too (DDQ).
-    """
-    own, before = vars(nn.Module()), []
-    for module in model.modules():
-        values = {k: v for k, v in vars(module).items() if k not in own}
-        entries = [(x, copy.copy(x))
-                   for x in [*values.values(), module._modules]
-                   if isinstance(x, (dict, list))]
-        before.append((module, values, entries))
-    try:
-        yield
-    finally:
-        for module, values, entries in before:
-            for key in vars(module).keys() - own.keys() - values.keys():
-                del vars(module)[key]
-            vars(module).update(values)
-            for value, old in entries:
-                value.clear()
-                (value.update if isinstance(value, dict) else value.extend)(
-                    old)
-
-
 def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
                      batches: Sequence[Any]) -> None:
     """Fill in ``gradient``, the second moment of the loss' gradient at each
@@ -245,19 +116,17 @@ def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
         UnknownLossError: If the model has no loss that is known here.
     """
     logger = MMLogger.get_current_instance()
-    with _remembering(model), evaluation(model):
-        classifies = _classifies(model, batches[0])
-        if not classifies:
+    adapter = adapter_of(model)
+    with undisturbed(model), evaluation(model):
+        known = classifies(adapter, batches[0])
+        if not known:
             train_deterministically(model)
-        with torch.enable_grad(), _frozen(model), GradientRecorder(
-                layers) as recorder:
+        with torch.enable_grad(), GradientRecorder(layers) as recorder:
             for index, data in enumerate(batches):
-                inputs, samples = _prepare(model, data)
+                batch = adapter.prepare(data, gradients=True)
                 # detectors draw among proposals, and queries to denoise
                 torch.manual_seed(index)
-                # in-place layers may not change a leaf
-                total_loss(model, inputs + 0, samples, index,
-                           classifies).backward()
+                fisher_loss(adapter, batch, index, known).backward()
                 logger.info('Sensitivity: batch %d/%d', index + 1,
                             len(batches))
     recorder.finish()

@@ -11,10 +11,10 @@ from mmengine.model import (BaseDataPreprocessor, BaseModel,
                             ExponentialMovingAverage)
 
 import mmbasis
-from mmbasis.compression import (apply_plan, basis_layers, get_plan,
-                                 model_complexity)
+from mmbasis.compression import apply_plan, basis_layers, get_plan
 from mmbasis.layers import BasisConv, BasisLinear
 from mmbasis.planning import BudgetPlanner, EnergyPlanner, FixedPlanner
+from mmbasis.running import model_complexity
 
 
 class Net(nn.Module):

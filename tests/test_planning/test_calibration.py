@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 from mmengine.analysis import FlopAnalyzer
 
-from mmbasis.planning import (calibrate, evaluation, find_layers,
-                              input_samples, output_samples, sum_of_products,
-                              train_deterministically)
+from mmbasis.planning import (calibrate, find_layers, input_samples,
+                              output_samples, sum_of_products)
 from mmbasis.planning.calibration import MAX_POSITIONS
+from mmbasis.running import evaluation, train_deterministically
 
 
 def found(model, batches, **kwargs):

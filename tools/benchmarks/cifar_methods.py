@@ -29,9 +29,9 @@ from rich.progress import track
 
 import mmbasis
 from mmbasis.compression import layer_regression, load_weights, read_checkpoint
-from mmbasis.compression.passes import SumWatch
 from mmbasis.factorization import reduced_rank_regression
 from mmbasis.planning import BudgetPlanner
+from mmbasis.running import SumWatch
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import calibration_dataloader, evaluate

@@ -26,9 +26,9 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmbasis.compression import analyze, compress
 from mmbasis.layers import BasisLayer
-from mmbasis.planning import (BudgetPlanner, calibrate, evaluation,
-                              find_layers, forward_batch)
+from mmbasis.planning import BudgetPlanner, calibrate, find_layers
 from mmbasis.planning.calibration import LayerRecorder
+from mmbasis.running import adapter_of, evaluation
 from mmbasis.utils.io import write_atomically
 
 
@@ -73,7 +73,7 @@ class InputSide:
             handles.append(layer.module.register_forward_hook(hook))
         with evaluation(model):
             for batch in batches:
-                forward_batch(model, batch)
+                adapter_of(model).predict(batch)
         for handle in handles:
             handle.remove()
 
@@ -155,7 +155,7 @@ def main() -> None:
     def forward():
         with evaluation(model):
             for batch in batches:
-                forward_batch(model, batch)
+                adapter_of(model).predict(batch)
 
     timed(forward)  # warm up
     times = {'forward': [], 'ours': [], 'input side': []}

@@ -5,9 +5,9 @@ from typing import Any, Dict, Optional, Sequence, Set
 import torch
 import torch.nn as nn
 
-from mmbasis.compression import model_complexity
 from mmbasis.planning import CompressionPlan, LayerInfo, find_layers
 from mmbasis.planning.calibration import LayerRecorder
+from mmbasis.running import model_complexity
 from .compare import forward
 
 

@@ -4,7 +4,7 @@ import inspect
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..planning import forward_batch
+from .batch import tensors
+from .states import cuda_devices, get_random, set_random
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)
@@ -48,19 +52,21 @@ class Pass:
     Each pass is a thread, of which one runs at a time, and not a coroutine:
     PyTorch keeps the states of gradients, autocast, modes and warnings by
     thread, and they have to stay those of the pass where it stopped. It can
-    be left at any time: as a context manager, it is ended on exit.
+    be left at any time: as a context manager, it is ended on exit. It has
+    random numbers of its own, so that passes of two models that were made
+    together draw the same ones.
 
     Args:
-        model (nn.Module): The model.
+        adapter (Adapter): The model.
         data (Any): The batch.
         watch (SumWatch, optional): Sees the sums of this pass.
     """
 
     def __init__(self,
-                 model: nn.Module,
+                 adapter: 'Adapter',
                  data: Any,
                  watch: Optional['SumWatch'] = None) -> None:
-        self.model, self.data, self.watch = model, data, watch
+        self.adapter, self.data, self.watch = adapter, data, watch
         #: inputs of layers that wait for their sums
         self.inputs: Dict[str, Tensor] = {}
         #: where the pass stands; None at its end
@@ -71,6 +77,8 @@ class Pass:
         self._stands = threading.Semaphore(0)
         self._error: Optional[BaseException] = None
         self._left = False
+        self._devices = cuda_devices(adapter.model)
+        self._random = get_random(self._devices)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> 'Pass':
@@ -91,8 +99,12 @@ class Pass:
         self.name = self.tensor = self.sum = None
         if self._thread.ident is None:
             self._thread.start()
+        outside = get_random(self._devices)
+        set_random(self._devices, self._random)
         self._goes_on.release()
         self._stands.acquire()
+        self._random = get_random(self._devices)
+        set_random(self._devices, outside)
         if self._error is not None:
             raise self._error
 
@@ -114,11 +126,11 @@ class Pass:
         _CURRENT.value = self
         try:
             self._wait()
-            weight = next(self.model.parameters())
-            if weight.is_cuda:  # the device is by thread, too
-                torch.cuda.set_device(weight.device)
+            if self._devices:  # the device is by thread, too
+                torch.cuda.set_device(
+                    next(self.adapter.model.parameters()).device)
             with torch.no_grad(), self.watch or nullcontext():
-                forward_batch(self.model, self.data)
+                self.adapter.predict(self.data)
         except _PassLeft:
             pass
         except BaseException as error:
@@ -157,12 +169,12 @@ class SumWatch(TorchFunctionMode):
         self.order: List[str] = []
         self._probing = False
 
-    def probe(self, model: nn.Module, layers: Dict[str, nn.Module],
+    def probe(self, adapter: 'Adapter', layers: Dict[str, nn.Module],
               data: Any) -> None:
         """Run a model once to find its residual layers.
 
         Args:
-            model (nn.Module): The model.
+            adapter (Adapter): The model.
             layers (dict[str, nn.Module]): The layers to follow, by name.
             data (Any): A batch.
         """
@@ -180,7 +192,7 @@ class SumWatch(TorchFunctionMode):
         self._probing = True
         try:
             with self:
-                forward_batch(model, data)
+                adapter.predict(data)
         finally:
             self._probing = False
             for handle in handles:
@@ -193,7 +205,7 @@ class SumWatch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        marked = [x for x in _tensors((args, kwargs)) if hasattr(x, _BRANCH)]
+        marked = [x for x in tensors((args, kwargs)) if hasattr(x, _BRANCH)]
         if not marked:
             return func(*args, **kwargs)
         if func in _SUMS and _is_plain_sum(args, kwargs):
@@ -204,7 +216,7 @@ class SumWatch(TorchFunctionMode):
         if scale is not None and marked == [args[0]]:
             name, before = _unmark(args[0])
             setattr(result, _BRANCH, (name, before * scale))
-        elif any(True for _ in _tensors(result)):
+        elif any(True for _ in tensors(result)):
             for x in marked:  # something else makes use of it
                 _unmark(x)
         return result
@@ -222,16 +234,6 @@ class SumWatch(TorchFunctionMode):
         if current is not None:
             current.stop(name, current.inputs.pop(name, None),
                          Sum(branch, other, scale))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _unmark(tensor: Tensor) -> Tuple[str, Tensor]:
