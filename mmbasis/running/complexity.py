@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adapter import Adapter, adapter_of
 from .batch import Batch, tensors
-from .states import evaluation
+from .states import Unchanged, evaluation
 
 #: The operators of MMCV that apply weights, and where these stand among the
 #: tensors that they take.
@@ -63,8 +63,10 @@ def model_complexity(model: Union[nn.Module, Adapter],
         operators that the analysis knows nothing of, with their number).
     """
     adapter = adapter_of(model)
-    with evaluation(adapter.model):
+    with evaluation(adapter.model), Unchanged(adapter.model):
         batch = adapter.prepare(data)
+        # a trace does not survive that a way to run the model is looked for
+        adapter.outputs(batch)
         inputs = tuple(tensors((batch.args, batch.kwargs)))
         analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
         analyzer.set_op_handle(

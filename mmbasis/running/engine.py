@@ -179,7 +179,11 @@ class MMEngineAdapter(Adapter):
 
     @contextmanager
     def _kept(self, parameters: bool) -> Iterator[None]:
-        """Nothing changes; in a pass that stops, others may write weights."""
+        """Nothing changes; in a pass that stops parameters may, since others
+        write weights meanwhile."""
+        if torch.jit.is_tracing():
+            yield  # who traces a model takes care of its state
+            return
         self._unchanged.enter(parameters and current_pass() is None)
         try:
             yield

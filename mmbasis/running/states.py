@@ -156,6 +156,12 @@ class Unchanged:
                              for table in kept for key, x in table.items()
                              if x is not None]
 
+    def __enter__(self) -> None:
+        self.enter(True)
+
+    def __exit__(self, *_) -> None:
+        self.leave()
+
     def leave(self) -> None:
         """Put values back."""
         self._depth -= 1
