@@ -43,3 +43,5 @@ MODELS = CompressedModels('model', parent=MMENGINE_MODELS, scope='mmbasis')
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmbasis')
 PLANNERS = Registry('planner', scope='mmbasis')
+#: ways to run a model, see :class:`mmbasis.running.Adapter`
+ADAPTERS = Registry('adapter', scope='mmbasis')

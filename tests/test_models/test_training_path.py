@@ -10,7 +10,8 @@ from mmengine.registry import init_default_scope
 from mmbasis.compression import analyze
 from mmbasis.hooks.recalibration_hook import mean_loss
 from mmbasis.models.distillation import Distillation
-from mmbasis.planning import BudgetPlanner, train_deterministically
+from mmbasis.planning import BudgetPlanner
+from mmbasis.running import train_deterministically
 
 #: what differs
 CONFIGS = {

@@ -7,11 +7,10 @@ import torch
 import torch.nn as nn
 from mmengine.analysis import FlopAnalyzer
 
-from mmbasis.layers import BasisLayer
-from mmbasis.planning import (calibrate, evaluation, find_layers,
-                              input_samples, output_samples, sum_of_products,
-                              train_deterministically)
+from mmbasis.planning import (calibrate, find_layers, input_samples,
+                              output_samples, sum_of_products)
 from mmbasis.planning.calibration import MAX_POSITIONS
+from mmbasis.running import evaluation, train_deterministically
 
 
 def found(model, batches, **kwargs):
@@ -189,7 +188,7 @@ def test_full_rank_holds_for_images_of_any_kind(layer):
     channels = layer.in_channels
     grey = torch.rand(4, 1, 1, 1).expand(4, channels, 8, 8)
     info = found(nn.Sequential(layer), [grey])['0']
-    basis = BasisLayer(layer, info.full_rank, bias=True)
+    basis = info.kind(layer, info.full_rank, bias=True)
     basis.project(layer, info.spectrum.vectors, info.mean)
     x = torch.randn(2, channels, 8, 8)
     assert_close(basis(x), layer(x))
@@ -228,7 +227,7 @@ def test_macs_are_those_of_mmengine():
 def test_macs_after_are_those_of_mmengine(name):
     model = Mixed().eval()
     layer = found(model, [torch.rand(5, 3, 19, 17)])[name]
-    setattr(model, name, BasisLayer(layer.module, 2))
+    setattr(model, name, layer.kind(layer.module, 2))
     counted = FlopAnalyzer(model, torch.rand(1, 3, 19, 17)).by_module()
     assert layer.macs(2) == counted[name]
     assert layer.params(2) == sum(p.numel()

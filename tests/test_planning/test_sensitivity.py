@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from mmpretrain.models.backbones import ResNet
 
 from mmbasis.compression import Compressor
-from mmbasis.planning import (BudgetPlanner, UnknownLossError, calibrate,
-                              find_layers, record_gradients)
-from mmbasis.planning.sensitivity import _sampled_labels
+from mmbasis.planning import (BudgetPlanner, calibrate, find_layers,
+                              record_gradients)
+from mmbasis.running import UnknownLossError
+from mmbasis.running.loss import sampled_labels
 from tests.toy import ToyNet
 
 
@@ -45,7 +46,7 @@ def test_against_gradients_computed_directly():
     layer = analyzed(model, [x])['conv']
     y = model.conv(x).detach().requires_grad_()
     logits = model.fc(y.mean((2, 3)))
-    loss = F.cross_entropy(logits, _sampled_labels(logits, 0), reduction='sum')
+    loss = F.cross_entropy(logits, sampled_labels(logits, 0), reduction='sum')
     gradient, = torch.autograd.grad(loss, y)
     along = torch.einsum('pr,npxy->nrxy', layer.spectrum.vectors[0].float(),
                          gradient)
@@ -92,13 +93,13 @@ def test_batch_split_and_seed(monkeypatch):
     a, b = (analyzed(model, [x])['conv'].sensitivity for _ in range(2))
     assert torch.equal(a, b)
     logits = torch.randn(12, 5)
-    whole = _sampled_labels(logits, 3)
-    monkeypatch.setattr('mmbasis.planning.sensitivity.get_world_size',
+    whole = sampled_labels(logits, 3)
+    monkeypatch.setattr('mmbasis.running.loss.get_world_size',
                         lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(
-            'mmbasis.planning.sensitivity.get_rank', lambda rank=rank: rank)
-        assert torch.equal(_sampled_labels(logits[rank::2], 3), whole[rank::2])
+            'mmbasis.running.loss.get_rank', lambda rank=rank: rank)
+        assert torch.equal(sampled_labels(logits[rank::2], 3), whole[rank::2])
 
 
 class Queries(nn.Module):
@@ -122,7 +123,7 @@ def test_layer_that_the_image_does_not_reach():
     layer = analyzed(model, [x])['proj']
     y = model.proj(model.queries).detach().requires_grad_()
     logits = model.fc(x.mean((2, 3)).repeat(1, 2) + y.relu().mean(0))
-    loss = F.cross_entropy(logits, _sampled_labels(logits, 0), reduction='sum')
+    loss = F.cross_entropy(logits, sampled_labels(logits, 0), reduction='sum')
     gradient, = torch.autograd.grad(loss, y)
     expected = gradient.T @ gradient / len(gradient)
     torch.testing.assert_close(layer.gradient[0].float(), expected)

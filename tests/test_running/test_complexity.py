@@ -8,7 +8,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 
 import mmbasis
-from mmbasis.compression import model_complexity
+from mmbasis.running import model_complexity
 from mmbasis.planning import BudgetPlanner, FixedPlanner
 
 
