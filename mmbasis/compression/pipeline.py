@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from ..factorization import spectrum_of_factor
 from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
                         UnknownLossError, calibrate, check_finite, find_layers,
-                        record_gradients)
+                        find_targets, record_gradients, tensor_outputs)
 from ..registry import PLANNERS
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .reconstruction import Reconstruction
@@ -41,7 +41,10 @@ def analyze(model: nn.Module, planner: BasePlanner,
     _refuse_two_copies(model)
     layers = find_layers(model)
     check_finite(layers)
-    planner.select(model, layers)
+    modules = {x.name: x.module for x in layers}
+    targets = find_targets(model, modules,
+                           lambda: tensor_outputs(model, batches[0]))
+    planner.select(model, layers, targets)
     aware = planner.data_aware
     calibrate(model, layers, batches if aware else batches[:1], aware)
     for layer in layers:

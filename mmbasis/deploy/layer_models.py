@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..compression.surgery import replace_modules
-from ..planning import LayerInfo, evaluation, find_layers
+from ..planning import LayerInfo, evaluation, find_layers, find_targets
 from ..planning.latency import CARRIER, COMPRESSED_ID, MODEL_ID
 from ..planning.layers import choose_layers
 from ..utils.io import write_atomically
@@ -61,7 +61,9 @@ def layer_shapes(model: nn.Module, inputs: torch.Tensor,
         an input shape in one forward pass.
     """
     layers = find_layers(model)
-    choose_layers(model, layers)
+    targets = find_targets(model, {x.name: x.module for x in layers},
+                           lambda: model(inputs, samples, mode='tensor'))
+    choose_layers(model, layers, targets=targets)
     layers = [layer for layer in layers if layer.compressible]
     seen: Dict[str, Dict[tuple, int]] = {layer.name: {} for layer in layers}
     handles = []

@@ -9,6 +9,7 @@ from .plan import CompressionPlan, DensePlan, LayerPlan
 from .planners import (BasePlanner, EnergyPlanner, FixedPlanner, PlanFollower,
                        RatioPlanner)
 from .sensitivity import UnknownLossError, record_gradients
+from .targets import find_targets
 
 __all__ = [
     'calibrate', 'count_images', 'evaluation', 'forward_batch',
@@ -16,6 +17,6 @@ __all__ = [
     'LayerInfo', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'BudgetPlanner', 'EnergyPlanner',
     'FixedPlanner', 'PlanFollower', 'tensor_outputs',
-    'train_deterministically', 'RatioPlanner', 'UnknownLossError',
+    'train_deterministically', 'RatioPlanner', 'UnknownLossError', 'find_targets',
     'record_gradients'
 ]

@@ -7,7 +7,7 @@ import numpy as np
 from ..registry import PLANNERS
 from .allocation import allocate
 from .latency import LatencyTable
-from .layers import LayerInfo
+from .layers import NO_TARGETS, LayerInfo
 from .planners import BasePlanner, check_fraction
 
 
@@ -59,8 +59,8 @@ class BudgetPlanner(BasePlanner):
         self._latencies = None if table is None else LatencyTable.of(table)
         self.table = self._latencies and self._latencies.describe()
 
-    def select(self, model, layers) -> None:
-        super().select(model, layers)
+    def select(self, model, layers, targets=NO_TARGETS) -> None:
+        super().select(model, layers, targets)
         if self._latencies is not None:
             self._latencies.check_layers([x for x in layers if x.compressible])
 

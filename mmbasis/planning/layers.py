@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..factorization import Spectrum
 from ..layers import BasisLayer, basis_layer_type, why_not
-from .targets import is_offset_layer, is_prediction_layer
+from ..running.graph import Targets
 
 #: why a layer stays dense unless somebody asks for it
 PREDICTION = 'prediction layer'
@@ -23,6 +23,7 @@ OFFSETS = 'offset branch'
 AVERAGE = 'moving average of other layers'
 #: what is not saved could not be loaded in its compressed form
 UNSAVED = 'the model leaves its weights out of checkpoints (LoRA)'
+NO_TARGETS = Targets(frozenset(), frozenset())
 
 
 @dataclass
@@ -237,7 +238,8 @@ def choose_layers(model: nn.Module,
                   layers: Sequence[LayerInfo],
                   include: Sequence[str] = (),
                   exclude: Sequence[str] = (),
-                  prediction_layers: bool = False) -> LayerMatcher:
+                  prediction_layers: bool = False,
+                  targets: Targets = NO_TARGETS) -> LayerMatcher:
     """Mark the layers that patterns leave out with the reason.
 
     Args:
@@ -248,6 +250,7 @@ def choose_layers(model: nn.Module,
         prediction_layers (bool): Whether to compress the layers that put out
             predictions or sampling offsets as well, which otherwise only
             ``include`` does. Defaults to False.
+        targets (Targets): Which layers these are.
 
     Returns:
         LayerMatcher: For further patterns.
@@ -271,8 +274,8 @@ def choose_layers(model: nn.Module,
             layer.reason = f'excluded by {hits["exclude"][0]!r}'
         elif prediction_layers or include:
             continue
-        elif is_offset_layer(model, layer.name):
-            layer.reason = OFFSETS
-        elif is_prediction_layer(model, layer.name):
+        elif layer.name in targets.predictions:
             layer.reason = PREDICTION
+        elif layer.name in targets.offsets:
+            layer.reason = OFFSETS
     return matcher

@@ -7,7 +7,8 @@ import numpy as np
 import torch.nn as nn
 
 from ..registry import PLANNERS
-from .layers import LayerInfo, LayerMatcher, choose_layers
+from ..running.graph import Targets
+from .layers import NO_TARGETS, LayerInfo, LayerMatcher, choose_layers
 from .plan import CompressionPlan
 
 
@@ -82,14 +83,17 @@ class BasePlanner(metaclass=ABCMeta):
         """The configuration of this planner, for the plan's record."""
         return dict(type=type(self).__name__, **vars(self))
 
-    def select(self, model: nn.Module, layers: Sequence[LayerInfo]) -> None:
+    def select(self,
+               model: nn.Module,
+               layers: Sequence[LayerInfo],
+               targets: Targets = NO_TARGETS) -> None:
         """Mark the layers that are not to be compressed with the reason.
 
         Raises:
             ValueError: If a pattern matches no layer.
         """
         matcher = choose_layers(model, layers, self.include, self.exclude,
-                                self.prediction_layers)
+                                self.prediction_layers, targets)
         matcher.check(list(self.overrides), 'overrides')
         self._resolve(matcher)
 
@@ -279,8 +283,8 @@ class FixedPlanner(BasePlanner):
         self.ranks = dict(ranks)
         self.allow_dearer = allow_dearer
 
-    def select(self, model, layers) -> None:
-        super().select(model, layers)
+    def select(self, model, layers, targets=NO_TARGETS) -> None:
+        super().select(model, layers, targets)
         matcher = LayerMatcher(model, layers)
         matcher.check(list(self.ranks), 'ranks')
         self._given = _first_match(matcher, self.ranks)
@@ -323,8 +327,8 @@ class PlanFollower(BasePlanner):
         self.loss_aware = plan.planner.get('loss_aware', False)
         self._plan = plan
 
-    def select(self, model, layers) -> None:
-        super().select(model, layers)
+    def select(self, model, layers, targets=NO_TARGETS) -> None:
+        super().select(model, layers, targets)
         for layer in layers:
             if layer.compressible and layer.name not in self._plan.layers:
                 dense = self._plan.dense.get(layer.name)

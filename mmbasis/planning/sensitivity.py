@@ -198,7 +198,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _remembering(model: nn.Module) -> Iterator[None]:
+def remembering(model: nn.Module) -> Iterator[None]:
     """Attributes of modules are as before afterwards, and the entries of those
     that are dictionaries or lists.
 
@@ -245,7 +245,7 @@ def record_gradients(model: nn.Module, layers: Sequence[LayerInfo],
         UnknownLossError: If the model has no loss that is known here.
     """
     logger = MMLogger.get_current_instance()
-    with _remembering(model), evaluation(model):
+    with remembering(model), evaluation(model):
         classifies = _classifies(model, batches[0])
         if not classifies:
             train_deterministically(model)

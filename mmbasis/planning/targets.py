@@ -1,68 +1,46 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Layers that stay dense unless somebody asks for them."""
-import re
+from typing import Any, Callable, Mapping, Set
 
 import torch.nn as nn
 
-from ..layers import basis_layer_type
+from ..running.graph import Targets, trace_targets
+from .calibration import evaluation
+from .sensitivity import remembering
 
-# Names are those of the OpenMMLab libraries. Position -1 is the last layer of
-# a stack, see _with_last_positions.
-_AT = r'(\.-?\d+)?'  # level of a pyramid, stage of a cascade
-_IN_HEAD = r'(.*\.)?\w*head\.(.*\.)?'
-
-PREDICTION_LAYERS = [
-    # classifiers: head.fc, head.layers.head, head.head_dist.linear, …
-    r'(.*\.)?(glbctx_)?head\.fc',
-    r'(.*\.)?head\.(fc2|classifier|\w+_head|layers\.-1\.fc)',
-    r'(.*\.)?head\.((layers|csra_heads\.-?\d+)\.)?head(_dist)?(\.linear)?',
-    r'backbone\.(fc|classifier\.-1)',
-    # detectors, by what is predicted: retina_cls, rtm_reg.0, fc_cls_ref.1, …
-    _IN_HEAD + r'(\w+_)?(cls|reg|obj|centerness|iou|loc|shape)(_ref)?' + _AT,
-    _IN_HEAD + r'\w+_(pred|score|out|refine|coeff|kernel)' + _AT,
-    _IN_HEAD + r'((conv|fc|cls)_logits|(cls|fc)_embed|controller|segm_conv)',
-    _IN_HEAD + r'(conv_mask_list(_[xy])?|(aux_)?cls_branches)\.-?\d+',
-    # … and as the end of a stack: SSD, DETR, MaskFormer, CenterNet, CornerNet
-    _IN_HEAD + r'((cls|reg)_convs|(aux_)?reg_branches)\.-?\d+\.-1',
-    _IN_HEAD + r'(fc_reg\.layers|mask_embed|protonet)\.-1',
-    _IN_HEAD + r'(tl|br)_(heat|off|emb|\w+_shift)\.-?\d+\.-1\.conv',
-    r'(.*\.)?(\w*head\.-1|mask_head\.projection)',
-]
-
-OFFSET_LAYERS = [
-    # deformable convolution, also guided anchors and switchable atrous
-    r'(.*\.)?(\w*conv\d*_offset|offset_[ls])',
-    r'(.*\.)?(reg_offset_module|(tl|br)_dcn_offset|(offset|mask)_fc)\..*',
-    # deformable attention and the points that it starts from
-    r'(.*\.)?(sampling_offsets|attention_weights|reference_points_fc)',
-    r'(.*\.)?ref_(point|anchor)_head\.layers\.-1',
-]
+#: Offset layers that no graph shows: type of the module around them, their
+#: name in it, and the reason.
+OFFSETS_BY_NAME = (
+    ('MultiScaleDeformableAttention', 'attention_weights',
+     'on a CPU, mmcv weights the samples outside of the operator'),
+    ('ModulatedDeformRoIPoolPack', 'mask_fc.2',
+     'mmcv weights the samples outside of the operator'),
+)
 
 
-def is_prediction_layer(model: nn.Module, name: str) -> bool:
-    """Whether a layer of a model puts out predictions: it is small, and what
-    it loses nothing repairs."""
-    name = _with_last_positions(model, name)
-    return any(re.fullmatch(pattern, name) for pattern in PREDICTION_LAYERS)
+def find_targets(model: nn.Module, layers: Mapping[str, nn.Module],
+                 run: Callable[[], Any]) -> Targets:
+    """Find the layers of a model that stay dense by default.
+
+    Args:
+        model (nn.Module): The dense model. Afterwards it is as before.
+        layers (Mapping[str, nn.Module]): Its layers by name.
+        run (Callable): Runs the model, and returns what it outputs before
+            any post-processing, or its losses.
+
+    Returns:
+        Targets: Some of the names, see :func:`trace_targets`.
+    """
+    with remembering(model), evaluation(model):
+        found = trace_targets(model, layers, run)
+    return Targets(found.predictions, found.offsets | _named(model, layers))
 
 
-def is_offset_layer(model: nn.Module, name: str) -> bool:
-    """Whether a layer of a model says where others sample: its errors move
-    the samples of all channels."""
-    name = _with_last_positions(model, name)
-    return any(re.fullmatch(pattern, name) for pattern in OFFSET_LAYERS)
-
-
-def _with_last_positions(model: nn.Module, name: str) -> str:
-    """Write -1 for a position in a stack behind which no layer comes."""
-    parts, module = [], model
-    for part in name.split('.'):
-        # HRNet leaves gaps in its lists
-        children = {k: x for k, x in module._modules.items() if x is not None}
-        following = list(children)[list(children).index(part) + 1:]
-        is_last = part.isdigit() and not any(
-            basis_layer_type(layer) for key in following
-            for layer in children[key].modules())
-        parts.append('-1' if is_last else part)
-        module = children[part]
-    return '.'.join(parts)
+def _named(model: nn.Module, layers: Mapping[str, nn.Module]) -> Set[str]:
+    """Names of the layers in :data:`OFFSETS_BY_NAME`."""
+    return {
+        f'{name}.{child}'.lstrip('.')
+        for name, module in model.named_modules()
+        for type_name, child, _ in OFFSETS_BY_NAME
+        if type(module).__name__ == type_name
+    } & layers.keys()

@@ -21,7 +21,8 @@ from mmbasis.compression import (Compressor, analyze, apply_plan, basis_layers,
 from mmbasis.models import build_compressed
 from mmbasis.models.distillation import Distillation
 from mmbasis.planning import (BudgetPlanner, CompressionPlan, FixedPlanner,
-                              LayerInfo, find_layers)
+                              LayerInfo, find_layers, find_targets,
+                              tensor_outputs)
 from .compare import (difference, forward, in_float32, layer_differences,
                       precision, tensors)
 from .counting import MacCounter
@@ -316,7 +317,11 @@ class Checked:
         """To half, by the analysis that was made for full rank."""
         planner = BudgetPlanner(macs=.5, loss_aware=False)
         layers = find_layers(self.model)
-        planner.select(self.model, layers)
+        targets = find_targets(
+            self.model, {x.name: x.module
+                         for x in layers},
+            lambda: tensor_outputs(self.model, self.data))
+        planner.select(self.model, layers, targets)
         for layer, known in zip(layers, analyzed):
             layer.reason = known.reason or layer.reason
             for key in ('weight_positions', 'out_positions', 'calls',
