@@ -11,6 +11,7 @@ from ..factorization import spectrum_of_factor
 from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
                         UnknownLossError, calibrate, check_finite, find_layers,
                         find_targets, record_gradients, tensor_outputs)
+from ..planning.layers import NO_TARGETS
 from ..registry import PLANNERS
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .reconstruction import Reconstruction
@@ -42,8 +43,10 @@ def analyze(model: nn.Module, planner: BasePlanner,
     layers = find_layers(model)
     check_finite(layers)
     modules = {x.name: x.module for x in layers}
-    targets = find_targets(model, modules,
-                           lambda: tensor_outputs(model, batches[0]))
+    targets = NO_TARGETS
+    if batches:
+        targets = find_targets(model, modules,
+                               lambda: tensor_outputs(model, batches[0]))
     planner.select(model, layers, targets)
     aware = planner.data_aware
     calibrate(model, layers, batches if aware else batches[:1], aware)

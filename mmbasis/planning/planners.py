@@ -284,7 +284,9 @@ class FixedPlanner(BasePlanner):
         self.allow_dearer = allow_dearer
 
     def select(self, model, layers, targets=NO_TARGETS) -> None:
-        super().select(model, layers, targets)
+        # whoever names a layer asks for it
+        super().select(model, layers,
+                       Targets(*(x - self.ranks.keys() for x in targets)))
         matcher = LayerMatcher(model, layers)
         matcher.check(list(self.ranks), 'ranks')
         self._given = _first_match(matcher, self.ranks)

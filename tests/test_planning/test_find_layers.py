@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 def reasons(model, **kwargs):
     layers = find_layers(model)
-    targets = Targets({'head.fc'}, set())
+    targets = Targets({'head.fc'}, {'conv2_offset'})
     choose_layers(model, layers, targets=targets, **kwargs)
     return {layer.name: layer.reason for layer in layers}
 
