@@ -5,7 +5,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
-import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 
@@ -14,8 +13,7 @@ from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
                         check_finite, find_layers, measure,
                         measure_sensitivity)
 from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
-                       classifies, evaluation, trace_targets, train_deterministically,
-                       undisturbed)
+                       evaluation, trace_targets, undisturbed)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction
@@ -144,27 +142,17 @@ def _select(adapter: Adapter, recipe: Recipe, layers: Sequence[Layer],
 def find_targets(adapter: Adapter, layers: Sequence[Layer],
                  data: Any) -> Targets:
     """Find the layers that make predictions, and those that say where others
-    sample: from the outputs of a classifier, otherwise from the training
-    loss, which all predictions of a detector reach.
+    sample.
 
     Args:
         adapter (Adapter): Runs the dense model.
         layers (Sequence[Layer]): Its layers.
-        data (Any): A batch with annotations, as in training.
+        data (Any): A batch.
     """
-    model, modules = adapter.model, {x.name: x.module for x in layers}
-    with undisturbed(model), evaluation(model), torch.enable_grad():
-        if not classifies(adapter, data):
-            try:
-                train_deterministically(model)
-                return trace_targets(model, modules,
-                                     lambda: adapter.loss(data))
-            except Exception as error:  # annotations may be missing
-                MMLogger.get_current_instance().info(
-                    'Prediction layers are found from the outputs, since '
-                    'there is no loss: %s', error)
-            model.eval()
-        return trace_targets(model, modules, lambda: adapter.outputs(data))
+    model = adapter.model
+    with undisturbed(model), evaluation(model):
+        return trace_targets(model, {x.name: x.module for x in layers},
+                             lambda: adapter.outputs(data))
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:

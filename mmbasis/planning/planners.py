@@ -4,7 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
@@ -161,9 +161,15 @@ class BasePlanner(ABC):
             ValueError: If a pattern matches no layer.
         """
         check_patterns(layers, list(self.overrides), 'overrides')
+        # whoever names a layer asks for it
+        targets = Targets(*(x - self.named() for x in targets))
         selection = self.rules.select(layers, targets)
         self.cost.check(selection.chosen)
         return selection
+
+    def named(self) -> Set[str]:
+        """Patterns that ranks are given to."""
+        return {k for k, v in self.overrides.items() if v != 'dense'}
 
     # --------------------------------------------------------------- plan
     def plan(self, analysis: Analysis, form: Form = Form()) -> CompressionPlan:

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planners that choose the rank of each layer on its own."""
 from dataclasses import replace
-from typing import Dict, Optional, Sequence, Union
+from typing import Dict, Optional, Sequence, Set, Union
 
 import numpy as np
 
@@ -102,6 +102,9 @@ class FixedPlanner(BasePlanner):
             layer.name: words
             for layer in layers if first_match(layer, self.ranks) is None
         })
+
+    def named(self) -> Set[str]:
+        return super().named() | self.ranks.keys()
 
     def candidates(self, layer: Layer, statistics: LayerStatistics,
                    form: Form) -> Candidates:

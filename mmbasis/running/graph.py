@@ -26,6 +26,14 @@ SAMPLERS = (
     ('MultiScaleDeformableAttnFunctionBackward', (3, 4)),  # mmcv, on a GPU
     ('GridSampler', (1, )),
 )
+#: Offset layers that no graph shows: type of the module around them, their
+#: name in it, and the reason.
+OFFSETS_BY_NAME = (
+    ('MultiScaleDeformableAttention', 'attention_weights',
+     'on a CPU, mmcv weights the samples outside of the operator'),
+    ('ModulatedDeformRoIPoolPack', 'mask_fc.2',
+     'mmcv weights the samples outside of the operator'),
+)
 
 
 class Targets(NamedTuple):
@@ -84,7 +92,19 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
             handle = module.register_forward_hook(graph.recorder(name))
             stack.callback(handle.remove)
         outputs = [x for x in _tensors(run()) if x.grad_fn is not None]
-    return Targets(graph.predictions(outputs), graph.offsets(outputs))
+    return Targets(
+        graph.predictions(outputs),
+        graph.offsets(outputs) | _named(model, layers))
+
+
+def _named(model: nn.Module, layers: Mapping[str, nn.Module]) -> Set[str]:
+    """Names of the layers in :data:`OFFSETS_BY_NAME`."""
+    return {
+        f'{name}.{child}'.lstrip('.')
+        for name, module in model.named_modules()
+        for type_name, child, _ in OFFSETS_BY_NAME
+        if type(module).__name__ == type_name
+    } & layers.keys()
 
 
 class _Graph:

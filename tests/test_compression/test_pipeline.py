@@ -53,7 +53,9 @@ def test_full_rank_of_a_plain_module():
     model = network()
     x, = batches(1, seed=1)
     expected = model(x)
-    planner = FixedPlanner({'.*': 'full'}, allow_dearer=True)
+    planner = FixedPlanner({'.*': 'full'},
+                           allow_dearer=True,
+                           prediction_layers=True)
     plan = mmbasis.compress(model, planner, batches())
     assert names(model) == ['conv1', 'conv2', 'up', 'fc'] == list(plan.layers)
     assert (model(x) - expected).norm() < 1e-4 * expected.norm()
@@ -191,7 +193,8 @@ class Shared(nn.Module):
 
 def test_shared_layers_stay_shared():
     model = network(Shared)
-    plan = mmbasis.compress(model, EnergyPlanner(0.5), batches())
+    planner = EnergyPlanner(0.5, prediction_layers=True)
+    plan = mmbasis.compress(model, planner, batches())
     assert 'small.0' in plan.layers and 'large.0' not in plan.layers
     assert isinstance(model.small[0], BasisConv)
     assert model.small[0] is model.large[0]

@@ -9,6 +9,7 @@ from mmbasis.layers import (BasisLayer, ConvKind, ConvTransposeKind,
                             DeformConvKind, LinearKind)
 from mmbasis.planning import check_finite, find_layers
 from mmbasis.planning.layers import choose_layers
+from mmbasis.running.graph import Targets
 
 
 class Net(nn.Module):
@@ -24,7 +25,8 @@ class Net(nn.Module):
 
 def reasons(model, **kwargs):
     layers = find_layers(model)
-    choose_layers(model, layers, **kwargs)
+    targets = Targets({'head.fc'}, {'conv2_offset'})
+    choose_layers(model, layers, targets=targets, **kwargs)
     return {layer.name: layer.reason for layer in layers}
 
 

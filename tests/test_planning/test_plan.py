@@ -74,7 +74,8 @@ def test_totals_without_linear_layers():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(8, 30))
-    plan = compress(model, BudgetPlanner(macs=0.6), [torch.rand(2, 3, 9, 9)])
+    planner = BudgetPlanner(macs=0.6, prediction_layers=True)
+    plan = compress(model, planner, [torch.rand(2, 3, 9, 9)])
     assert plan.totals(convs_only=True)['macs']['before'] == 8 * 27 * 49
     assert plan.totals()['macs']['before'] == 8 * 27 * 49 + 240
 

@@ -1,14 +1,19 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What stays dense by default, against the autograd graphs of real heads."""
+"""What stays dense by default, in real heads, detectors and classifiers."""
 import pytest
 import torch
 import torch.nn as nn
-from mmdet.models.layers import DinoTransformerDecoder
+from mmcv.ops import ModulatedDeformRoIPoolPack
+from mmdet.testing import demo_mm_inputs
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, init_default_scope
+from torchvision.models import resnet18
 
-from mmbasis.planning import find_layers
+from mmbasis.compression import analyze
+from mmbasis.planning import (FixedPlanner, find_layers, find_targets,
+                              tensor_outputs)
 from mmbasis.planning.layers import OFFSETS, PREDICTION, choose_layers
+from mmbasis.running.graph import Targets, trace_targets
 
 # config, field of its model that is a head, number of levels
 HEADS = {
@@ -111,9 +116,15 @@ def test_last_layers_of_heads_stay_dense(name):
     model = nn.ModuleDict({field: head})
     layers = find_layers(model)
     weights = {id(x.module.weight): x.name for x in layers}
-    truth = last_layers(outputs_of(name, head, channels, levels), weights)
 
-    choose_layers(model, layers)
+    def run():
+        return outputs_of(name, head, channels, levels)
+
+    truth = last_layers(run(), weights)
+    targets = trace_targets(model, modules(layers), run)
+    assert targets.predictions == truth
+
+    choose_layers(model, layers, targets=targets)
     dense = {x.name for x in layers if not x.compressible}
     assert truth and truth <= dense
     assert {x.name for x in layers if x.reason == PREDICTION} <= truth
@@ -121,49 +132,103 @@ def test_last_layers_of_heads_stay_dense(name):
     assert len(dense) < len(layers) or name in ('yolov3', 'ssd300', 'ssdlite')
 
     asked = find_layers(model)
-    choose_layers(model, asked, prediction_layers=True)
+    choose_layers(model, asked, prediction_layers=True, targets=targets)
     assert PREDICTION not in {x.reason for x in asked}
 
 
-def names_by_reason(**heads):
-    model = nn.ModuleDict(heads)
-    layers = find_layers(model)
-    choose_layers(model, layers)
-    found = {}
-    for layer in layers:
-        found.setdefault(layer.reason, []).append(layer.name)
-    return found
+def modules(layers):
+    return {x.name: x.module for x in layers}
 
 
-def test_mask_rcnn():
-    """Whose heads look at one region at a time."""
-    cfg = get_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py').model
-    found = names_by_reason(
-        rpn_head=MODELS.build(cfg.rpn_head),
-        roi_head=MODELS.build(
-            dict(
-                cfg.roi_head,
-                train_cfg=cfg.train_cfg.rcnn,
-                test_cfg=cfg.test_cfg.rcnn)))
-    assert found[PREDICTION] == [
-        'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
-        'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits'
-    ]
-    assert len(found['']) == 8  # rpn_conv, two linear layers, five of masks
+def detector(config, **parts):
+    """A small detector, and a batch without annotations."""
+    cfg = get_config(f'mmdet::{config}.py')
+    channels = [64, 128, 256, 512][-len(cfg.model.neck.in_channels):]
+    cfg.merge_from_dict({
+        'model.backbone.depth': 18,
+        'model.backbone.init_cfg': None,
+        'model.neck.in_channels': channels,
+        **parts
+    })
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    return model, demo_mm_inputs(1, [(3, 96, 96)], num_items=[0])
 
 
-def test_deformable_attention():
-    cfg = get_config('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py').model
-    cfg.decoder.num_layers = 1
-    decoder = DinoTransformerDecoder(**cfg.decoder)
-    found = names_by_reason(decoder=decoder)
-    attention = 'decoder.layers.0.cross_attn'
-    assert found[OFFSETS] == [
-        f'{attention}.sampling_offsets', f'{attention}.attention_weights',
-        'decoder.ref_point_head.layers.1'
-    ]
-    assert f'{attention}.value_proj' in found['']
-    assert 'decoder.ref_point_head.layers.0' in found['']
-    assert ['decoder.layers.0.self_attn.attn.out_proj'
-            ] == found['nn.MultiheadAttention reads its weight and never '
-                       'calls it']
+def targets_of(model, data):
+    return find_targets(model, modules(find_layers(model)),
+                        lambda: tensor_outputs(model, data))
+
+
+def test_two_stages():
+    """Proposals are detached, and no loss shows that they are predictions."""
+    model, data = detector('mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    assert targets_of(model, data) == Targets(
+        {
+            'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
+            'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits'
+        }, set())
+
+
+def test_cascade():
+    """Regions that the first stages refine are no features of the last."""
+    model, data = detector('cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco')
+    found = targets_of(model, data)
+    for stage in range(3):
+        for layer in ('fc_cls', 'fc_reg'):
+            name = f'roi_head.bbox_head.{stage}.{layer}'
+            assert name in found.predictions | found.offsets
+
+
+def test_queries():
+    model, data = detector(
+        'dino/dino-4scale_r50_8xb2-12e_coco',
+        **{
+            'model.encoder.num_layers': 1,
+            'model.decoder.num_layers': 1,
+            'model.num_queries': 10
+        })
+    predictions, offsets = targets_of(model, data)
+    assert predictions == {
+        f'bbox_head.{branch}.{stage}{last}'
+        for branch, last in (('cls_branches', ''), ('reg_branches', '.4'))
+        for stage in range(2)
+    }
+    assert offsets == {
+        f'{attention}.{layer}'
+        for attention in ('encoder.layers.0.self_attn',
+                          'decoder.layers.0.cross_attn')
+        for layer in ('sampling_offsets', 'attention_weights')
+    }
+
+
+def test_masks_of_regions():
+    """Which the graph does not show."""
+    init_default_scope('mmengine')
+    pool = ModulatedDeformRoIPoolPack((3, 3), 4)
+    pool.forward = lambda x: x
+    found = targets_of(pool, torch.rand(1, 4, 8, 8))
+    assert found == (set(), {'mask_fc.2'})
+    last = [x for x in pool.mask_fc if isinstance(x, nn.Linear)][-1]
+    assert pool.get_submodule('mask_fc.2') is last
+
+
+def test_plain_classifier():
+    """Whose layers are named as nobody in OpenMMLab names them."""
+    init_default_scope('mmengine')
+    layers = analyze(resnet18(num_classes=10), FixedPlanner({'.*': 'full'}),
+                     [torch.rand(2, 3, 32, 32)])
+    assert [x.name for x in layers if x.reason == PREDICTION] == ['fc']
+    assert OFFSETS not in {x.reason for x in layers}
+
+
+def test_model_is_as_before():
+    init_default_scope('mmengine')
+    model = resnet18().train().requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert targets_of(model, torch.rand(2, 3, 32, 32)).predictions == {'fc'}
+    assert model.training
+    assert not any(x.requires_grad for x in model.parameters())
+    assert not any(x._forward_hooks for x in model.modules())
+    assert all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items())
