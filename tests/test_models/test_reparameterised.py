@@ -57,7 +57,7 @@ REPLKNET = dict(
 REPMLP = dict(channels=[8, 16], depths=[2, 2], sharesets_nums=[1, 4])
 RIFORMER = dict(
     layers=[1, 1, 1, 1],
-    embed_dims=[8, 8, 16, 16],
+    embed_dims=[8, 12, 16, 20],
     mlp_ratios=[2, 2, 2, 2],
     layer_scale_init_value=.5)
 # a model, the side of its input
