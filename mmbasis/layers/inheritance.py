@@ -42,6 +42,10 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
     """Why a replacement could not behave as a layer does; None if it can."""
     if any(vars(module).get(name) for name in _STATE_HOOKS):
         return 'hooks on its state dict speak of its own weights'
+    if any(getattr(parameter, name, None)
+           for parameter in module.parameters(recurse=False)
+           for name in ('_backward_hooks', '_post_accumulate_grad_hooks')):
+        return 'hooks on the gradients of its weights speak of their shape'
     for name, value in own_attributes(module).items():
         if callable(value) and hasattr(type(module), name):
             if name != 'forward':
@@ -106,6 +110,23 @@ def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
     return {k: v for k, v in rebound.items() if v is not own[k]}
 
 
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy in which modules with a ``forward`` of their own run that
+    of the copy: a closure, as activation checkpointing makes it, would go on
+    running the original.
+
+    Raises:
+        CannotRebind: If that is impossible.
+    """
+    clone = copy.deepcopy(module)
+    for old, new in zip(module.modules(), clone.modules()):
+        call = vars(new).get('forward')
+        if call is not None and not isinstance(call, _OwnForward):
+            call = _Rebind(old, new, copying=True)(call)
+            vars(new)['forward'] = _OwnForward(call, new)
+    return clone
+
+
 class _OwnForward:
     """A ``forward`` bound to a layer. In a copy of the layer it is bound to
     the copy, even if it is a closure, which copying leaves as it is."""
@@ -118,7 +139,8 @@ class _OwnForward:
 
     def __deepcopy__(self, memo: dict) -> '_OwnForward':
         module = copy.deepcopy(self.module, memo)
-        return _OwnForward(_Rebind(self.module, module)(self.call), module)
+        rebind = _Rebind(self.module, module, copying=True)
+        return _OwnForward(rebind(self.call), module)
 
 
 class _Rebind:
@@ -128,10 +150,15 @@ class _Rebind:
     Args:
         old (nn.Module): The layer that is replaced.
         new (nn.Module): Its replacement.
+        copying (bool): Whether that is a copy, which has all methods of the
+            old layer and not only ``forward``. Defaults to False.
     """
 
-    def __init__(self, old: nn.Module, new: nn.Module) -> None:
-        self.old, self.new = old, new
+    def __init__(self,
+                 old: nn.Module,
+                 new: nn.Module,
+                 copying: bool = False) -> None:
+        self.old, self.new, self.copying = old, new, copying
         #: whether the ``forward`` of the old layer's class was met
         self.calls_class = False
         self._done: Dict[int, Any] = {}
@@ -143,6 +170,8 @@ class _Rebind:
         if isinstance(value, _OwnForward):
             return self(value.call)
         if isinstance(value, MethodType) and value.__self__ is self.old:
+            if self.copying:
+                return MethodType(value.__func__, self.new)
             if value.__func__ is not type(self.old).forward:
                 raise CannotRebind(f'it calls {value.__name__}')
             self.calls_class = True

@@ -9,8 +9,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
 from ..compat import repair_ssd_head
-from ..compression import (apply_plan, get_plan, load_weights, plan_of,
-                           read_checkpoint)
+from ..compression import apply_plan, load_weights, plan_of, read_checkpoint
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
@@ -33,8 +32,9 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
     model = MMENGINE_MODELS.build(_without_pretrained(architecture))
     if type(getattr(model, 'bbox_head', None)).__name__ == 'SSDHead':
         repair_ssd_head()
-    apply_plan(model, as_plan(plan), project=False)
-    if get_plan(model).norm:  # MMDeploy calls it, which folds these
+    plan = as_plan(plan)
+    apply_plan(model, plan, project=False)
+    if plan.norm:  # MMDeploy calls it, which folds these
         override_merging(model, 'switch_to_deploy')
     return model
 

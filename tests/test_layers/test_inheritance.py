@@ -14,7 +14,8 @@ from mmengine.runner.activation_checkpointing import \
 from torch.utils.checkpoint import checkpoint
 
 from mmbasis.compression.surgery import densified, replace_modules
-from mmbasis.layers import BasisLayer, ConvKind, kind_of, why_not
+from mmbasis.layers import (BasisLayer, ConvKind, copy_module, kind_of,
+                            why_not)
 from mmbasis.registry import LAYER_KINDS
 
 X = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -354,6 +355,56 @@ def test_other_methods_of_the_instance(name):
     assert why_not(dense) == f'its {name} was replaced on the instance'
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('own', OWN)
+@pytest.mark.parametrize('rank', [None, 2])
+def test_copies_run_what_they_hold(own, rank):
+    """Whether the layer is dense or not, or a module around it."""
+    model = nn.Sequential(conv())
+    for net in (model, model[0]):
+        own(net) if own is not closure_over_the_module or net is model[
+            0] else closure(net)
+    if rank:
+        layer = BasisLayer(model[0][0], rank)
+        layer.project(model[0][0])
+        replace_modules(model, {model[0][0]: layer})
+    expected = model(X)
+    clone, dense = copy_module(model), densified(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert not model(X).any()
+    assert_close(clone(X), expected)
+    assert_close(dense(X), expected)
+    assert_close(copy_module(clone)(X), expected)
+
+
+@pytest.mark.parametrize('own', [method_of_another, hidden_in_an_object])
+def test_copies_run_methods_of_their_own(own):
+    """Which copying knows, though no basis layer could have them."""
+    model = conv()
+    own(model)
+    expected, clone = model(X), copy_module(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert_close(clone(X), expected)
+
+
+def test_no_copy_runs_what_another_holds():
+    model = conv()
+    by_a_global(model)
+    with pytest.raises(Exception, match='by a global name'):
+        copy_module(model)
+
+
+def test_hooks_on_gradients_keep_the_layer_dense():
+    for name in ('weight', 'bias'):
+        dense = nn.Conv2d(4, 6, 3)
+        assert why_not(dense) is None
+        getattr(dense, name).register_hook(lambda grad: 2 * grad)
+        assert 'gradients' in why_not(dense)
+
+
 # ------------------------------------------------------- weights and biases
 @pytest.mark.parametrize('has_bias', [True, False])
 @pytest.mark.parametrize('dense, function', [
@@ -430,6 +481,16 @@ def test_plain_attributes_are_there():
     layer = BasisLayer(dense, 2)
     assert layer.note is dense.note and layer.to_dense().note is dense.note
     assert layer.padding_mode == 'reflect' and layer.rank == 2
+
+
+def test_notes_on_parameters_are_there():
+    dense = nn.Conv2d(4, 6, 3)
+    dense.weight.no_decay, dense.bias.role = True, 'a bias'
+    layer = BasisLayer(dense, 2, norm=True)
+    assert layer.basis.weight.no_decay and layer.coefficients.weight.no_decay
+    assert layer.coefficients.bias.role == 'a bias'
+    again = layer.to_dense()
+    assert again.weight.no_decay and again.bias.role == 'a bias'
 
 
 # ---------------------------------------------------------- kinds of a user
