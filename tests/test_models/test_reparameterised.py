@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 from mmdet.models.necks import FPG
-from mmengine.registry import init_default_scope
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.models.backbones import (RepLKNet, RepMLPNet, RepVGG,
                                          RIFormer)
 from mmpretrain.models.backbones.levit import LeViT
@@ -22,7 +23,7 @@ from mmbasis.compression import (apply_plan, basis_layers, densified,
                                  get_plan)
 from mmbasis.compression.merging import keep_structure
 from mmbasis.layers import BasisLayer, kind_of, why_not
-from mmbasis.models import build_compressed
+from mmbasis.models import BasisModel, build_compressed
 from mmbasis.planning import CompressionPlan, LayerPlan
 
 REPVGG = dict(
@@ -289,7 +290,6 @@ CLASSIFIER = dict(
 
 @pytest.mark.parametrize('norm', [False, True])
 def test_built_from_a_plan(norm):
-    from mmengine.registry import MODELS
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
     trained = MODELS.build(copy.deepcopy(CLASSIFIER))
@@ -309,8 +309,26 @@ def test_built_from_a_plan(norm):
     assert all(layer.norm is None for _, layer in basis_layers(model))
 
 
+@pytest.mark.parametrize('norm', [False, True])
+def test_inside_the_wrapper(norm):
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    dense = MODELS.build(copy.deepcopy(CLASSIFIER))
+    model = BasisModel(dense, plan=a_plan(dense, norm=norm))
+    for _, layer in basis_layers(model):
+        layer.basis.reset_parameters()
+    randomise(model)
+    model.head.fc.coefficients.weight.data.normal_()
+    x = torch.rand(2, 3, 32, 32)
+    expected, before = outputs(model.eval(), x), structure(model)
+    clone = copy.deepcopy(model)
+    for net in (model, clone):
+        net.backbone.switch_to_deploy()
+        assert_same(outputs(net, x), expected)
+        assert structure(net) == before
+
+
 def test_what_compresses_better_is_said(monkeypatch):
-    from mmengine.logging import MMLogger
     said = []
     monkeypatch.setattr(MMLogger, 'info', lambda _, text, *args: said.append(
         text % args))
