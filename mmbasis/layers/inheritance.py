@@ -2,9 +2,10 @@
 """What was attached to a layer and goes along when the layer is replaced:
 hooks, attributes, and a ``forward`` of the instance's own."""
 import copy
+import gc
+import weakref
 from functools import partial
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType
-from types import MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch.nn as nn
@@ -16,8 +17,7 @@ _HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs',
           '_backward_pre_hooks', '_is_full_backward_hook')
 _STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks',
                 '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
-_OPAQUE = (nn.Module, Tensor, ModuleType, type, str, bytes,
-           BuiltinFunctionType)
+_OPAQUE = (nn.Module, Tensor, ModuleType, type)
 #: objects that are looked through before giving up
 _MOST = 100000
 
@@ -162,7 +162,7 @@ class _Rebind:
         #: whether the ``forward`` of the old layer's class was met
         self.calls_class = False
         self._done: Dict[int, Any] = {}
-        self._seen: Dict[int, Any] = {}
+        self._seen: Dict[Tuple[int, int], Any] = {}
 
     def __call__(self, value: Any) -> Any:
         if value is self.old:
@@ -232,8 +232,9 @@ class _Rebind:
                                    'through data')
             if any(value is x for x in weights):
                 raise CannotRebind('it holds the weights of the layer')
-            if id(value) not in self._seen:
-                self._seen[id(value)] = value  # alive, so that ids are unique
+            key = id(value), id(scope)
+            if key not in self._seen:
+                self._seen[key] = value  # alive, so that ids are unique
                 queue.extend(_contents(value, scope))
             if len(self._seen) > _MOST:
                 raise CannotRebind('it holds too much to look through')
@@ -265,19 +266,13 @@ def _global_names(code: CodeType) -> Iterator[str]:
 
 
 def _contents(value: Any, scope: Optional[dict]) -> Iterator[Any]:
-    """What a value leads to, as far as that can be followed."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        yield from value
-    elif isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, MethodType):
-        yield from (value.__self__, value.__func__)
-    elif isinstance(value, partial):
-        yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, FunctionType):
+    """What a value leads to."""
+    if isinstance(value, FunctionType):
         yield from _parts(value)
         if value.__globals__ is scope:
             for name in _global_names(value.__code__):
                 yield value.__globals__.get(name)
-    elif hasattr(value, '__dict__') and not isinstance(value, _OPAQUE):
-        yield from vars(value).values()
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif not isinstance(value, _OPAQUE):
+        yield from gc.get_referents(value)

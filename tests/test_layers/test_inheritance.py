@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+import weakref
 
 import pytest
 import torch
@@ -297,6 +298,30 @@ def hidden_in_an_object(model):
     model[0].forward = Wrapper(model[0])
 
 
+def hidden_in_slots(model):
+
+    class Wrapper:
+        __slots__ = ('own', )
+
+        def __init__(self, own):
+            self.own = own
+
+        def __call__(self, x):
+            return 2 * self.own(x)
+
+    model[0].forward = Wrapper(model[0].forward)
+
+
+def hidden_in_a_weak_reference(model):
+    own, layer = model[0].forward, weakref.ref(model[0])
+    model[0].forward = lambda x: own(x) + layer().weight.sum()
+
+
+def hidden_in_a_cache(model):
+    own = functools.lru_cache(model[0].forward)
+    model[0].forward = lambda x: 2 * own(x)
+
+
 def method_of_an_object(model):
     place = types.SimpleNamespace(own=model[0].forward)
 
@@ -330,7 +355,8 @@ def by_a_global_of_a_global(model):
 
 REFUSED = [
     ignores_its_class, method_of_another, holds_weights, holds_weights_in_data,
-    hidden_in_an_object, method_of_an_object, by_a_global,
+    hidden_in_an_object, hidden_in_slots, hidden_in_a_weak_reference,
+    hidden_in_a_cache, method_of_an_object, by_a_global,
     by_a_global_of_a_global
 ]
 
