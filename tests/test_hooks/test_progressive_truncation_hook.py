@@ -90,7 +90,7 @@ def test_gradient_averages_are_those_of_the_new_factors():
         for name, layer in net.named_modules():
             if name in product:
                 basis, coefficients = layer.factors
-                found = layer.from_matrix(coefficients.mT @ product[name],
+                found = layer.kind.from_matrix(coefficients.mT @ product[name],
                                           layer.basis)
                 for parameter, value in ((layer.basis.weight, found),
                                          (layer.coefficients.weight,

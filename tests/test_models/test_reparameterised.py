@@ -247,7 +247,8 @@ def test_a_deployed_form_is_compressed_whole():
 
 @pytest.mark.parametrize('norm', [False, True])
 def test_head_of_levit(norm):
-    head = LeViTClsHead(12, in_channels=16)
+    loss = dict(type='mmpretrain.CrossEntropyLoss')
+    head = LeViTClsHead(12, in_channels=16, loss=loss)
     compress(head, norm=norm)
     x = (torch.rand(3, 16), )
     expected, before = outputs(head, x), structure(head)
