@@ -4,8 +4,17 @@ import copy
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
-                    Set, Tuple)
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import torch
 import torch.nn as nn

@@ -6,11 +6,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..factorization import (factorize, merge, orthogonality_error,
-                             orthonormalize, spectrum_of_factor)
-from .inheritance import (fresh_hooks, inner_modules, is_own_method,
-                          move_hooks, own_attributes, rebound_attributes,
-                          share_hooks)
+from ..factorization import (
+    factorize,
+    merge,
+    orthogonality_error,
+    orthonormalize,
+    spectrum_of_factor,
+)
+from .inheritance import (
+    fresh_hooks,
+    inner_modules,
+    is_own_method,
+    move_hooks,
+    own_attributes,
+    rebound_attributes,
+    share_hooks,
+)
 from .kinds import kind_of
 
 

@@ -4,8 +4,11 @@ from typing import List, Sequence, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmcv.cnn.bricks import (Conv2dAdaptivePadding, ConvTranspose2d,
-                             ConvTranspose3d)
+from mmcv.cnn.bricks import (
+    Conv2dAdaptivePadding,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from mmcv.cnn.bricks.wrappers import Conv2d, Conv3d
 from torch import Tensor
 

@@ -47,9 +47,9 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
            for name in ('_backward_hooks', '_post_accumulate_grad_hooks')):
         return 'hooks on the gradients of its weights speak of their shape'
     for name, value in own_attributes(module).items():
-        if callable(value) and hasattr(type(module), name):
-            if name != 'forward':
-                return f'its {name} was replaced on the instance'
+        if (name != 'forward' and callable(value)
+                and hasattr(type(module), name)):
+            return f'its {name} was replaced on the instance'
     try:
         rebound_attributes(module, module)
     except CannotRebind as error:

@@ -8,9 +8,15 @@ import torch.nn as nn
 from mmengine.model import ExponentialMovingAverage
 
 from mmbasis.compression import surgery
-from mmbasis.compression.surgery import (apply_plan, basis_layers,
-                                         check_state_dict, densified,
-                                         get_plan, guard, replace_modules)
+from mmbasis.compression.surgery import (
+    apply_plan,
+    basis_layers,
+    check_state_dict,
+    densified,
+    get_plan,
+    guard,
+    replace_modules,
+)
 from mmbasis.layers import BasisLayer, kind_of
 from mmbasis.planning import CompressionPlan, DensePlan, LayerPlan, find_layers
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.ops import DeformConv2dPack
-from mmengine.runner.activation_checkpointing import \
-    turn_on_activation_checkpointing
+from mmengine.runner.activation_checkpointing import (
+    turn_on_activation_checkpointing,
+)
 from torch.utils.checkpoint import checkpoint
 
 from mmbasis.compression.surgery import densified, replace_modules
-from mmbasis.layers import (BasisLayer, ConvKind, copy_module, kind_of,
-                            why_not)
+from mmbasis.layers import BasisLayer, ConvKind, copy_module, kind_of, why_not
 from mmbasis.registry import LAYER_KINDS
 
 X = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))

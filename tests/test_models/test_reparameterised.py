@@ -11,16 +11,14 @@ import torch.nn as nn
 from mmdet.models.necks import FPG
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
-from mmpretrain.models.backbones import (RepLKNet, RepMLPNet, RepVGG,
-                                         RIFormer)
+from mmpretrain.models.backbones import RepLKNet, RepMLPNet, RepVGG, RIFormer
 from mmpretrain.models.backbones.levit import LeViT
 from mmpretrain.models.backbones.mobileone import MobileOne
 from mmpretrain.models.backbones.tinyvit import ConvBN2d, TinyViT
 from mmpretrain.models.heads import LeViTClsHead
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmbasis.compression import (apply_plan, basis_layers, densified,
-                                 get_plan)
+from mmbasis.compression import apply_plan, basis_layers, densified, get_plan
 from mmbasis.compression.merging import keep_structure
 from mmbasis.layers import BasisLayer, kind_of, why_not
 from mmbasis.models import BasisModel, build_compressed
@@ -356,6 +354,26 @@ def test_methods_that_merge_other_things():
     neck = compress(Neck())
     assert keep_structure(neck) == []
     assert 'fuse' not in vars(neck)
+
+
+class Hybrid(nn.Module):
+    """Merges its parts, then what they have become."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 6, 1), ConvBN2d(6, 6)
+        self.drop = drop
+
+    def switch_to_deploy(self):
+        if self.drop:
+            self.conv = nn.Conv2d(3, 6, 1)
+            self.conv.weight.data = self.conv.weight * 2
+
+
+def test_basis_layers_are_not_merged_in_silence():
+    compress(Hybrid(False)).switch_to_deploy()
+    with pytest.raises(RuntimeError, match='Hybrid.switch_to_deploy.* merged'):
+        compress(Hybrid(True)).switch_to_deploy()
 
 
 # ----------------------------------------------------- mmcv's fuse_conv_bn
