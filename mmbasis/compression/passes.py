@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..layers import observe
 from ..planning import forward_batch
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
@@ -173,8 +174,8 @@ class SumWatch(TorchFunctionMode):
                 self.mark(name, y)
 
         handles = [
-            module.register_forward_hook(
-                lambda _, args, y, name=name: hook(name, args, y))
+            observe(module,
+                    lambda _, args, kwargs, y, name=name: hook(name, args, y))
             for name, module in layers.items()
         ]
         self._probing = True

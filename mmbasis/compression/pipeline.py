@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The way through: layers -> statistics -> spectra -> plan -> basis layers."""
-import copy
 import itertools
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
@@ -8,6 +7,7 @@ import torch.nn as nn
 from mmengine.logging import MMLogger
 
 from ..factorization import spectrum_of_factor
+from ..layers import copy_module
 from ..planning import (BasePlanner, CompressionPlan, LayerInfo, PlanFollower,
                         UnknownLossError, calibrate, check_finite, find_layers,
                         record_gradients)
@@ -185,7 +185,7 @@ class Compressor:
         choose = (
             self.recalibration == 'auto' and planner.data_aware
             and bool(held_out))
-        reference = copy.deepcopy(model) if sequential or choose else None
+        reference = copy_module(model) if sequential or choose else None
         apply_plan(
             model, plan, {
                 x.name: (x.spectrum.vectors, x.mean)

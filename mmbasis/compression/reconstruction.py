@@ -11,7 +11,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..factorization import orthonormalize
-from ..layers import BasisLayer
+from ..layers import BasisLayer, observe
 from ..planning import (CompressionPlan, LayerInfo, count_images, evaluation,
                         forward_batch, output_samples)
 from ..planning.layers import PREDICTION
@@ -128,7 +128,8 @@ class Reconstruction:
             else:
                 current_pass().stop(name, args[0])
 
-        def behind(module: nn.Module, args: tuple, y: Tensor) -> None:
+        def behind(module: nn.Module, args: tuple, kwargs: dict,
+                   y: Tensor) -> None:
             if current_pass() is None:
                 return
             if residual:
@@ -137,11 +138,9 @@ class Reconstruction:
                 current_pass().stop(name, y)
 
         handles = [
-            student.register_forward_pre_hook(before),
-            teacher.register_forward_hook(behind)
+            observe(student, behind if residual else None, before),
+            observe(teacher, behind)
         ]
-        if residual:
-            handles.append(student.register_forward_hook(behind))
         for handle in handles:
             stack.callback(handle.remove)
 
@@ -213,9 +212,10 @@ class Reconstruction:
         with ExitStack() as stack:
             for name in names:
                 stack.callback(
-                    self.reference.get_submodule(name).register_forward_hook(
-                        lambda _, args, y, name=name: found[name].append(
-                            output_samples(self.todo[name], y))).remove)
+                    observe(
+                        self.reference.get_submodule(name),
+                        lambda _, args, kwargs, y, name=name: found[name].
+                        append(output_samples(self.todo[name], y))).remove)
             forward_batch(self.reference, data)
         return found
 
@@ -229,7 +229,7 @@ class Reconstruction:
                 regression.add(args[0], target)
 
         module = self.model.get_submodule(regression.layer.name)
-        handle = module.register_forward_pre_hook(add)
+        handle = observe(module, before=add)
         forward_batch(self.model, data)
         handle.remove()
 

@@ -6,7 +6,7 @@ import gc
 import weakref
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -83,13 +83,17 @@ def inner_modules(old: nn.Module,
             yield module, new.get_submodule(name)
 
 
-def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
+def rebound_attributes(old: nn.Module,
+                       new: nn.Module,
+                       inner: Optional[Callable] = None) -> Dict[str, Any]:
     """Callable attributes of a layer, its own ``forward`` above all, for the
     layer that replaces it.
 
     Args:
         old (nn.Module): The layer to replace.
         new (nn.Module): Its replacement.
+        inner (Callable, optional): What takes the place of the ``forward`` of
+            the class. Defaults to that of the class of ``new``.
 
     Returns:
         dict[str, Any]: The attributes to set, by name: those that depended on
@@ -102,12 +106,52 @@ def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
     own = own_attributes(old)
     if 'forward' not in own:
         return {}
-    rebind = _Rebind(old, new)
+    rebind = _Rebind(old, new, inner=inner)
     rebound = {k: rebind(v) for k, v in own.items() if callable(v)}
     if not rebind.calls_class:
         raise CannotRebind('it does not call the forward of its class')
     rebound['forward'] = _OwnForward(rebound['forward'], new)
     return {k: v for k, v in rebound.items() if v is not own[k]}
+
+
+class observe:
+    """Watch what the ``forward`` of a layer's class takes and returns, inside
+    of whatever hooks and own ``forward`` change it for others.
+
+    Args:
+        module (nn.Module): The layer.
+        behind (Callable, optional): ``(module, args, kwargs, output)``, as of
+            a forward hook: what it returns, if anything, is the output.
+        before (Callable, optional): ``(module, args)``, called before.
+    """
+
+    def __init__(self,
+                 module: nn.Module,
+                 behind: Optional[Callable] = None,
+                 before: Optional[Callable] = None) -> None:
+        inner = MethodType(type(module).forward, module)
+
+        def forward(*args, **kwargs) -> Any:
+            if before is not None:
+                before(module, args)
+            y = inner(*args, **kwargs)
+            changed = behind and behind(module, args, kwargs, y)
+            return y if changed is None else changed
+
+        self.module, self.before = module, own_attributes(module)
+        try:
+            new = rebound_attributes(module, module, forward)
+        except CannotRebind:  # it stays dense, and only costs are of interest
+            new, inner = {}, self.before['forward']
+        self.names = set(new) | {'forward'}
+        vars(module).update(new or dict(forward=forward))
+
+    def remove(self) -> None:
+        """Stop watching; of several observers, the last one first."""
+        for name in self.names:
+            del vars(self.module)[name]
+            if name in self.before:
+                vars(self.module)[name] = self.before[name]
 
 
 def copy_module(module: nn.Module) -> nn.Module:
@@ -152,13 +196,16 @@ class _Rebind:
         new (nn.Module): Its replacement.
         copying (bool): Whether that is a copy, which has all methods of the
             old layer and not only ``forward``. Defaults to False.
+        inner (Callable, optional): See :func:`rebound_attributes`.
     """
 
     def __init__(self,
                  old: nn.Module,
                  new: nn.Module,
-                 copying: bool = False) -> None:
+                 copying: bool = False,
+                 inner: Optional[Callable] = None) -> None:
         self.old, self.new, self.copying = old, new, copying
+        self.inner = inner or MethodType(type(new).forward, new)
         #: whether the ``forward`` of the old layer's class was met
         self.calls_class = False
         self._done: Dict[int, Any] = {}
@@ -175,7 +222,7 @@ class _Rebind:
             if value.__func__ is not type(self.old).forward:
                 raise CannotRebind(f'it calls {value.__name__}')
             self.calls_class = True
-            return MethodType(type(self.new).forward, self.new)
+            return self.inner
         if id(value) not in self._done:
             if isinstance(value, partial):
                 self._partial(value)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..factorization import spectrum_of_factor, spectrum_of_moment
+from ..layers import observe
 from .layers import LayerInfo
 
 #: Positions of one image that a layer's moments are computed from. More add
@@ -211,8 +212,7 @@ class LayerRecorder:
                 x = args[0] if args else next(iter(kwargs.values()))
                 self._record(layer, x, output)
 
-            self._handles.append(
-                layer.module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(observe(layer.module, hook))
         return self
 
     def __exit__(self, *_) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration import (evaluation, output_samples, tensor_outputs,
                           train_deterministically)
+from ..layers import observe
 from .layers import LayerInfo
 
 #: Labels are drawn from softened predictions: on its training images a
@@ -52,7 +53,7 @@ class GradientRecorder:
     def __enter__(self) -> 'GradientRecorder':
         for layer in self.layers:
 
-            def hook(module, args, output, layer=layer):
+            def hook(module, args, kwargs, output, layer=layer):
                 if not torch.is_grad_enabled():
                     return None  # checkpointing runs it again with gradients
                 if not output.requires_grad:
@@ -62,7 +63,7 @@ class GradientRecorder:
                 output.register_hook(lambda g: self._add(layer, g))
                 return output
 
-            self._handles.append(layer.module.register_forward_hook(hook))
+            self._handles.append(observe(layer.module, hook))
         return self
 
     def __exit__(self, *_) -> None:

@@ -15,9 +15,18 @@ from mmengine.runner.activation_checkpointing import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from mmbasis.compression import compress
 from mmbasis.compression.surgery import densified, replace_modules
-from mmbasis.layers import BasisLayer, ConvKind, copy_module, kind_of, why_not
+from mmbasis.layers import (
+    BasisLayer,
+    ConvKind,
+    copy_module,
+    kind_of,
+    observe,
+    why_not,
+)
 from mmbasis.registry import LAYER_KINDS
+from tests.toy import ToyNet
 
 X = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -562,3 +571,54 @@ def test_a_kind_from_outside_wins(registry):
 def test_no_kind():
     with pytest.raises(TypeError, match='CausalConv cannot be represented'):
         BasisLayer(CausalConv(4, 6, 3), 2)
+
+
+# ---------------------------------------------------------------- observing
+def changes_output(net):
+    net.conv2.register_forward_hook(lambda _, args, y: 2 * y + 1)
+
+
+def changes_input(net):
+    net.conv2.register_forward_pre_hook(lambda _, args: (2 * args[0] + 1, ))
+
+
+def changes_both(net):
+    own = net.conv2.forward
+    net.conv2.forward = lambda x: 2 * own(2 * x + 1) + 1
+
+
+@pytest.mark.parametrize('reconstruction', ['local', 'sequential'])
+@pytest.mark.parametrize('change',
+                         [changes_output, changes_input, changes_both])
+def test_compression_sees_the_layer_and_not_what_is_around_it(
+        change, reconstruction):
+    torch.manual_seed(0)
+    batches = [
+        dict(inputs=torch.rand(8, 3, 8, 8), data_samples=torch.arange(8) % 4)
+        for _ in range(3)
+    ]
+    model = ToyNet().eval()
+    change(model)
+    x = batches[0]['inputs']
+    expected = model(x)
+    planner = dict(type='FixedPlanner', ranks=dict(conv2=8))
+    compress(model, planner, batches, reconstruction=reconstruction)
+    assert isinstance(model.conv2, BasisLayer)
+    assert (model(x) - expected).norm() < .1 * expected.norm()
+
+
+def test_observers_end_in_turn():
+    model, seen = conv(), []
+    closure(model)
+    expected, before = model(X), dict(vars(model[0]))
+    first = observe(model[0], lambda m, args, kwargs, y: seen.append(y))
+    second = observe(
+        model[0], before=lambda m, args: seen.append(args[0]))
+    assert torch.equal(model(X), expected)
+    assert seen[0] is X and torch.equal(2 * seen[1], expected)
+    second.remove()
+    model(X)
+    assert len(seen) == 3
+    first.remove()
+    model(X)
+    assert len(seen) == 3 and vars(model[0]) == before
