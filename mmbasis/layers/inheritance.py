@@ -160,13 +160,18 @@ def copy_module(module: nn.Module) -> nn.Module:
     running the original.
 
     Raises:
-        CannotRebind: If that is impossible.
+        CannotRebind: If that is impossible; it names the module.
     """
     clone = copy.deepcopy(module)
-    for old, new in zip(module.modules(), clone.modules()):
+    for (name, old), new in zip(module.named_modules(), clone.modules()):
         call = vars(new).get('forward')
         if call is not None and not isinstance(call, _OwnForward):
-            call = _Rebind(old, new, copying=True)(call)
+            try:
+                call = _Rebind(old, new, copying=True)(call)
+            except CannotRebind as error:
+                raise CannotRebind(
+                    f'{name or "the model"} cannot be copied: its forward was '
+                    f'replaced on the instance, and {error}') from error
             vars(new)['forward'] = _OwnForward(call, new)
     return clone
 
