@@ -145,9 +145,12 @@ class observe:
             new, inner = {}, self.before['forward']
         self.names = set(new) | {'forward'}
         vars(module).update(new or dict(forward=forward))
+        # torch's fast paths of transformers go round layers without hooks
+        self.handle = module.register_forward_hook(lambda *_: None)
 
     def remove(self) -> None:
         """Stop watching; of several observers, the last one first."""
+        self.handle.remove()
         for name in self.names:
             del vars(self.module)[name]
             if name in self.before:
