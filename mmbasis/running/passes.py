@@ -16,7 +16,8 @@ from .batch import tensors
 from .states import cuda_devices, get_random, set_random
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from ..layers import observe
+from .adapter import Adapter
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)
@@ -185,8 +186,8 @@ class SumWatch(TorchFunctionMode):
                 self.mark(name, y)
 
         handles = [
-            module.register_forward_hook(
-                lambda _, args, y, name=name: hook(name, args, y))
+            observe(module,
+                    lambda _, args, kwargs, y, name=name: hook(name, args, y))
             for name, module in layers.items()
         ]
         self._probing = True
