@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..layers import observe
 from .batch import tensors
 from .states import cuda_devices, get_random, set_random
 
 if TYPE_CHECKING:
-    from ..layers import observe
-from .adapter import Adapter
+    from .adapter import Adapter
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Plans that are put into models, and what models remember of it."""
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_parts_of_a_user_are_not_basis_layers(both):
     model = Net(both)
     state = copy.deepcopy(model.state_dict())
     assert 'first.basis.weight' in state
-    assert [x.name for x in find_layers(model) if x.reason == ''][0] == (
+    assert [x.name for x in find_layers(model) if x.obstacle is None][0] == (
         'first.basis')
     guard(model)
     model.load_state_dict(state)
@@ -175,7 +176,7 @@ def test_plans_name_what_can_be_compressed():
     model = Net()
     model.conv.register_forward_hook(lambda *_: None)
     plan = a_plan(model, 'conv', 'first.basis')
-    plan.layers['conv'].kind = 'BasisLinear'
+    plan.layers['conv'] = replace(plan.layers['conv'], kind='BasisLinear')
     with pytest.raises(ValueError, match='conv: a Conv2d is no BasisLinear'):
         apply_plan(model, plan)
     assert len(model.conv._forward_hooks) == 1
