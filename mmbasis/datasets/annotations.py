@@ -61,20 +61,19 @@ def annotate(testing: List[Transform], training: List[Transform],
             place = home.index(roles.reader) + 1
         home[place:place] = loaders
         _share_meta_keys(testing, training)
-        if _is_augmented(_verify(testing, raw)):
-            testing.append(first_augmentation)
+        sample = _verify(testing, raw)
+        if single(sample) is not sample:
+            testing.append(single)
     return testing
 
 
-def first_augmentation(sample: Dict[str, list]) -> dict:
-    """The first of the samples that test-time augmentation makes of one."""
-    return {key: values[0] for key, values in sample.items()}
-
-
-def _is_augmented(sample: Any) -> bool:
-    """Whether a sample holds a list of values for each key."""
-    return isinstance(sample, dict) and bool(sample) and all(
-        isinstance(value, list) for value in sample.values())
+def single(sample: Any) -> Any:
+    """A sample, or the first that test-time augmentation makes of one: those
+    hold a list for each key."""
+    if isinstance(sample, dict) and sample and all(
+            isinstance(value, list) for value in sample.values()):
+        return {key: values[0] for key, values in sample.items()}
+    return sample
 
 
 @contextmanager

@@ -138,7 +138,8 @@ def _as_text(value: Any, key: str) -> Any:
             f'{key} of the config is {value!r}: the config of the compressed '
             'model is a text, which can name objects only as a type. Give '
             'numbers, strings, or a dict with a type')
-    name = f'{value.__module__}.{getattr(value, "__qualname__", "")}'
+    name = '.'.join(
+        str(getattr(value, x, None)) for x in ('__module__', '__qualname__'))
     if get_object_from_string(name) is not value:
         raise TypeError(
             f'{key} of the config is {value!r}, which cannot be imported as '
