@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-from ..compression import (apply_plan, basis_layers, get_plan, load_weights,
+from ..compression import (apply_plan, basis_layers, load_weights,
                            plan_of, read_checkpoint)
 from ..planning import CompressionPlan
 from ..registry import MODELS
@@ -32,8 +32,9 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
         nn.Module: The compressed model.
     """
     model = repair(MMENGINE_MODELS.build(_without_pretrained(architecture)))
-    apply_plan(model, as_plan(plan), project=False)
-    if get_plan(model).norm:
+    plan = as_plan(plan)
+    apply_plan(model, plan, project=False)
+    if plan.norm:
         _add_switch_to_deploy(model)
     return model
 

@@ -30,6 +30,7 @@ from rich.progress import track
 import mmbasis
 from mmbasis.compression import layer_regression, load_weights, read_checkpoint
 from mmbasis.compression.passes import SumWatch
+from mmbasis.datasets import calibration_dataloader
 from mmbasis.factorization import reduced_rank_regression
 from mmbasis.planning import BudgetPlanner
 from mmbasis.utils import load_config
