@@ -44,7 +44,7 @@ def analyze(model: nn.Module, planner: BasePlanner,
     check_finite(layers)
     modules = {x.name: x.module for x in layers}
     targets = NO_TARGETS
-    if batches:
+    if batches and not (planner.prediction_layers or planner.include):
         targets = find_targets(model, modules,
                                lambda: tensor_outputs(model, batches[0]))
     planner.select(model, layers, targets)

@@ -17,6 +17,7 @@ __all__ = [
     'LayerInfo', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'BudgetPlanner', 'EnergyPlanner',
     'FixedPlanner', 'PlanFollower', 'tensor_outputs',
-    'train_deterministically', 'RatioPlanner', 'UnknownLossError', 'find_targets',
+    'train_deterministically', 'RatioPlanner', 'UnknownLossError',
+    'find_targets',
     'record_gradients'
 ]

@@ -3,6 +3,7 @@
 from typing import Any, Callable, Mapping, Set
 
 import torch.nn as nn
+from mmengine.logging import MMLogger
 
 from ..running.graph import Targets, trace_targets
 from .calibration import evaluation
@@ -31,8 +32,15 @@ def find_targets(model: nn.Module, layers: Mapping[str, nn.Module],
     Returns:
         Targets: Some of the names, see :func:`trace_targets`.
     """
+    # the graph may hold what the model remembers of its outputs
     with remembering(model), evaluation(model):
         found = trace_targets(model, layers, run)
+    if layers and not found.predictions:
+        MMLogger.get_current_instance().warning(
+            'No layer could be traced to what %s outputs, so none stays dense '
+            'as a prediction layer: does it run without gradients? Name its '
+            'prediction layers in exclude',
+            type(model).__name__)
     return Targets(found.predictions, found.offsets | _named(model, layers))
 
 

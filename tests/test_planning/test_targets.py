@@ -1,11 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What stays dense by default, in real heads, detectors and classifiers."""
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn as nn
 from mmcv.ops import ModulatedDeformRoIPoolPack
 from mmdet.testing import demo_mm_inputs
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torchvision.models import resnet18
 
@@ -165,8 +168,9 @@ def test_two_stages():
     model, data = detector('mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
     assert targets_of(model, data) == Targets(
         {
-            'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
-            'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits'
+            'rpn_head.rpn_cls', 'rpn_head.rpn_reg',
+            'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg',
+            'roi_head.mask_head.conv_logits'
         }, set())
 
 
@@ -182,8 +186,7 @@ def test_cascade():
 
 def test_queries():
     model, data = detector(
-        'dino/dino-4scale_r50_8xb2-12e_coco',
-        **{
+        'dino/dino-4scale_r50_8xb2-12e_coco', **{
             'model.encoder.num_layers': 1,
             'model.decoder.num_layers': 1,
             'model.num_queries': 10
@@ -216,10 +219,22 @@ def test_masks_of_regions():
 def test_plain_classifier():
     """Whose layers are named as nobody in OpenMMLab names them."""
     init_default_scope('mmengine')
-    layers = analyze(resnet18(num_classes=10), FixedPlanner({'.*': 'full'}),
-                     [torch.rand(2, 3, 32, 32)])
+    layers = analyze(
+        resnet18(num_classes=10), FixedPlanner({'.*': 'full'}),
+        [torch.rand(2, 3, 32, 32)])
     assert [x.name for x in layers if x.reason == PREDICTION] == ['fc']
     assert OFFSETS not in {x.reason for x in layers}
+
+
+def test_model_without_gradients():
+    """Of which nothing is known: not in silence."""
+    init_default_scope('mmengine')
+    model = resnet18()
+    model.forward = torch.no_grad()(model.forward)
+    logger = MMLogger.get_current_instance()
+    with patch.object(logger, 'warning') as warning:
+        assert targets_of(model, torch.rand(2, 3, 32, 32)) == (set(), set())
+    assert 'without gradients' in warning.call_args[0][0]
 
 
 def test_model_is_as_before():
