@@ -151,8 +151,16 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
     """
     model = adapter.model
     with undisturbed(model), evaluation(model):
-        return trace_targets(model, {x.name: x.module for x in layers},
-                             lambda: adapter.outputs(data))
+        found = trace_targets(model, {x.name: x.module
+                                      for x in layers},
+                              lambda: adapter.outputs(data))
+    if layers and not found.predictions:
+        MMLogger.get_current_instance().warning(
+            'No layer could be traced to the outputs of %s, so none stays '
+            'dense as a prediction layer: does it run without gradients? '
+            'Name its prediction layers in exclude',
+            type(model).__name__)
+    return found
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:

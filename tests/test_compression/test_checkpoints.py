@@ -43,7 +43,8 @@ def dense():
 def compressed(batches):
     torch.manual_seed(0)
     model = Net().eval()
-    mmbasis.compress(model, FixedPlanner({'.*': 4}), batches)
+    planner = FixedPlanner({'.*': 4}, prediction_layers=True)
+    mmbasis.compress(model, planner, batches)
     return model
 
 
@@ -106,7 +107,8 @@ def test_flat_keys(path, dense):
 
 def test_same_keys_through_the_wrapper(compressed, dense, batches):
     wrapper = BasisModel(dense)
-    wrapper.compress(FixedPlanner({'.*': 4}), batches, None)
+    planner = FixedPlanner({'.*': 4}, prediction_layers=True)
+    wrapper.compress(planner, batches, None)
     assert list(wrapper.state_dict()) == list(compressed.state_dict())
     wrapper.load_state_dict(compressed.state_dict())
     assert same(wrapper, compressed)
