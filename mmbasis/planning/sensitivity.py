@@ -11,8 +11,14 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from ..running import (Adapter, classifies, evaluation, fisher_loss,
-                       train_deterministically, undisturbed)
+from ..running import (
+    Adapter,
+    classifies,
+    evaluation,
+    fisher_loss,
+    train_deterministically,
+    undisturbed,
+)
 from .layers import Layer
 from .samples import output_samples
 from .statistics import Analysis, LayerStatistics
