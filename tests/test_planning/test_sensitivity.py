@@ -7,11 +7,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmpretrain.models.backbones import ResNet
 
-from mmbasis.compression import Compressor
-from mmbasis.planning import (BudgetPlanner, calibrate, find_layers,
-                              record_gradients)
+from mmbasis.compression import compress
+from mmbasis.planning import BudgetPlanner
 from mmbasis.running import UnknownLossError
 from mmbasis.running.loss import sampled_labels
+from tests.analyses import measured, ranks
 from tests.toy import ToyNet
 
 
@@ -34,10 +34,7 @@ class Last(nn.Module):
 
 
 def analyzed(model, batches):
-    layers = find_layers(model)
-    calibrate(model, layers, batches)
-    record_gradients(model, layers, batches)
-    return {layer.name: layer for layer in layers}
+    return measured(model, batches, loss=True).statistics
 
 
 def test_against_gradients_computed_directly():
@@ -159,11 +156,10 @@ def test_wide_layer(monkeypatch):
         monkeypatch.setattr('mmbasis.planning.sensitivity.MAX_ROWS', limit)
         layer = analyzed(model, [images])['2']
         compressed = copy.deepcopy(model)
-        plan = Compressor(BudgetPlanner(macs=.5)).run(compressed, [images], [])
+        plan = compress(compressed, BudgetPlanner(macs=.5), [images])
         assert plan.layers['2'].rank < 8
-        ranks = {name: x.rank for name, x in plan.layers.items()}
-        found.append((layer, ranks, compressed(images)))
-    (full, ranks, outputs), (layer, same_ranks, same) = found
+        found.append((layer, ranks(plan), compressed(images)))
+    (full, chosen, outputs), (layer, same_ranks, same) = found
     vectors = full.spectrum.vectors
     assert layer.gradient.shape == (1, 8, 8)
     torch.testing.assert_close(
@@ -173,12 +169,12 @@ def test_wide_layer(monkeypatch):
         atol=1e-8)
     torch.testing.assert_close(
         layer.sensitivity, full.sensitivity, rtol=1e-4, atol=0)
-    assert ranks == same_ranks
+    assert chosen == same_ranks
     assert (outputs - same).norm() < .02 * (outputs - model(images)).norm()
 
 
 def test_training_loss_of_an_engine_model():
-    """A model that puts out no logits is asked for its loss; frozen layers are
+    """A model that returns no logits is asked for its loss; frozen layers are
     no obstacle."""
 
     class Regressor(ToyNet):
@@ -199,7 +195,7 @@ def test_training_loss_of_an_engine_model():
 
 
 def test_what_a_loss_leaves_behind():
-    """Heads may keep what they put out (CondInst), which cannot be copied; and
+    """Heads may keep what they return (CondInst), which cannot be copied; and
     trackers have nothing to show in mode tensor."""
 
     class Tracker(ToyNet):
@@ -228,7 +224,7 @@ def test_what_a_loss_leaves_behind():
     assert model.infos is infos == {} and model.seen is seen == [1]
     assert model.last is None
     assert not hasattr(model, 'new') and not hasattr(model, 'alias')
-    plan = Compressor(BudgetPlanner(macs=.5)).run(model, [data], [data])
+    plan = compress(model, BudgetPlanner(macs=.5), [data, data], num_batches=1)
     assert plan.layers
 
 
@@ -248,8 +244,6 @@ def test_planner_spends_where_the_loss_is():
                                                           padding=1)))
     model.b.load_state_dict(model.a.state_dict())
     model.forward = lambda x: (model.a(x) + .01 * model.b(x)).mean((2, 3))
-    layers = analyzed(model, [torch.randn(8, 8, 6, 6)])
-    planner = BudgetPlanner(macs=.4)
-    planner.select(model, list(layers.values()))
-    plan = planner.plan(list(layers.values()))
+    analysis = measured(model, [torch.randn(8, 8, 6, 6)], loss=True)
+    plan = BudgetPlanner(macs=.4).plan(analysis)
     assert plan.layers['a'].rank > 2 * plan.layers['b'].rank
