@@ -1,12 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 
 from mmbasis.planning import BudgetPlanner
-from tests.analyses import analysis_of, chain, costs_of, make_plan
+from tests.analyses import analysis_of, chain, costs_of, make_plan, ranks
 
 
 @pytest.fixture
@@ -129,3 +130,46 @@ def test_budget_below_rank_one_everywhere(model, key):
             match=f'{key}=0.001 cannot be met: the '
             'smallest ranks cost'):
         make_plan(BudgetPlanner(**{key: 0.001}), model)
+
+
+# ---------------------------------------------------- unknown sensitivities
+def with_sensitivities(analysis, scales):
+    """Sensitivities of some layers: their energies, times a scale."""
+    statistics = dict(analysis.statistics)
+    for name, scale in scales.items():
+        energy = statistics[name].spectrum.energy
+        statistics[name] = replace(
+            statistics[name], sensitivity=scale * energy / energy.sum())
+    return replace(analysis, statistics=statistics)
+
+
+@pytest.fixture
+def alike():
+    """Layers between which only the sensitivity makes a difference."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(16, 16, 3) for _ in range(5)]
+    for conv in convs:
+        conv.load_state_dict(convs[0].state_dict())
+    return analysis_of(nn.Sequential(*convs))
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1., 1e12])
+@pytest.mark.parametrize('dead', [[], ['0', '1', '2']])
+def test_unknown_sensitivity_is_that_of_a_typical_layer(alike, scale, dead):
+    """In whatever unit the loss is, and however many layers are worth
+    nothing to it."""
+    scales = dict.fromkeys(['0', '1', '2', '3'], scale)
+    scales.update(dict.fromkeys(dead, 0.))
+    plan = BudgetPlanner(macs=.25).plan(with_sensitivities(alike, scales))
+    found = ranks(plan)
+    assert abs(found['4'] - found['3']) <= 1 < found['4']
+    for name in dead:
+        assert found[name] == 1
+
+
+def test_without_any_sensitivity_energy_counts(alike):
+    expected = BudgetPlanner(macs=.5, data_aware=False).plan(alike)
+    plan = BudgetPlanner(macs=.5).plan(with_sensitivities(alike, {}))
+    assert ranks(plan) == ranks(expected)
+    nothing = with_sensitivities(alike, dict.fromkeys('01', 0.))
+    assert ranks(BudgetPlanner(macs=.5).plan(nothing))['4'] > 1

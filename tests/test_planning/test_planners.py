@@ -1,15 +1,29 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+import copy
+import pickle
+from collections import OrderedDict
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
+import mmbasis
+from mmbasis.compression import plan_of, save_checkpoint
 from mmbasis.layers import BasisLayer
 from mmbasis.planning import (
+    BasePlanner,
     BudgetPlanner,
+    CompressionPlan,
+    Costs,
     EnergyPlanner,
+    Exclusion,
     FixedPlanner,
     Form,
     RatioPlanner,
+    Reason,
+    Rules,
 )
 from mmbasis.registry import PLANNERS
 from tests.analyses import (
@@ -174,3 +188,146 @@ def test_no_plan_makes_a_layer_costlier(seed):
             assert totals['after'] <= planner.budget * totals['before'] * (
                 1 + 1e-9)
     assert compressed > 20
+
+
+# ---------------------------------------- facts that stay, and pure planning
+def facts(model):
+    analysis = analysis_of(model)
+    plan = BudgetPlanner(macs=.3, overrides={'0': 'dense'}).plan(analysis)
+    layer = analysis.layers[0]
+    return [
+        layer, analysis.selection, analysis.statistics['0'], analysis,
+        plan.layers['1'], plan.dense['0'],
+        Exclusion(Reason.UNUSED, 'unused'),
+        Form(),
+        Costs(layer, analysis.statistics['0']),
+        Rules()
+    ]
+
+
+@pytest.mark.parametrize('index', range(10))
+def test_facts_cannot_be_changed(model, index):
+    fact = facts(model)[index]
+    for key in vars(fact):
+        with pytest.raises(FrozenInstanceError):
+            setattr(fact, key, None)
+
+
+@planners
+def test_planning_changes_nothing(model, planner):
+    """Neither the analysis nor the planner."""
+    planner = PLANNERS.build(planner)
+    analysis = analysis_of(model, planner)
+    statistics = dict(analysis.statistics)
+    excluded = dict(analysis.selection.excluded)
+    vectors = {
+        k: x.spectrum.vectors.clone()
+        for k, x in statistics.items() if x.spectrum is not None
+    }
+    state = copy.deepcopy({k: v for k, v in vars(planner).items()
+                           if k != 'cost'})
+    first, second = planner.plan(analysis), planner.plan(analysis)
+    assert first.layers and first == second
+    assert analysis.statistics == statistics  # the same objects
+    assert analysis.selection.excluded == excluded
+    for name, value in vectors.items():
+        assert torch.equal(statistics[name].spectrum.vectors, value)
+    assert state == {k: v for k, v in vars(planner).items() if k != 'cost'}
+
+
+@planners
+def test_a_planner_remembers_no_model(model, planner):
+    """Neither its layers nor how basis layers were built there."""
+    planner = dict(planner, overrides={'1|conv': 5})
+    torch.manual_seed(1)
+    other = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(12, 24, 3), wide=nn.Conv2d(24, 30, 3)))
+    used = PLANNERS.build(planner)
+    runs = [(model, dict(bias=True, norm=True)), (other, {}), (model, {})]
+    for net, form in runs:
+        fresh = PLANNERS.build(planner)
+        assert make_plan(used, net, **form) == make_plan(fresh, net, **form)
+
+
+def test_selecting_and_planning_may_be_interleaved(model):
+    planner = FixedPlanner({'1|conv': 5})
+    other = nn.Sequential(OrderedDict(conv=nn.Conv2d(12, 24, 3)))
+    first, second = (analysis_of(net, planner) for net in (model, other))
+    assert ranks(planner.plan(first)) == {'1': 5}
+    assert ranks(planner.plan(second)) == {'conv': 5}
+
+
+@planners
+def test_planners_can_be_copied(model, planner):
+    planner = PLANNERS.build(planner)
+    for again in (copy.deepcopy(planner),
+                  pickle.loads(pickle.dumps(planner))):
+        assert again.config == planner.config
+        assert make_plan(again, model) == make_plan(planner, model)
+
+
+# ---------------------------------------------------- a planner of a user's
+@pytest.fixture
+def registered():
+    """A planner as a package of a user's own has it."""
+
+    @PLANNERS.register_module(name='Profile')
+    class Profile(BasePlanner):
+
+        def __init__(self, shares, scale=1., **kwargs):
+            super().__init__(**kwargs)
+            self.shares = np.asarray(shares) * scale
+            self.table = torch.rand(3)
+            shares[0] = 0  # whatever happens to an argument later
+
+        def choose(self, free, decided):
+            return [
+                x.ranks[int(share * (len(x.ranks) - 1))]
+                for x, share in zip(free, self.shares)
+            ]
+
+    yield Profile
+    PLANNERS.module_dict.pop('Profile')
+
+
+@pytest.mark.parametrize('make', [
+    lambda: np.array([.25, .5, .75]),
+    lambda: torch.tensor([.25, .5, .75]),
+    lambda: [np.float64(.25), .5, np.float32(.75)],
+], ids=['array', 'tensor', 'list'])
+def test_arrays_are_recorded_as_they_were_given(registered, tmp_path, make):
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.Conv2d(12, 16, 3), nn.Conv2d(16, 12, 3),
+        nn.Conv2d(12, 4, 3))
+    planner = dict(
+        type='Profile', shares=make(), scale=np.float32(.5), round_to=2,
+        overrides={'3': 'dense'})
+    plan = mmbasis.compress(model, planner, [torch.rand(2, 3, 12, 12)])
+    assert set(plan.layers) == {'0', '1', '2'}
+    assert plan.planner == dict(
+        type='Profile', shares=[.25, .5, .75], scale=.5, round_to=2,
+        overrides={'3': 'dense'}, data_aware=True, loss_aware=False)
+    path = str(tmp_path / 'plan.json')
+    plan.save(path)
+    assert CompressionPlan.load(path) == plan
+    path = str(tmp_path / 'model.pth')
+    save_checkpoint(model, plan, path, {})
+    checkpoint = torch.load(path, weights_only=True)
+    assert plan_of(checkpoint) == plan
+
+
+def test_following_a_plan_needs_no_planner(registered, tmp_path):
+    """Not even the type of the one that made it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 16, 3))
+    again = copy.deepcopy(model)
+    batches = [torch.rand(4, 3, 12, 12)]
+    planner = dict(type='Profile', shares=[.5, .5], prediction_layers=True)
+    plan = mmbasis.compress(model, planner, batches)
+    plan.save(str(tmp_path / 'plan.json'))
+    PLANNERS.module_dict.pop('Profile')
+    followed = mmbasis.compress(
+        again, CompressionPlan.load(str(tmp_path / 'plan.json')), batches)
+    assert followed == plan and ranks(plan).keys() == {'0', '1'}
+    assert torch.equal(again(batches[0]), model(batches[0]))
+    PLANNERS.register_module(name='Profile', module=registered)
