@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -200,7 +201,7 @@ class BasePlanner(ABC):
             rank, reason = settled
             decided.append((candidates, rank))
             reasons[layer.name] = reason
-        for candidates, rank in zip(free, self.choose(free, decided)):
+        for candidates, rank in zip(free, self._chosen(free, decided)):
             decided.append((candidates, rank))
             reasons[candidates.layer.name] = self.why_dense(candidates)
         ranks = {x.layer.name: r for x, r in decided if r is not None}
@@ -231,6 +232,18 @@ class BasePlanner(ABC):
         if not candidates.ranks:
             return None, self.cost.why_not(candidates.costs, self.round_to)
         return None
+
+    def _chosen(self, free: Sequence[Candidates],
+                decided: Decided) -> list[int | None]:
+        """The ranks of :meth:`choose`, checked."""
+        ranks = list(self.choose(free, decided))
+        if len(ranks) != len(free):
+            raise ValueError(f'{type(self).__name__}.choose() returned '
+                             f'{len(ranks)} ranks for {len(free)} layers')
+        return [
+            rank if rank is None else check_rank(x.layer, rank)
+            for x, rank in zip(free, ranks)
+        ]
 
     def accepts(self, candidates: Candidates, rank: int) -> bool:
         """Whether a rank that somebody gave makes the layer cheaper."""
@@ -277,7 +290,7 @@ def check_rank(layer: Layer, rank: int) -> int:
     Raises:
         ValueError: Naming the layer.
     """
-    if not 1 <= rank <= layer.full_rank:
+    if not isinstance(rank, Integral) or not 1 <= rank <= layer.full_rank:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
                          f'[1, {layer.full_rank}]')
-    return rank
+    return int(rank)

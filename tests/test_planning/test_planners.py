@@ -1,5 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+import importlib
+import json
 import pickle
 from collections import OrderedDict
 from dataclasses import FrozenInstanceError
@@ -331,3 +333,63 @@ def test_following_a_plan_needs_no_planner(registered, tmp_path):
     assert followed == plan and ranks(plan).keys() == {'0', '1'}
     assert torch.equal(again(batches[0]), model(batches[0]))
     PLANNERS.register_module(name='Profile', module=registered)
+
+
+class Given(BasePlanner):
+    """Returns what it is told to, as careless planners do."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def choose(self, free, decided):
+        return self.result
+
+
+@pytest.mark.parametrize('result, text', [
+    ([3, 3], r'Given.choose\(\) returned 2 ranks for 5 layers'),
+    ([3] * 6, 'returned 6 ranks for 5 layers'),
+    ([3, 40, 3, 3, 3], r'rank 40 given for 1: it must be in \[1, 16\]'),
+    ([3, 2.5, 3, 3, 3], 'rank 2.5 given for 1'),
+    ([3, 3, 0, 3, 3], 'rank 0 given for 2'),
+])
+def test_wrong_choices(model, result, text):
+    with pytest.raises(ValueError, match=text):
+        make_plan(Given(result), model)
+
+
+@pytest.mark.parametrize('result', [
+    np.array([3, 4, 5, 6, 7]),
+    (x for x in [3, 4, 5, 6, 7]),
+], ids=['array', 'generator'])
+def test_choices_in_any_form(model, result):
+    plan = make_plan(Given(result), model)
+    assert ranks(plan) == {'0': 3, '1': 4, '2': 5, '4': 6, '5': 7}
+    assert CompressionPlan.from_dict(json.loads(plan.dumps())) == plan
+
+
+def test_a_planner_in_a_package_of_its_own(tmp_path, monkeypatch):
+    """One class, one method, no change to mmbasis."""
+    (tmp_path / 'my_planners.py').write_text("""
+from mmbasis.planning import BasePlanner
+from mmbasis.registry import PLANNERS
+
+
+@PLANNERS.register_module()
+class Halves(BasePlanner):
+
+    def choose(self, free, decided):
+        return [x.ranks[len(x.ranks) // 2] for x in free]
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module('my_planners')
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1))
+    plan = mmbasis.compress(
+        model, dict(type='Halves', overrides={'0': 5}),
+        [torch.rand(2, 3, 12, 12)])
+    PLANNERS.module_dict.pop('Halves')
+    assert ranks(plan) == {'0': 5, '1': 8}
+    assert plan.dense['2'].reason == 'prediction layer'
+    assert isinstance(model[1], BasisLayer)
