@@ -5,15 +5,28 @@ import functools
 import os.path as osp
 import re
 from contextlib import ExitStack
-from typing import (Any, Callable, Dict, Iterable, List, Mapping, Optional,
-                    Sequence)
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..compression import (Teaching, Term, densified, load_weights,
-                           read_checkpoint)
+from ..compression import (
+    Teaching,
+    Term,
+    densified,
+    load_weights,
+    read_checkpoint,
+)
 from ..layers import BasisLayer, kind_of
 from ..running import tensors, train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
