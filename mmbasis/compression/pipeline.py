@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The way through: layers -> statistics -> plan -> basis layers -> fit."""
-import copy
 import itertools
 from dataclasses import dataclass
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
@@ -8,6 +7,7 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 import torch.nn as nn
 from mmengine.logging import MMLogger
 
+from ..layers import copy_module
 from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
                         Reason, Rules, Selection,
                         check_finite, find_layers, measure,
@@ -152,8 +152,16 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
     """
     model = adapter.model
     with undisturbed(model), evaluation(model):
-        return trace_targets(model, {x.name: x.module for x in layers},
-                             lambda: adapter.outputs(data))
+        found = trace_targets(model, {x.name: x.module
+                                      for x in layers},
+                              lambda: adapter.outputs(data))
+    if layers and not found.predictions:
+        MMLogger.get_current_instance().warning(
+            'No layer could be traced to the outputs of %s, so none stays '
+            'dense as a prediction layer: does it run without gradients? '
+            'Name its prediction layers in exclude',
+            type(model).__name__)
+    return found
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
@@ -204,7 +212,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         recipe.recalibration == 'auto' and recipe.data_aware
         and bool(held_out))
     needs_reference = recipe.is_sequential or choose
-    reference = copy.deepcopy(model) if needs_reference else None
+    reference = copy_module(model) if needs_reference else None
     with all_or_nothing(model, values=True):
         apply_plan(model, plan, bases_of(analysis))
         if reference is not None:

@@ -1,212 +1,247 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""A model is changed whole or not at all, wherever it fails."""
+"""Plans that are put into models, and what models remember of it."""
 import copy
-from unittest import mock
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 from mmengine.model import ExponentialMovingAverage
 
-import mmbasis
-from mmbasis.compression import (
+from mmbasis.compression import surgery
+from mmbasis.compression.surgery import (
     apply_plan,
     basis_layers,
+    check_state_dict,
+    densified,
     get_plan,
-    pipeline,
-    restructure,
-    surgery,
+    guard,
+    replace_modules,
 )
-from mmbasis.compression.layer_regression import LayerRegression
-from mmbasis.compression.reconstruction import Reconstruction
-from mmbasis.layers import BasisLayer
-from mmbasis.planning import BasePlanner
+from mmbasis.layers import BasisLayer, kind_of
+from mmbasis.planning import CompressionPlan, DensePlan, LayerPlan, find_layers
+
+X = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Dictionary(nn.Module):
+    """A user's module that calls its parts as basis layers do."""
+
+    def __init__(self, both=True):
+        super().__init__()
+        self.basis = nn.Conv2d(3, 6, 3)
+        self.coefficients = nn.Conv2d(6, 8, 1) if both else nn.ReLU()
+
+    def forward(self, x):
+        return self.coefficients(self.basis(x))
 
 
 class Net(nn.Module):
-    """With all that hangs on layers: hooks, sharing, an average."""
 
-    def __init__(self):
+    def __init__(self, both=True):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(12)
-        self.conv2 = nn.Conv2d(12, 12, 3, padding=1, bias=False)
-        self.alias = self.conv2
-        self.bn2 = nn.BatchNorm2d(12)
-        self.fc = nn.Linear(12, 5)
-        self.average = ExponentialMovingAverage(self.conv2, momentum=.5)
-        self.conv2.weight.data += .1
-        self.seen = []
-        self.conv1.register_forward_hook(
-            lambda module, *_: self.seen.append(module))
+        torch.manual_seed(0)
+        self.first = Dictionary(both)
+        self.conv = nn.Conv2d(8 if both else 6, 8, 3, bias=False)
 
     def forward(self, x):
-        x = self.bn1(self.conv1(x)).relu()
-        x = self.bn2(self.conv2(x) + self.average(x)).relu()
-        return self.fc(x.mean((2, 3)))
+        return self.conv(self.first(x))
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return Net().eval()
+def a_plan(model, *names, rank=3, **kwargs):
+    layers = {}
+    for name in names:
+        module = model.get_submodule(name)
+        shape = list(module.weight.shape)
+        layers[name] = LayerPlan(rank, 6,
+                                 kind_of(module).name, shape, True, 1.,
+                                 [2., 1.], [2, 1])
+    return CompressionPlan(layers, **kwargs)
 
 
-@pytest.fixture
-def batches():
-    torch.manual_seed(1)
-    return [torch.randn(8, 3, 9, 9) for _ in range(3)]
+def snapshot(model):
+    return [(name, module, dict(vars(module)), list(module._modules.items()),
+             dict(module._parameters),
+             dict(module._forward_hooks),
+             dict(module._load_state_dict_pre_hooks))
+            for name, module in model.named_modules()]
 
 
-def compress(model, batches, rank=3, **recipe):
-    planner = dict(type='FixedPlanner', ranks={'conv.': rank})
-    return mmbasis.compress(model, planner, batches, 2, **recipe)
+# ---------------------------------------------------- a user's own 'basis'
+@pytest.mark.parametrize('both', [True, False])
+def test_parts_of_a_user_are_not_basis_layers(both):
+    model = Net(both)
+    state = copy.deepcopy(model.state_dict())
+    assert 'first.basis.weight' in state
+    assert [x.name for x in find_layers(model) if x.obstacle is None][0] == (
+        'first.basis')
+    guard(model)
+    model.load_state_dict(state)
+    wrapper = nn.ModuleDict(dict(inside=model))
+    wrapper.load_state_dict({f'inside.{k}': v for k, v in state.items()})
+    # beside basis layers, too
+    apply_plan(model, a_plan(model, 'conv'))
+    assert [name for name, _ in basis_layers(model)] == ['conv']
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    with pytest.raises(RuntimeError, match='these weights are dense'):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='but the model is dense'):
+        check_state_dict(Net(both), model.state_dict())
 
 
-class Snapshot:
-    """All that a model is made of."""
-
-    def __init__(self, model, x):
-        self.model, self.x = model, x
-        self.before, self.values = self._take(), self._values()
-
-    def _take(self):
-        return {
-            name: {
-                key: dict(value) if isinstance(value, dict) else value
-                for key, value in vars(module).items() if key != '_mmbasis'
-            }
-            for name, module in self.model.named_modules(
-                remove_duplicate=False)
-        }
-
-    def _values(self):
-        plan = get_plan(self.model)
-        state = {k: v.clone() for k, v in self.model.state_dict().items()}
-        average = {
-            k: v.clone()
-            for k, v in self.model.average.avg_parameters.items()
-        }
-        with torch.no_grad():
-            return plan and plan.to_dict(), state, average, self.model(self.x)
-
-    def check(self):
-        after = self._take()
-        assert after.keys() == self.before.keys()
-        for name, attributes in self.before.items():
-            assert attributes.keys() == after[name].keys()
-            for key, value in attributes.items():
-                found = after[name][key]
-                if isinstance(value, dict):
-                    assert found.keys() == value.keys(), (name, key)
-                    assert all(found[k] is v for k, v in value.items())
-                else:
-                    assert found is value or found == value, (name, key)
-        plan, *tensors, outputs = self.values
-        found_plan, *found_tensors, found_outputs = self._values()
-        assert found_plan == plan and torch.equal(found_outputs, outputs)
-        for wanted, found in zip(tensors, found_tensors):
-            assert wanted.keys() == found.keys()
-            assert all(torch.equal(found[k], v) for k, v in wanted.items())
-
-
-class Interrupted(BaseException):
-    """As KeyboardInterrupt, which is no Exception."""
-
-
-def failing(owner, name, at):
-    """A patch that has a function fail when it is called for the ``at``-th
-    time, after it did its work."""
-    original, calls = getattr(owner, name), []
-
-    def function(*args, **kwargs):
-        result = original(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == at:
-            raise Interrupted
-        return result
-
-    return mock.patch.object(owner, name, function)
-
-
-STEPS = [(BasisLayer, '__init__', 1), (BasisLayer, '__init__', 3),
-         (BasisLayer, '_inherit_state', 2), (BasisLayer, 'take_over', 1),
-         (BasisLayer, 'take_over', 3), (surgery, '_averages', 2),
-         (surgery, 'replace_modules', 1), (surgery, '_add_biases', 1),
-         (surgery, 'attach_plan', 1), (surgery, 'guard', 1),
-         (surgery, 'keep_structure', 1)]
-
-
-@pytest.mark.parametrize('step', [*STEPS, (BasisLayer, 'project', 2)], ids=str)
-def test_apply_plan(model, batches, step):
-    plan = compress(copy.deepcopy(model), batches)
-    before = Snapshot(model, batches[0])
-    with failing(*step), pytest.raises(Interrupted):
-        apply_plan(model, plan)
-    before.check()
-    assert get_plan(model) is None
-    apply_plan(model, plan)
-    assert len(dict(basis_layers(model))) == 3
-    seen = len(model.seen)
-    model(batches[0])
-    assert model.seen[seen:] == [model.conv1]
-
-
-@pytest.mark.parametrize('step', [
-    *STEPS, (BasisLayer, 'to_dense', 2), (BasisLayer, 'hand_back', 2),
-    (surgery, 'replace_modules', 2), (surgery, 'apply_plan', 1)
-], ids=str)
-def test_restructure(model, batches, step):
-    plan = compress(copy.deepcopy(model), batches, rank=2)
-    compress(model, batches)
-    before = Snapshot(model, batches[0])
-    with failing(*step), pytest.raises(Interrupted):
-        restructure(model, plan)
-    before.check()
-    restructure(model, plan)
-    assert {x.rank for _, x in basis_layers(model)} == {2}
-    assert get_plan(model) == plan
-
-
-def test_plan_of_another_model(model, batches):
+def test_a_users_basis_as_a_basis_layer():
+    dense, model = Net(), Net()
+    apply_plan(model, a_plan(model, 'first.basis', 'first.coefficients'))
+    state = model.state_dict()
+    assert 'first.basis.basis.weight' in state
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='but the model is dense'):
+        check_state_dict(dense, state)
+    with pytest.raises(RuntimeError, match='these weights are dense'):
+        model.load_state_dict(dense.state_dict())
     other = Net()
-    other.conv2 = other.alias = nn.Conv2d(12, 8, 3, padding=1, bias=False)
-    plan = compress(copy.deepcopy(model), batches)
-    for change in (apply_plan, restructure):
-        state = copy.deepcopy(other.state_dict())
-        with pytest.raises(ValueError, match='conv2: weights of shape'):
-            change(other, plan)
-        assert not dict(basis_layers(other)) and get_plan(other) is None
-        assert all(
-            torch.equal(other.state_dict()[k], v) for k, v in state.items())
+    apply_plan(other, a_plan(other, 'first.basis'))
+    with pytest.raises(RuntimeError, match='another compression plan'):
+        model.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match='another compression plan'):
+        other.load_state_dict(state)
+    torch.testing.assert_close(densified(model)(X), model(X))
 
 
-@pytest.mark.parametrize('step', [
-    (pipeline, 'find_layers', 1),
-    (pipeline, 'find_targets', 1),
-    (pipeline, 'measure', 1),
-    (pipeline, 'measure_sensitivity', 1),
-    (BasePlanner, 'plan', 1),
-    (pipeline, 'apply_plan', 1),
-    (LayerRegression, 'add', 3),
-    (LayerRegression, 'solve', 1),
-    (LayerRegression, 'solve', 3),
-    (Reconstruction, '_set', 1),
-    (Reconstruction, '_set', 3),
-    (Reconstruction, 'run', 1),
-    (pipeline, 'output_error', 1),
-    (pipeline, 'output_error', 2),
-    (pipeline, 'recalibrate_if_better', 1),
-    (pipeline, 'recalibrate', 1),
-], ids=str)
-def test_compress(model, batches, step):
-    before = Snapshot(model, batches[0])
-    options = dict(recalibration=True) if step[1] == 'recalibrate' else {}
-    if step[1] == 'measure_sensitivity':
-        planner = dict(type='BudgetPlanner', macs=.5)
-    else:
-        planner = dict(type='FixedPlanner', ranks={'conv.': 3})
-    with failing(*step), pytest.raises(Interrupted):
-        mmbasis.compress(model, planner, batches, 2, **options)
-    before.check()
-    assert compress(model, batches).layers
+def test_another_rank():
+    model, other = Net(), Net()
+    apply_plan(model, a_plan(model, 'conv'))
+    apply_plan(other, a_plan(other, 'conv', rank=2))
+    with pytest.raises(RuntimeError, match=r'conv has basis filters of shape'):
+        model.load_state_dict(other.state_dict())
+
+
+# ------------------------------------------------------------ all or nothing
+@pytest.mark.parametrize('owner, step', [
+    (BasisLayer, 'project'),
+    (BasisLayer, 'take_over'),
+    (surgery, 'replace_modules'),
+    (surgery, 'attach_plan'),
+    (surgery, 'guard'),
+    (surgery, 'keep_structure'),
+    (surgery, '_add_biases'),
+])
+def test_an_error_leaves_the_model_as_it_was(owner, step, monkeypatch):
+    model = Net()
+    plan = a_plan(model, 'conv', 'first.basis')
+    handle = model.conv.register_forward_hook(lambda _, args, y: 2 * y)
+    expected, before = model(X), snapshot(model)
+    real = getattr(owner, step)
+
+    def fails(*args, **kwargs):
+        real(*args, **kwargs)
+        raise MemoryError(step)
+
+    monkeypatch.setattr(owner, step, fails)
+    with pytest.raises(MemoryError):
+        apply_plan(model, plan)
+    assert snapshot(model) == before
+    assert get_plan(model) is None
+    assert torch.equal(model(X), expected)
+    monkeypatch.undo()
+    apply_plan(model, plan)
+    assert len(dict(basis_layers(model))) == 2
+    hooked = model(X)
+    handle.remove()
+    torch.testing.assert_close(model(X), hooked / 2)
+
+
+def test_an_error_leaves_the_average_as_it_was(monkeypatch):
+    model = nn.ModuleDict(dict(net=Net()))
+    model['average'] = ExponentialMovingAverage(model['net'])
+    average = model['average']
+    before = snapshot(model)
+    monkeypatch.setattr(surgery, 'guard', lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        apply_plan(model, a_plan(model, 'net.conv'))
+    assert snapshot(model) == before
+    monkeypatch.undo()
+    apply_plan(model, a_plan(model, 'net.conv'))
+    assert isinstance(average.module.conv, BasisLayer)
+    average.update_parameters(model['net'])
+
+
+def test_plans_name_what_can_be_compressed():
+    model = Net()
+    plan = a_plan(model, 'conv')
+    model.conv.forward = lambda x: x
+    with pytest.raises(ValueError, match='conv: its forward was replaced'):
+        apply_plan(model, plan)
+    assert not list(basis_layers(model))
+    model = Net()
+    model.conv.register_forward_hook(lambda *_: None)
+    plan = a_plan(model, 'conv', 'first.basis')
+    plan.layers['conv'] = replace(plan.layers['conv'], kind='BasisLinear')
+    with pytest.raises(ValueError, match='conv: a Conv2d is no BasisLinear'):
+        apply_plan(model, plan)
+    assert len(model.conv._forward_hooks) == 1
+
+
+# ------------------------------------------------------------------- bases
+def test_bases_are_followed():
+    model, plain = Net(), Net()
+    weight = kind_of(model.conv).to_matrix(model.conv)
+    vectors = torch.linalg.qr(torch.randn(1, 8, 8).double())[0]
+    mean = torch.rand(1, 8)
+    plan = a_plan(model, 'conv', 'first.basis')
+    apply_plan(model, plan, {'conv': (vectors, mean)})
+    kept = vectors[..., :3] @ vectors[..., :3].mT
+    torch.testing.assert_close(
+        kind_of(plain.conv).to_matrix(model.conv),
+        (kept @ weight.double()).float(), rtol=1e-4, atol=1e-5)
+    lost = mean.double() - (kept @ mean.double().unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(
+        model.conv.bias.double(), lost[0], rtol=1e-4, atol=1e-5)
+    apply_plan(plain, plan)  # by the weights alone
+    torch.testing.assert_close(model.first.basis.weight,
+                               plain.first.basis.weight)
+    assert (model.conv.weight - plain.conv.weight).norm() > .1
+
+
+# ------------------------------------------------------------ what is left
+def test_state_is_one_object_and_goes_with_copies():
+    model = Net()
+    before = set(vars(model))
+    plan = a_plan(model, 'conv')
+    apply_plan(model, plan)
+    assert set(vars(model)) - before == {'_mmbasis'}
+    clone = copy.deepcopy(model)
+    assert get_plan(clone) == plan
+    with pytest.raises(RuntimeError, match='these weights are dense'):
+        clone.load_state_dict(Net().state_dict())
+    guard(clone)  # no second time
+    assert len(clone._load_state_dict_pre_hooks) == 1
+    dense = densified(model)
+    assert get_plan(dense) is None and get_plan(model) == plan
+    apply_plan(dense, plan)
+    assert get_plan(dense) == plan
+
+
+def test_hooks_go_there_and_back():
+    model = Net()
+    handle = model.conv.register_forward_hook(lambda _, args, y: y + 1)
+    expected = model(X)
+    apply_plan(model, a_plan(model, 'conv', rank=8))
+    torch.testing.assert_close(model(X), expected)
+    torch.testing.assert_close(densified(model)(X), expected)
+    replace_modules(model, {model.conv: model.conv.to_dense()})
+    assert type(model.conv) is nn.Conv2d
+    torch.testing.assert_close(model(X), expected)
+    handle.remove()
+    torch.testing.assert_close(model(X) + 1, expected)
+
+
+def test_merged_layers_get_their_bias():
+    model = Net()
+    plan = a_plan(model, 'first.basis')
+    plan.dense['conv'] = DensePlan(
+        'merged', True, list(model.conv.weight.shape), 1.,
+        model.conv.weight.numel() + 8, bias=True)
+    plan.dense['first.coefficients'] = DensePlan('', True, [8, 6, 1, 1], 1., 1)
+    apply_plan(model, plan)
+    assert model.conv.bias.shape == (8, )
