@@ -17,7 +17,7 @@ from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction
-from .surgery import apply_plan, get_plan
+from .surgery import all_or_nothing, apply_plan, get_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ def compress(model: nn.Module,
         CompressionPlan: What was done; the model carries it, too.
 
     Raises:
-        ValueError: If the request cannot be met; the model is as before.
+        ValueError: If the request cannot be met. Whatever is raised, the
+            model is as before.
     """
     key = 'plan' if isinstance(planner, CompressionPlan) else 'planner'
     made = Recipe.of(**{key: planner}, **recipe)
@@ -197,7 +198,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
     """Compress a model in place, as a recipe says.
 
     Args:
-        model (nn.Module): The dense model.
+        model (nn.Module): The dense model; as before if an error is raised.
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
         held_out (Sequence): Others, for choices; may be empty.
@@ -212,16 +213,17 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         and bool(held_out))
     needs_reference = recipe.is_sequential or choose
     reference = copy_module(model) if needs_reference else None
-    apply_plan(model, plan, bases_of(analysis))
-    if reference is not None:
-        if recipe.is_sequential:
-            Reconstruction(model, reference, analysis, plan).run(batches)
-        if choose:
-            recalibrate_if_better(
-                model, batches,
-                lambda: output_error(model, reference, held_out))
-    if recipe.recalibration is True:
-        recalibrate(model, batches)
+    with all_or_nothing(model, values=True):
+        apply_plan(model, plan, bases_of(analysis))
+        if reference is not None:
+            if recipe.is_sequential:
+                Reconstruction(model, reference, analysis, plan).run(batches)
+            if choose:
+                recalibrate_if_better(
+                    model, batches,
+                    lambda: output_error(model, reference, held_out))
+        if recipe.recalibration is True:
+            recalibrate(model, batches)
     log_plan(plan)
     return Compression(plan, analysis)
 

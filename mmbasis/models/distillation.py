@@ -5,8 +5,16 @@ import functools
 import os.path as osp
 import re
 from contextlib import ExitStack
-from typing import (Any, Callable, Dict, Iterable, List, Mapping, Optional,
-                    Sequence)
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 import torch
 import torch.nn as nn
