@@ -42,8 +42,14 @@ from catalogue_sweep.processes import check_all
 from catalogue_sweep.report import STATUS, summary, write
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
-                           TimeElapsedColumn, TimeRemainingColumn)
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import mmbasis
 from mmbasis.utils.io import write_atomically

@@ -29,6 +29,7 @@ from rich.progress import track
 
 import mmbasis
 from mmbasis.compression import layer_regression, load_weights, read_checkpoint
+from mmbasis.datasets import calibration_dataloader
 from mmbasis.factorization import reduced_rank_regression
 from mmbasis.planning import BudgetPlanner
 from mmbasis.running import SumWatch

@@ -16,17 +16,39 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 
-from mmbasis.compression import (Recipe, analyze, apply_plan, bases_of,
-                                 basis_layers, find_targets, load_weights,
-                                 make_plan, plan_of, read_checkpoint,
-                                 run_recipe, save_checkpoint)
+from mmbasis.compression import (
+    Recipe,
+    analyze,
+    apply_plan,
+    bases_of,
+    basis_layers,
+    find_targets,
+    load_weights,
+    make_plan,
+    plan_of,
+    read_checkpoint,
+    run_recipe,
+    save_checkpoint,
+)
 from mmbasis.models import build_compressed
 from mmbasis.models.distillation import Distillation
-from mmbasis.planning import (Analysis, BudgetPlanner, CompressionPlan,
-                              FixedPlanner, Form)
+from mmbasis.planning import (
+    Analysis,
+    BudgetPlanner,
+    CompressionPlan,
+    FixedPlanner,
+    Form,
+)
 from mmbasis.running import adapter_of
-from .compare import (difference, forward, in_float32, layer_differences,
-                      precision, tensors)
+
+from .compare import (
+    difference,
+    forward,
+    in_float32,
+    layer_differences,
+    precision,
+    tensors,
+)
 from .counting import MacCounter
 from .data import make_batch, sizes
 from .models import architecture, build, settle_norms, uninitialized
