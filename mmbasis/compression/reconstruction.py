@@ -44,7 +44,7 @@ class Reconstruction:
     def __init__(self, model: nn.Module, reference: nn.Module,
                  analysis: Analysis, plan: CompressionPlan) -> None:
         self.model, self.reference, self.plan = model, reference, plan
-        self.student, self.teacher = adapter_of(model), adapter_of(reference)
+        self.teacher = adapter_of(reference)
         self.statistics = analysis.statistics
         excluded = analysis.selection.excluded
         self.todo = {
@@ -68,6 +68,7 @@ class Reconstruction:
                 name: self.reference.get_submodule(name)
                 for name in self.todo
             }, batches[0])
+            self.student = self.teacher.twin(self.model)
             order = self.watch.order
             for name in set(self.todo) - set(order):
                 MMLogger.get_current_instance().info(

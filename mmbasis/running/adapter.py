@@ -54,6 +54,10 @@ class Adapter:
         """Whether a model is run in this way."""
         raise NotImplementedError(f'{cls.__name__} must define handles()')
 
+    def twin(self, model: nn.Module) -> 'Adapter':
+        """An adapter of a copy of the model, which is run in the same way."""
+        return type(self)(model)
+
     def prepare(self, data: Any, gradients: bool = False) -> Any:
         """A batch as the model takes it: on its device and, where it is of
         floating point, in its precision. Prepared data is not changed.

@@ -46,6 +46,11 @@ class MMEngineAdapter(Adapter):
             x.name == 'mode' or x.kind is inspect.Parameter.VAR_KEYWORD
             for x in parameters_of(model) or [])
 
+    def twin(self, model: nn.Module) -> 'MMEngineAdapter':
+        twin = type(self)(model)
+        twin._ways.update(self._ways)
+        return twin
+
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
         return isinstance(model, BaseModel) or callable(

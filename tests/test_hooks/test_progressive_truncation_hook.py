@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from mmbasis.compression import Recipe
 from mmbasis.hooks import ProgressiveTruncationHook
 from mmbasis.models import BasisModel
 from mmbasis.optim import carry_over
@@ -90,7 +91,7 @@ def test_gradient_averages_are_those_of_the_new_factors():
         for name, layer in net.named_modules():
             if name in product:
                 basis, coefficients = layer.factors
-                found = layer.from_matrix(coefficients.mT @ product[name],
+                found = layer.kind.from_matrix(coefficients.mT @ product[name],
                                           layer.basis)
                 for parameter, value in ((layer.basis.weight, found),
                                          (layer.coefficients.weight,
@@ -101,7 +102,8 @@ def test_gradient_averages_are_those_of_the_new_factors():
         return wrapper
 
     ranks = dict(conv1=8, conv2=12, conv3=6)
-    model.compress(dict(type='FixedPlanner', ranks=ranks), x)
+    model.compress(
+        x, Recipe.of(planner=dict(type='FixedPlanner', ranks=ranks)))
     before = model.architecture
     # of the span of the factors: of that the old ones tell all
     products = {
@@ -110,7 +112,8 @@ def test_gradient_averages_are_those_of_the_new_factors():
     }
     old = momentum(before, products)
     ranks = dict(conv1=5, conv2=7, conv3=3)
-    model.truncate(dict(type='FixedPlanner', ranks=ranks), x)
+    model.truncate(
+        x, Recipe.of(planner=dict(type='FixedPlanner', ranks=ranks)))
     after = model.architecture
     new = OptimWrapper(torch.optim.SGD(after.parameters(), .1, .9))
     carry_over(before, old, after, new)
