@@ -78,7 +78,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
             raise KeyError('--show-dir needs default_hooks.visualization in '
                            f'the config, which {args.config} does not have')
         # mmdet and mmpretrain name the switch and the folder differently
-        is_det = hook.type.endswith('DetVisualizationHook')
+        name = getattr(hook.type, '__name__', hook.type)
+        is_det = name.endswith('DetVisualizationHook')
         hook.update({
             'draw' if is_det else 'enable': True,
             'test_out_dir' if is_det else 'out_dir': args.show_dir

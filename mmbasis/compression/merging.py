@@ -65,6 +65,9 @@ def _merge(module: nn.Module, method: str, *args, **kwargs) -> Any:
     Returns:
         Any: The module itself where it is kept, since methods such as
         ``fuse`` return what takes the place of the module.
+
+    Raises:
+        RuntimeError: If the module merges basis layers beside its parts.
     """
     layers = _basis_layers(module)
     for layer in layers:
@@ -72,7 +75,14 @@ def _merge(module: nn.Module, method: str, *args, **kwargs) -> Any:
     if layers and not _is_merged_by_parts(module):
         return module
     own = getattr(type(module), method, None)
-    return None if own is None else own(module, *args, **kwargs)
+    result = None if own is None else own(module, *args, **kwargs)
+    left = _basis_layers(result if isinstance(result, nn.Module) else module)
+    if set(left) != set(layers):
+        raise RuntimeError(
+            f'{type(module).__name__}.{method}() merged basis layers, which '
+            'loses their biases: load the model again and deploy it without '
+            'that, or compress its deployed form')
+    return result
 
 
 def _merging_methods(module: nn.Module) -> Iterator[str]:
@@ -124,7 +134,7 @@ def _repair_fuse_conv_bn() -> None:
     for module in list(sys.modules.values()):
         if module is not home and vars(module).get(
                 'fuse_conv_bn') is original:
-            setattr(module, 'fuse_conv_bn', fuse_conv_bn)
+            vars(module)['fuse_conv_bn'] = fuse_conv_bn
 
 
 _repair_fuse_conv_bn()

@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The way through: layers -> statistics -> plan -> basis layers -> fit."""
-import copy
 import itertools
 from dataclasses import dataclass
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
@@ -8,6 +7,7 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 import torch.nn as nn
 from mmengine.logging import MMLogger
 
+from ..layers import copy_module
 from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
                         Reason, Rules, Selection,
                         check_finite, find_layers, measure,
@@ -203,7 +203,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         recipe.recalibration == 'auto' and recipe.data_aware
         and bool(held_out))
     needs_reference = recipe.is_sequential or choose
-    reference = copy.deepcopy(model) if needs_reference else None
+    reference = copy_module(model) if needs_reference else None
     apply_plan(model, plan, bases_of(analysis))
     if reference is not None:
         if recipe.is_sequential:

@@ -11,7 +11,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..factorization import orthonormalize
-from ..layers import BasisLayer
+from ..layers import BasisLayer, observe
 from ..planning import Analysis, CompressionPlan, Layer, Reason
 from ..planning.samples import output_samples
 from ..running import Pass, SumWatch, adapter_of, current_pass, evaluation
@@ -131,7 +131,8 @@ class Reconstruction:
             else:
                 current_pass().stop(name, args[0])
 
-        def behind(module: nn.Module, args: tuple, y: Tensor) -> None:
+        def behind(module: nn.Module, args: tuple, kwargs: dict,
+                   y: Tensor) -> None:
             if current_pass() is None:
                 return
             if residual:
@@ -139,14 +140,9 @@ class Reconstruction:
             else:
                 current_pass().stop(name, y)
 
-        handles = [
-            student.register_forward_pre_hook(before),
-            teacher.register_forward_hook(behind)
-        ]
-        if residual:
-            handles.append(student.register_forward_hook(behind))
-        for handle in handles:
-            stack.callback(handle.remove)
+        stack.callback(
+            observe(student, behind if residual else None, before).remove)
+        stack.callback(observe(teacher, behind).remove)
 
     def _fit(self, name: str, passes: Sequence[Tuple[Pass, Pass]]) -> bool:
         """Fit a layer where all passes stand at it; whether that was
@@ -215,9 +211,10 @@ class Reconstruction:
         with ExitStack() as stack:
             for name in names:
                 stack.callback(
-                    self.reference.get_submodule(name).register_forward_hook(
-                        lambda _, args, y, name=name: found[name].append(
-                            output_samples(self.todo[name], y))).remove)
+                    observe(
+                        self.reference.get_submodule(name),
+                        lambda _, args, kwargs, y, name=name: found[name].
+                        append(output_samples(self.todo[name], y))).remove)
             self.teacher.predict(data)
         return found
 
@@ -231,7 +228,7 @@ class Reconstruction:
                 regression.add(args[0], target)
 
         module = self.model.get_submodule(regression.layer.name)
-        handle = module.register_forward_pre_hook(add)
+        handle = observe(module, before=add)
         self.student.predict(data)
         handle.remove()
 

@@ -4,8 +4,17 @@ import copy
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
-                    Set, Tuple)
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import torch
 import torch.nn as nn
@@ -14,7 +23,7 @@ from mmengine.model import BaseAveragedModel
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch import Tensor
 
-from ..layers import BasisLayer, kind_of, why_not
+from ..layers import BasisLayer, copy_module, kind_of, why_not
 from ..planning import CompressionPlan, LayerPlan, find_layers
 from .merging import keep_structure, recommend_deployed_form
 
@@ -230,7 +239,7 @@ def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
 def densified(model: nn.Module) -> nn.Module:
     """A copy of a compressed model with dense layers of the same function, and
     without a plan."""
-    model = copy.deepcopy(model)
+    model = copy_module(model)
     replace_modules(model, {
         layer: layer.to_dense()
         for _, layer in basis_layers(model)
@@ -289,14 +298,10 @@ def guard(model: nn.Module) -> None:
         _state(model).guarded = True
 
 
-def check_state_dict(model: nn.Module,
-                     state_dict: dict,
-                     prefix: str = '',
+def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
                      *_) -> None:
-    """Refuse weights of another structure than the model's.
-
-    MMEngine loads weights without strictness: a dense checkpoint in a
-    compressed model would leave its basis layers as they were.
+    """Refuse weights of another structure than the model's, which MMEngine,
+    loading without strictness, would leave as it was.
 
     Args:
         model (nn.Module): Dense or compressed.
@@ -322,17 +327,17 @@ def check_state_dict(model: nn.Module,
             'the model is dense: use the config that was written beside them '
             '(compressed.py), or mmbasis.load_compressed()')
     other = 'these weights are of another compression plan: '
-    if found != expected:
-        names = sorted(found ^ expected)
+    names = sorted(found ^ expected)
+    if names:
         raise RuntimeError(
             f'{other}layers {names[:3]} ({len(names)} in all) are compressed '
             'in only one of weights and model')
     for name in sorted(expected):
-        shape = state_dict[f'{prefix}{name}{_BASIS_KEY}'].shape
-        own = modules[name].basis.weight.shape
-        if shape != own:
+        found_shape = tuple(state_dict[f'{prefix}{name}{_BASIS_KEY}'].shape)
+        shape = tuple(modules[name].basis.weight.shape)
+        if found_shape != shape:
             raise RuntimeError(f'{other}{name} has basis filters of shape '
-                               f'{tuple(shape)}, the model {tuple(own)}')
+                               f'{found_shape}, the model {shape}')
 
 
 def _basis_names(modules: Dict[str, nn.Module], state_dict: dict,

@@ -48,33 +48,34 @@ def annotate(testing: List[Transform], training: List[Transform],
         loaders = list(wanted) + [
             step for step, keys in roles.loaders.items() if not keys & known
         ]
-        home = testing
-        for steps in list(_lists(testing)):
-            if roles.reader is not None and roles.reader in steps:
-                home = steps
-            steps[:] = [
-                step for step in steps
-                if step is roles.reader or step not in roles.loaders
-            ]
-        place = 0
-        if roles.reader is not None:
-            place = home.index(roles.reader) + 1
-        home[place:place] = loaders
+        _place(testing, roles, loaders)
         _share_meta_keys(testing, training)
-        if _is_augmented(_verify(testing, raw)):
-            testing.append(first_augmentation)
+        sample = _verify(testing, raw)
+        if single(sample) is not sample:
+            testing.append(single)
     return testing
 
 
-def first_augmentation(sample: Dict[str, list]) -> dict:
-    """The first of the samples that test-time augmentation makes of one."""
-    return {key: values[0] for key, values in sample.items()}
+def _place(testing: List[Transform], roles: '_Roles',
+           loaders: List[Transform]) -> None:
+    """Put loaders right after the image's reader, in place of others."""
+    home, place = testing, 0
+    for steps in list(_lists(testing)):
+        steps[:] = [
+            x for x in steps if x is roles.reader or x not in roles.loaders
+        ]
+        if roles.reader in steps:
+            home, place = steps, steps.index(roles.reader) + 1
+    home[place:place] = loaders
 
 
-def _is_augmented(sample: Any) -> bool:
-    """Whether a sample holds a list of values for each key."""
-    return isinstance(sample, dict) and bool(sample) and all(
-        isinstance(value, list) for value in sample.values())
+def single(sample: Any) -> Any:
+    """A sample, or the first that test-time augmentation makes of one: those
+    hold a list for each key."""
+    if isinstance(sample, dict) and sample and all(
+            isinstance(value, list) for value in sample.values()):
+        return {key: values[0] for key, values in sample.items()}
+    return sample
 
 
 @contextmanager
@@ -189,32 +190,30 @@ def _share_meta_keys(testing: List[Transform],
                      training: List[Transform]) -> None:
     """Keep the meta information that training keeps: the loss may ask for
     it."""
-    for steps in _lists(testing):
-        for step in steps:
-            for other in (x for y in _lists(training) for x in y):
-                if type(step) is type(other) and hasattr(step, 'meta_keys'):
-                    more = [
-                        key for key in other.meta_keys
-                        if key not in step.meta_keys
-                    ]
-                    step.meta_keys = (*step.meta_keys, *more)
+    packs: List[Any] = [
+        x for steps in _lists(training) for x in steps
+        if hasattr(x, 'meta_keys')
+    ]
+    steps: List[Any] = [x for inner in _lists(testing) for x in inner]
+    for step in steps:
+        for pack in packs:
+            if type(step) is type(pack):
+                step.meta_keys = tuple(
+                    dict.fromkeys((*step.meta_keys, *pack.meta_keys)))
 
 
 class _Geometry:
     """Where the image and its annotations are, at one point of a pipeline."""
 
     def __init__(self, results: dict) -> None:
-        image = results.get('img')
+        image: Any = results.get('img')
         self.image = image.copy() if isinstance(image, np.ndarray) else None
-        self.size = None if self.image is None else self.image.shape[:2]
-        self.scale = results.get('scale_factor')
-        self.points: Dict[str, np.ndarray] = {}
-        self.sizes: Dict[str, tuple] = {}
-        for key in COORDINATES:
-            points = _points(results.get(key))
-            if points is not None:
-                self.points[key] = points
-        masks = results.get('gt_masks')
+        self.size: Any = None if self.image is None else image.shape[:2]
+        self.scale: Any = results.get('scale_factor')
+        points = {key: _points(results.get(key)) for key in COORDINATES}
+        self.points = {k: v for k, v in points.items() if v is not None}
+        self.sizes: Dict[str, Tuple[int, ...]] = {}
+        masks: Any = results.get('gt_masks', ())
         if hasattr(masks, 'height') and len(masks):
             self.sizes['gt_masks'] = (masks.height, masks.width)
         if isinstance(results.get('gt_seg_map'), np.ndarray):
@@ -272,15 +271,10 @@ def _compare(name: str, before: _Geometry, after: _Geometry,
              moved: List[str]) -> None:
     """Compare the geometry before and after a transform.
 
-    Args:
-        name (str): Of the transform, for messages.
-        before (_Geometry): Before it.
-        after (_Geometry): After it.
-        moved (list[str]): Transforms that moved the image so far; this one is
-            added if it does.
+    ``moved`` holds the transforms that moved the image so far.
 
     Raises:
-        ValueError: If annotations do not follow.
+        ValueError: If annotations do not follow the image.
     """
     if after.image is None:
         return
@@ -292,19 +286,16 @@ def _compare(name: str, before: _Geometry, after: _Geometry,
         raise ValueError(
             f'{name} loads {sorted(new)} after {moved[-1]} has moved the '
             'image, so they are off: load annotations right after the image')
-    if not _is_moved(before.image, after.image):
-        _check_sizes(name, before, after)
-        return
-    moved.append(name)
-    for key in set(before.points) & set(after.points):
-        old, now = before.points[key], after.points[key]
-        if old.shape == now.shape and np.allclose(old, now):
-            raise ValueError(
-                f'{name} moves the image ({before.size} to {after.size}, '
-                f'height and width) but not {key}: calibration needs them in '
-                'the coordinates of the image that the network sees')
-        _check_scale(name, key, before, after)
-    _check_sizes(name, before, after)
+    if _is_moved(before.image, after.image):
+        moved.append(name)
+        for key in set(before.points) & set(after.points):
+            _check_points(name, key, before, after)
+    for key in set(before.sizes) & set(after.sizes):
+        if before.sizes[key] == before.size and np.abs(
+                np.subtract(after.sizes[key], after.size)).max() > 1:
+            raise ValueError(f'after {name}, {key} is of size '
+                             f'{after.sizes[key]}, but the image of '
+                             f'{after.size}')
 
 
 def _is_moved(before: np.ndarray, after: np.ndarray) -> bool:
@@ -319,29 +310,21 @@ def _is_moved(before: np.ndarray, after: np.ndarray) -> bool:
         for flipped in (before[:, ::-1], before[::-1], before[::-1, ::-1]))
 
 
-def _check_sizes(name: str, before: _Geometry, after: _Geometry) -> None:
-    """Masks that were as large as the image still are."""
-    for key in set(before.sizes) & set(after.sizes):
-        if before.sizes[key] == before.size and np.abs(
-                np.subtract(after.sizes[key], after.size)).max() > 1:
-            raise ValueError(f'after {name}, {key} is of size '
-                             f'{after.sizes[key]}, but the image of '
-                             f'{after.size}')
-
-
-def _check_scale(name: str, key: str, before: _Geometry,
-                 after: _Geometry) -> None:
-    """After plain scaling, points are scaled by what the transform notes."""
-    if after.scale is None or np.shape(after.scale) != (2, ):
+def _check_points(name: str, key: str, before: _Geometry,
+                  after: _Geometry) -> None:
+    """Points move with the image, and scale as much as the transform notes."""
+    old, new = before.points[key], after.points[key]
+    if old.shape != new.shape:
         return
-    size: Tuple[int, int] = (after.size[1], after.size[0])  # type: ignore
-    scaled = np.array(before.size[::-1]) * after.scale  # type: ignore
-    if np.abs(scaled - size).max() > 1:
-        return  # scaled by another transform, or cropped or padded as well
-    expected = before.points[key] * after.scale
-    found = after.points[key]
-    if expected.shape == found.shape and not np.allclose(
-            expected.clip(0, size), found.clip(0, size), atol=1):
+    if np.allclose(old, new):
         raise ValueError(
-            f'{name} scales the image by {tuple(after.scale)}, but {key} go '
-            f'from {before.points[key].tolist()} to {found.tolist()}')
+            f'{name} moves the image ({before.size} to {after.size}, height '
+            f'and width) but not {key}: calibration needs them in the '
+            'coordinates of the image that the network sees')
+    scale, size = after.scale, after.size[::-1]
+    if np.shape(scale) != (2, ) or np.abs(
+            np.multiply(before.size[::-1], scale) - size).max() > 1:
+        return  # scaled by another transform, or cropped or padded as well
+    if not np.allclose((old * scale).clip(0, size), new.clip(0, size), atol=1):
+        raise ValueError(f'{name} scales the image by {scale}, but {key} go '
+                         f'from {old.tolist()} to {new.tolist()}')

@@ -3,7 +3,8 @@
 import copy
 import re
 from functools import partial
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
+from typing import (Any, Callable, Dict, Iterator, List, Optional, Sequence,
+                    Union)
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from mmengine.dataset import Compose, DefaultSampler
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmengine.runner import Runner
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .annotations import Transform, annotate
@@ -49,13 +51,7 @@ def calibration_dataloader(source: Union[Config, Runner],
     if training is None:
         raise KeyError('calibration needs the training images, but there is '
                        'no train_dataloader')
-    if isinstance(training, DataLoader):
-        loader = _reopened(training, seed)
-    else:
-        config = copy.deepcopy(training)
-        config['sampler'] = dict(type='DefaultSampler', shuffle=True)
-        config['persistent_workers'] = False
-        loader = Runner.build_dataloader(config, seed=seed)
+    loader = _shuffled(training, seed)
     for split in ('test', 'val'):
         transforms = _transforms(_loader(source, split))
         if transforms is not None:
@@ -67,23 +63,28 @@ def calibration_dataloader(source: Union[Config, Runner],
 
 def _loader(source: Union[Config, Runner], split: str) -> Any:
     """The data loader of a split: a config, built, or None."""
-    if isinstance(source, Runner):
-        loader = getattr(source, f'_{split}_dataloader')
-        loop = getattr(source, f'_{split}_loop')
-        return loader or getattr(loop, 'dataloader', None)
-    return source.get(f'{split}_dataloader')
+    if isinstance(source, Config):
+        return source.get(f'{split}_dataloader')
+    loader = getattr(source, f'_{split}_dataloader', None)
+    loop = getattr(source, f'_{split}_loop', None)
+    return loader or getattr(loop, 'dataloader', None)
 
 
-def _reopened(loader: DataLoader, seed: Optional[int]) -> DataLoader:
+def _shuffled(loader: Any, seed: Optional[int]) -> DataLoader:
     """A shuffled loader of the same data, which can be changed apart."""
+    if not isinstance(loader, DataLoader):
+        config = copy.deepcopy(loader)
+        config['sampler'] = dict(type='DefaultSampler', shuffle=True)
+        config['persistent_workers'] = False
+        return Runner.build_dataloader(config, seed=seed)
     dataset = _copied(loader.dataset)
     sampler = None
     if not isinstance(dataset, IterableDataset):
         sampler = DefaultSampler(dataset, shuffle=True, seed=seed)
-    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
     return DataLoader(
         dataset,
-        batch_size=size,
+        batch_size=loader.batch_size
+        or getattr(loader.batch_sampler, 'batch_size', 1),
         sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -92,17 +93,17 @@ def _reopened(loader: DataLoader, seed: Optional[int]) -> DataLoader:
         worker_init_fn=loader.worker_init_fn)
 
 
-def _is_dataset(value: Any) -> bool:
-    return isinstance(value, Dataset) or (
-        hasattr(value, '__getitem__') and hasattr(value, 'full_init'))
-
-
-def _parts(dataset: Any) -> dict:
+def _parts(dataset: Any) -> Dict[str, list]:
     """Attributes of a wrapper that hold datasets, each as a list."""
+
+    def is_dataset(value: Any) -> bool:
+        return isinstance(value, Dataset) or (hasattr(value, '__getitem__')
+                                              and hasattr(value, 'full_init'))
+
     parts = {}
     for name, value in vars(dataset).items():
         values = value if isinstance(value, (list, tuple)) else [value]
-        if values and all(_is_dataset(x) for x in values):
+        if values and all(is_dataset(x) for x in values):
             parts[name] = list(values)
     return parts
 
@@ -118,25 +119,18 @@ def _copied(dataset: Any) -> Any:
     return copied
 
 
-def _leaves(dataset: Any) -> Iterator[Any]:
-    """The innermost datasets that have transforms."""
+def _leaves(dataset: Any, wrappers: Optional[list] = None) -> List[Any]:
+    """The innermost datasets that have transforms; those over them that have
+    transforms as well are added to ``wrappers``."""
     found = [
         leaf for parts in _parts(dataset).values() for part in parts
-        for leaf in _leaves(part)
+        for leaf in _leaves(part, wrappers)
     ]
-    if not found and hasattr(dataset, 'pipeline'):
-        found = [dataset]
-    yield from found
-
-
-def _wrappers(dataset: Any) -> Iterator[Any]:
-    """Datasets over others that have transforms as well."""
-    inner = [part for parts in _parts(dataset).values() for part in parts]
-    if any(True for part in inner for _ in _leaves(part)):
-        if hasattr(dataset, 'pipeline'):
-            yield dataset
-        for part in inner:
-            yield from _wrappers(part)
+    if not hasattr(dataset, 'pipeline'):
+        return found
+    if found and wrappers is not None:
+        wrappers.append(dataset)
+    return found or [dataset]
 
 
 def _steps(pipeline: Any) -> List[Transform]:
@@ -195,9 +189,11 @@ def _configured(dataset: dict,
 
 def _see_as_in_testing(dataset: Any, testing: List[Transform]) -> None:
     """Give training datasets the transforms of testing, in place."""
-    for wrapper in _wrappers(dataset):
+    wrappers: List[Any] = []
+    leaves = _leaves(dataset, wrappers)
+    for wrapper in wrappers:
         _set_steps(wrapper, [])
-    for leaf in _leaves(dataset):
+    for leaf in leaves:
         training, steps = _steps(leaf.pipeline), copy.deepcopy(testing)
         raw = _raw_sample(leaf)
         if isinstance(raw, dict):
@@ -207,7 +203,8 @@ def _see_as_in_testing(dataset: Any, testing: List[Transform]) -> None:
 
 def _raw_sample(dataset: Any) -> Any:
     """A sample before any transform, with annotations if one is found."""
-    pipeline, samples = dataset.pipeline, []  # type: ignore[var-annotated]
+    pipeline = dataset.pipeline
+    samples: List[Any] = []
 
     def keep(sample: Any) -> Any:
         samples.append(copy.deepcopy(sample))
@@ -227,15 +224,12 @@ def _raw_sample(dataset: Any) -> Any:
 
 def collate_padded(collate: Callable, samples: Sequence[Any]) -> Any:
     """Collate, with images of different sizes padded where that cannot stack
-    them.
-
-    They are padded at the right and below with their mean colour, which is
-    next to nothing for the network.
+    them: at the right and below, with their mean colour, which is next to
+    nothing for the network.
 
     Args:
-        collate (Callable): The function that makes a batch of samples.
-        samples (Sequence): Samples: tensors ``(..., H, W)`` in dicts,
-            tuples or lists.
+        collate (Callable): Makes a batch of samples.
+        samples (Sequence): Samples, with images ``(..., H, W)``.
 
     Returns:
         Any: The batch.
@@ -243,41 +237,21 @@ def collate_padded(collate: Callable, samples: Sequence[Any]) -> Any:
     try:
         return collate(samples)
     except RuntimeError:
-        padded = _padded(list(samples))
-        if padded is None:
-            raise
-        return collate(padded)
+        flat = [tree_flatten(sample) for sample in samples]
+        columns = [_padded(x) for x in zip(*(values for values, _ in flat))]
+        return collate([
+            tree_unflatten(list(row), spec)
+            for row, (_, spec) in zip(zip(*columns), flat)
+        ])
 
 
-def _padded(values: List[Any]) -> Optional[list]:
-    """Tensors of one size; None if they are already, or are no images."""
-    first = values[0]
-    if isinstance(first, dict):
-        columns = {key: [x[key] for x in values] for key in first}
-    elif isinstance(first, (list, tuple)):
-        columns = dict(enumerate(zip(*values)))
-    elif torch.is_tensor(first) and first.dim() >= 3:
-        return _pad_images(values)
-    else:
-        return None
-    padded = {key: _padded(list(x)) for key, x in columns.items()}
-    if not any(x is not None for x in padded.values()):
-        return None
-    rows = [{
-        key: columns[key][i] if new is None else new[i]
-        for key, new in padded.items()
-    } for i in range(len(values))]
-    return rows if isinstance(
-        first, dict) else [type(first)(row.values()) for row in rows]
-
-
-def _pad_images(images: List[torch.Tensor]) -> Optional[list]:
-    """Images padded to the largest height and width."""
-    height, width = (max(x.shape[d] for x in images) for d in (-2, -1))
-    if all(x.shape[-2:] == (height, width) for x in images):
-        return None
+def _padded(values: Sequence[Any]) -> Sequence[Any]:
+    """Images padded to the largest height and width; others as they are."""
+    if not all(torch.is_tensor(x) and x.dim() >= 3 for x in values):
+        return values
+    height, width = (max(x.shape[d] for x in values) for d in (-2, -1))
     padded = []
-    for image in images:
+    for image in values:
         border = (0, width - image.shape[-1], 0, height - image.shape[-2])
         mean = image.double().mean((-2, -1), keepdim=True).to(image.dtype)
         inside = F.pad(torch.ones_like(image), border).bool()

@@ -2,12 +2,23 @@
 import os.path as osp
 from typing import Any, Optional
 
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 
-from ..compression import (META_KEY, TEACHER_KEY, Action, Recipe, Run, Source,
-                           Start, get_plan, log_plan, resolve, restructure)
+from ..compression import (
+    META_KEY,
+    TEACHER_KEY,
+    Action,
+    Recipe,
+    Run,
+    Source,
+    Start,
+    get_plan,
+    log_plan,
+    resolve,
+    restructure,
+)
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
 from ..registry import HOOKS

@@ -1,4 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+from functools import partial
 from typing import Any, Optional, Sequence
 
 import torch
@@ -64,8 +65,8 @@ class RecalibrationHook(Hook):
             for hook in runner.hooks if isinstance(hook, EMAHook)
         ]
         for model in models:
-            recalibrate_if_better(
-                model, batches, lambda m=model: mean_loss(m, held_out))
+            recalibrate_if_better(model, batches,
+                                  partial(mean_loss, model, held_out))
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:

@@ -3,10 +3,12 @@ from .basis_layer import BasisLayer
 from .conv import ConvKind, ConvTransposeKind
 from .deform import DeformConvKind
 from .dense_kind import DenseKind
+from .inheritance import copy_module, observe
 from .kinds import kind_of, why_not
 from .linear import LinearKind
 
 __all__ = [
     'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
-    'DeformConvKind', 'LinearKind', 'kind_of', 'why_not'
+    'DeformConvKind', 'LinearKind', 'copy_module', 'kind_of',
+    'observe', 'why_not'
 ]

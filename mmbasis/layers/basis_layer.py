@@ -6,11 +6,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..factorization import (factorize, merge, orthogonality_error,
-                             orthonormalize, spectrum_of_factor)
-from .inheritance import (fresh_hooks, inner_modules, is_own_method,
-                          move_hooks, own_attributes, rebound_attributes,
-                          share_hooks)
+from ..factorization import (
+    factorize,
+    merge,
+    orthogonality_error,
+    orthonormalize,
+    spectrum_of_factor,
+)
+from .inheritance import (
+    fresh_hooks,
+    inner_modules,
+    is_own_method,
+    move_hooks,
+    own_attributes,
+    rebound_attributes,
+    share_hooks,
+)
 from .kinds import kind_of
 
 
@@ -77,14 +88,18 @@ class BasisLayer(nn.Module):
         self._inherit_state(dense)
 
     def _inherit_state(self, dense: nn.Module) -> None:
-        """Mode, device, type, and which parameters are trained."""
+        """Mode, device, type, which parameters are trained, and what models
+        note on them (as that they do not decay)."""
         weight = dense.weight
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
         for parameter in self._own_parameters():
             parameter.requires_grad = weight.requires_grad
+        vars(self.basis.weight).update(vars(weight))
+        vars(self.coefficients.weight).update(vars(weight))
         if dense.bias is not None:
             self.coefficients.bias.requires_grad = dense.bias.requires_grad
+            vars(self.coefficients.bias).update(vars(dense.bias))
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of a branch inside the dense layer."""
@@ -281,11 +296,13 @@ class BasisLayer(nn.Module):
         dense.weight.requires_grad = (
             self.basis.weight.requires_grad
             or self.coefficients.weight.requires_grad)
+        vars(dense.weight).update(vars(self.basis.weight))
         if bias is not None:
             own = self.coefficients.bias
             dense.bias = nn.Parameter(
                 bias.to(dense.weight).clone(), dense.weight.requires_grad
                 if own is None else own.requires_grad)
+            vars(dense.bias).update({} if own is None else vars(own))
         for pair in ((self, dense), *inner_modules(self.basis, dense)):
             share_hooks(*pair)
         vars(dense).update(rebound_attributes(self, dense))

@@ -1,11 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmcv.cnn.bricks import (Conv2dAdaptivePadding, ConvTranspose2d,
-                             ConvTranspose3d)
+from mmcv.cnn.bricks import (
+    Conv2dAdaptivePadding,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from mmcv.cnn.bricks.wrappers import Conv2d, Conv3d
 from torch import Tensor
 
@@ -24,7 +27,8 @@ class ConvKind(DenseKind):
     groups; the coefficients are a 1x1 convolution.
     """
     name = 'BasisConv'
-    dense_types = (*_CONVS, Conv2d, Conv3d, Conv2dAdaptivePadding)
+    dense_types: Tuple[type, ...] = (*_CONVS, Conv2d, Conv3d,
+                                     Conv2dAdaptivePadding)
 
     @staticmethod
     def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
@@ -56,7 +60,8 @@ class ConvKind(DenseKind):
         x = F.pad(x, dense._reversed_padding_repeated_twice,
                   'constant' if mode == 'zeros' else mode)
         at = torch.zeros(1, 1, dtype=torch.long, device=x.device)
-        step, steps = positions, []
+        steps: List[Tensor] = []
+        step = positions
         for size in reversed(out_shape):
             steps.insert(0, step % size)
             step = torch.div(step, size, rounding_mode='floor')

@@ -7,8 +7,12 @@ from ..registry import LAYER_KINDS
 from .conv import ConvKind
 
 try:
-    from mmcv.ops import (DeformConv2d, DeformConv2dPack,
-                          ModulatedDeformConv2d, ModulatedDeformConv2dPack)
+    from mmcv.ops import (
+        DeformConv2d,
+        DeformConv2dPack,
+        ModulatedDeformConv2d,
+        ModulatedDeformConv2dPack,
+    )
 except ImportError:  # mmcv-lite has no operators, so no such layers
     DEFORM_TYPES: Tuple[type, ...] = ()
 else:

@@ -2,10 +2,11 @@
 """What was attached to a layer and goes along when the layer is replaced:
 hooks, attributes, and a ``forward`` of the instance's own."""
 import copy
+import gc
+import weakref
 from functools import partial
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType
-from types import MethodType, ModuleType
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -16,8 +17,7 @@ _HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs',
           '_backward_pre_hooks', '_is_full_backward_hook')
 _STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks',
                 '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
-_OPAQUE = (nn.Module, Tensor, ModuleType, type, str, bytes,
-           BuiltinFunctionType)
+_OPAQUE = (nn.Module, Tensor, ModuleType, type)
 #: objects that are looked through before giving up
 _MOST = 100000
 
@@ -42,10 +42,14 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
     """Why a replacement could not behave as a layer does; None if it can."""
     if any(vars(module).get(name) for name in _STATE_HOOKS):
         return 'hooks on its state dict speak of its own weights'
+    if any(getattr(parameter, name, None)
+           for parameter in module.parameters(recurse=False)
+           for name in ('_backward_hooks', '_post_accumulate_grad_hooks')):
+        return 'hooks on the gradients of its weights speak of their shape'
     for name, value in own_attributes(module).items():
-        if callable(value) and hasattr(type(module), name):
-            if name != 'forward':
-                return f'its {name} was replaced on the instance'
+        if (name != 'forward' and callable(value)
+                and hasattr(type(module), name)):
+            return f'its {name} was replaced on the instance'
     try:
         rebound_attributes(module, module)
     except CannotRebind as error:
@@ -79,13 +83,17 @@ def inner_modules(old: nn.Module,
             yield module, new.get_submodule(name)
 
 
-def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
+def rebound_attributes(old: nn.Module,
+                       new: nn.Module,
+                       inner: Optional[Callable] = None) -> Dict[str, Any]:
     """Callable attributes of a layer, its own ``forward`` above all, for the
     layer that replaces it.
 
     Args:
         old (nn.Module): The layer to replace.
         new (nn.Module): Its replacement.
+        inner (Callable, optional): What takes the place of the ``forward`` of
+            the class. Defaults to that of the class of ``new``.
 
     Returns:
         dict[str, Any]: The attributes to set, by name: those that depended on
@@ -98,12 +106,77 @@ def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
     own = own_attributes(old)
     if 'forward' not in own:
         return {}
-    rebind = _Rebind(old, new)
+    rebind = _Rebind(old, new, inner=inner)
     rebound = {k: rebind(v) for k, v in own.items() if callable(v)}
     if not rebind.calls_class:
         raise CannotRebind('it does not call the forward of its class')
     rebound['forward'] = _OwnForward(rebound['forward'], new)
     return {k: v for k, v in rebound.items() if v is not own[k]}
+
+
+class observe:
+    """Watch what the ``forward`` of a layer's class takes and returns, inside
+    of whatever hooks and own ``forward`` change it for others.
+
+    Args:
+        module (nn.Module): The layer.
+        behind (Callable, optional): ``(module, args, kwargs, output)``, as of
+            a forward hook: what it returns, if anything, is the output.
+        before (Callable, optional): ``(module, args)``, called before.
+    """
+
+    def __init__(self,
+                 module: nn.Module,
+                 behind: Optional[Callable] = None,
+                 before: Optional[Callable] = None) -> None:
+        inner = MethodType(type(module).forward, module)
+
+        def forward(*args, **kwargs) -> Any:
+            if before is not None:
+                before(module, args)
+            y = inner(*args, **kwargs)
+            changed = behind and behind(module, args, kwargs, y)
+            return y if changed is None else changed
+
+        self.module, self.before = module, own_attributes(module)
+        try:
+            new = rebound_attributes(module, module, forward)
+        except CannotRebind:  # it stays dense, and only costs are of interest
+            new, inner = {}, self.before['forward']
+        self.names = set(new) | {'forward'}
+        vars(module).update(new or dict(forward=forward))
+        # torch's fast paths of transformers go round layers without hooks
+        self.handle = module.register_forward_hook(lambda *_: None)
+
+    def remove(self) -> None:
+        """Stop watching; of several observers, the last one first."""
+        self.handle.remove()
+        for name in self.names:
+            del vars(self.module)[name]
+            if name in self.before:
+                vars(self.module)[name] = self.before[name]
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy in which modules with a ``forward`` of their own run that
+    of the copy: a closure, as activation checkpointing makes it, would go on
+    running the original.
+
+    Raises:
+        CannotRebind: If that is impossible; it names the module.
+    """
+    clone = copy.deepcopy(module)
+    for (name, old), new in zip(module.named_modules(), clone.modules()):
+        call = vars(new).get('forward')
+        if call is not None and not isinstance(call, _OwnForward):
+            try:
+                call = _Rebind(old, new, copying=True)(call)
+            except CannotRebind as error:
+                raise CannotRebind(
+                    f'{name or "the model"} cannot be copied: its forward was '
+                    f'replaced on the instance, and {error}') from error
+            vars(new)['forward'] = _OwnForward(call, new)
+    return clone
 
 
 class _OwnForward:
@@ -118,7 +191,8 @@ class _OwnForward:
 
     def __deepcopy__(self, memo: dict) -> '_OwnForward':
         module = copy.deepcopy(self.module, memo)
-        return _OwnForward(_Rebind(self.module, module)(self.call), module)
+        rebind = _Rebind(self.module, module, copying=True)
+        return _OwnForward(rebind(self.call), module)
 
 
 class _Rebind:
@@ -128,14 +202,22 @@ class _Rebind:
     Args:
         old (nn.Module): The layer that is replaced.
         new (nn.Module): Its replacement.
+        copying (bool): Whether that is a copy, which has all methods of the
+            old layer and not only ``forward``. Defaults to False.
+        inner (Callable, optional): See :func:`rebound_attributes`.
     """
 
-    def __init__(self, old: nn.Module, new: nn.Module) -> None:
-        self.old, self.new = old, new
+    def __init__(self,
+                 old: nn.Module,
+                 new: nn.Module,
+                 copying: bool = False,
+                 inner: Optional[Callable] = None) -> None:
+        self.old, self.new, self.copying = old, new, copying
+        self.inner = inner or MethodType(type(new).forward, new)
         #: whether the ``forward`` of the old layer's class was met
         self.calls_class = False
         self._done: Dict[int, Any] = {}
-        self._seen: Dict[int, Any] = {}
+        self._seen: Dict[Tuple[int, int], Any] = {}
 
     def __call__(self, value: Any) -> Any:
         if value is self.old:
@@ -143,10 +225,12 @@ class _Rebind:
         if isinstance(value, _OwnForward):
             return self(value.call)
         if isinstance(value, MethodType) and value.__self__ is self.old:
+            if self.copying:
+                return MethodType(value.__func__, self.new)
             if value.__func__ is not type(self.old).forward:
                 raise CannotRebind(f'it calls {value.__name__}')
             self.calls_class = True
-            return MethodType(type(self.new).forward, self.new)
+            return self.inner
         if id(value) not in self._done:
             if isinstance(value, partial):
                 self._partial(value)
@@ -203,8 +287,9 @@ class _Rebind:
                                    'through data')
             if any(value is x for x in weights):
                 raise CannotRebind('it holds the weights of the layer')
-            if id(value) not in self._seen:
-                self._seen[id(value)] = value  # alive, so that ids are unique
+            key = id(value), id(scope)
+            if key not in self._seen:
+                self._seen[key] = value  # alive, so that ids are unique
                 queue.extend(_contents(value, scope))
             if len(self._seen) > _MOST:
                 raise CannotRebind('it holds too much to look through')
@@ -236,19 +321,13 @@ def _global_names(code: CodeType) -> Iterator[str]:
 
 
 def _contents(value: Any, scope: Optional[dict]) -> Iterator[Any]:
-    """What a value leads to, as far as that can be followed."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        yield from value
-    elif isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, MethodType):
-        yield from (value.__self__, value.__func__)
-    elif isinstance(value, partial):
-        yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, FunctionType):
+    """What a value leads to."""
+    if isinstance(value, FunctionType):
         yield from _parts(value)
         if value.__globals__ is scope:
             for name in _global_names(value.__code__):
                 yield value.__globals__.get(name)
-    elif hasattr(value, '__dict__') and not isinstance(value, _OPAQUE):
-        yield from vars(value).values()
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif not isinstance(value, _OPAQUE):
+        yield from gc.get_referents(value)

@@ -8,8 +8,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-from ..compression import (PlanLike, apply_plan, as_plan, get_plan,
-                           load_weights, plan_of, read_checkpoint)
+from ..compression import (PlanLike, apply_plan, as_plan, load_weights,
+                           plan_of, read_checkpoint)
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
@@ -31,8 +31,9 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
         nn.Module: The compressed model.
     """
     model = repair(MMENGINE_MODELS.build(_without_pretrained(architecture)))
-    apply_plan(model, as_plan(plan), project=False)
-    if get_plan(model).norm:  # MMDeploy calls it, which folds these
+    plan = as_plan(plan)
+    apply_plan(model, plan, project=False)
+    if plan.norm:  # MMDeploy calls it, which folds these
         override_merging(model, 'switch_to_deploy')
     return model
 

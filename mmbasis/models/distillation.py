@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..compression import (Teaching, Term, densified, load_weights,
                            read_checkpoint)
-from ..layers import BasisLayer, kind_of
+from ..layers import BasisLayer, copy_module, kind_of
 from ..running import tensors, train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
@@ -65,7 +65,7 @@ class Distillation:
             architecture (nn.Module): The dense model with its weights.
             source (str, optional): The file that they came from.
         """
-        self.teacher = copy.deepcopy(architecture)
+        self.teacher = copy_module(architecture)
         self.teacher.requires_grad_(False)
         # its outputs must be those of the student in training
         train_deterministically(self.teacher)

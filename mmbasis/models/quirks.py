@@ -1,11 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Faults of single models of the libraries, and what repairs each.
 
-| model                        | fault                          | test         |
-| ---------------------------- | ------------------------------ | ------------ |
-| ``SSDHead`` of MMDetection   | prediction asks for            | test_quirks: |
-| 3.3.0                        | ``loss_cls``, which the head   | ssd_head     |
-|                              | does not set                   |              |
+- ``SSDHead`` of MMDetection 3.3.0: prediction asks for ``loss_cls``, which the
+  head does not set. Test: ``test_quirks.py::test_ssd_head``.
 """
 import torch.nn as nn
 
@@ -23,5 +20,5 @@ def repair(model: nn.Module) -> nn.Module:
     for module in model.modules():
         names = {cls.__name__ for cls in type(module).__mro__}
         if 'SSDHead' in names and not hasattr(module, 'loss_cls'):
-            module.loss_cls = None
+            module.loss_cls = None  # type: ignore[assignment]
     return model

@@ -35,9 +35,9 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
     state = old.optimizer.state
     for name, parameter in new_model.named_parameters():
         same = before.get(name)
-        if same is not None and same.shape == parameter.shape:
-            if state.get(same):
-                new.optimizer.state[parameter] = state[same]
+        if (same is not None and same.shape == parameter.shape
+                and state.get(same)):
+            new.optimizer.state[parameter] = state[same]
     for pair in _changed(old_model, new_model):
         for parameter, entries in _mapped(*pair, state):
             new.optimizer.state[parameter] = entries
@@ -57,13 +57,13 @@ def _lr_ratio(wrapper: OptimWrapper) -> float:
 
 def _changed(old_model: nn.Module,
              new_model: nn.Module) -> Iterator[Tuple[nn.Module, BasisLayer]]:
-    """Layers of both models that are factorised otherwise now."""
+    """Layers of both models whose factors are others now."""
     modules = dict(old_model.named_modules())
     for name, layer in new_model.named_modules():
-        old = modules.get(name)
-        if isinstance(layer, BasisLayer) and (not isinstance(old, BasisLayer)
-                                              or old.rank != layer.rank):
-            yield old, layer
+        if isinstance(layer, BasisLayer):
+            old = modules[name]
+            if not isinstance(old, BasisLayer) or old.rank != layer.rank:
+                yield old, layer
 
 
 def _mapped(old: nn.Module, new: BasisLayer,

@@ -62,9 +62,8 @@ def keep_custom_keys(optim_wrapper: Mapping[str, Any],
     for name, dense in dense_names(model).items():
         meant = next((k for k in order if k in dense), None)
         found = next((k for k in order if k in name), None)
-        if meant is not None and meant != found and meant not in name:
-            if found is None or len(found) < len(meant):
-                added[name] = copy.deepcopy(keys[meant])
+        if meant and meant not in name and len(found or '') < len(meant):
+            added[name] = copy.deepcopy(keys[meant])
     if added:
         MMLogger.get_current_instance().info(
             'paramwise_cfg.custom_keys name dense layers that are compressed '

@@ -11,6 +11,7 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MMLogger
 from torch import Tensor
 
+from ..layers import observe
 from ..running import (Adapter, classifies, evaluation, fisher_loss,
                        train_deterministically, undisturbed)
 from .layers import Layer
@@ -54,6 +55,7 @@ class GradientRecorder:
 
             def hook(module: nn.Module,
                      args: Any,
+                     kwargs: Any,
                      output: Tensor,
                      layer: Layer = layer) -> Any:
                 if not torch.is_grad_enabled():
@@ -65,8 +67,7 @@ class GradientRecorder:
                 output.register_hook(lambda g: self._add(layer, g))
                 return output
 
-            self._stack.callback(
-                layer.module.register_forward_hook(hook).remove)
+            self._stack.callback(observe(layer.module, hook).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:

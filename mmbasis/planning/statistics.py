@@ -11,6 +11,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
+from ..layers import observe
 from ..running import Adapter, evaluation
 from .layers import UNUSED, Layer
 from .samples import Moments, input_samples, output_samples
@@ -96,9 +97,7 @@ class LayerRecorder:
                 x = args[0] if args else next(iter(kwargs.values()))
                 self._record(layer, x, output)
 
-            self._stack.callback(
-                layer.module.register_forward_hook(hook,
-                                                   with_kwargs=True).remove)
+            self._stack.callback(observe(layer.module, hook).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:

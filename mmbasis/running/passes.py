@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..layers import observe
 from .batch import tensors
 from .states import cuda_devices, get_random, set_random
 
@@ -185,8 +186,8 @@ class SumWatch(TorchFunctionMode):
                 self.mark(name, y)
 
         handles = [
-            module.register_forward_hook(
-                lambda _, args, y, name=name: hook(name, args, y))
+            observe(module,
+                    lambda _, args, kwargs, y, name=name: hook(name, args, y))
             for name, module in layers.items()
         ]
         self._probing = True

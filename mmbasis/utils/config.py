@@ -17,15 +17,10 @@ def load_config(path: str,
                 work_dir: Optional[str] = None) -> Config:
     """Read a config of any OpenMMLab library and fill in what tools expect.
 
-    - ``mmbasis`` is imported, so its modules are known to the registries
-      even where the config has no ``custom_imports``.
-    - A ``data_preprocessor`` at the top level (mmpretrain's habit) is copied
-      into ``model`` unless the model has its own, as the runner does: who
-      builds the model without a runner gets the same one.
-    - mmpretrain's data loaders stack their samples, as its own tools set
-      them to.
-    - Where ``default_scope`` is None (pure-Python configs), it is the library
-      of the model: libraries build parts from names of their own.
+    A ``data_preprocessor`` at the top level is copied into a ``model`` without
+    one, as the runner does. mmpretrain's data loaders stack their samples, as
+    its own tools set them to. A ``default_scope`` that is None (pure-Python
+    configs) becomes the library of the model, for parts that are named.
 
     Args:
         path (str): Config file, or ``library::config`` of an installed
@@ -48,11 +43,8 @@ def load_config(path: str,
     if cfg.get('model') is None:
         raise KeyError(f"config {path} has no 'model': found "
                        f'{sorted(cfg.keys())}')
-    if work_dir is not None:
-        cfg.work_dir = work_dir
-    elif cfg.get('work_dir') is None:
-        cfg.work_dir = osp.join('work_dirs',
-                                osp.splitext(osp.basename(path))[0])
+    name = osp.splitext(osp.basename(path))[0]
+    cfg.work_dir = work_dir or cfg.get('work_dir') or f'work_dirs/{name}'
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     if 'default_scope' in cfg and cfg.default_scope is None:
@@ -138,7 +130,8 @@ def _as_text(value: Any, key: str) -> Any:
             f'{key} of the config is {value!r}: the config of the compressed '
             'model is a text, which can name objects only as a type. Give '
             'numbers, strings, or a dict with a type')
-    name = f'{value.__module__}.{getattr(value, "__qualname__", "")}'
+    name = '.'.join(
+        str(getattr(value, x, None)) for x in ('__module__', '__qualname__'))
     if get_object_from_string(name) is not value:
         raise TypeError(
             f'{key} of the config is {value!r}, which cannot be imported as '

@@ -3,13 +3,14 @@
 import copy
 import itertools
 import os.path as osp
-from typing import Any, Dict
+from functools import partial
+from typing import Any, Callable, Dict, Sequence
 
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..datasets.annotations import first_augmentation
+from ..datasets.annotations import single
 from ..models.quirks import repair
 
 _RUNS = itertools.count()
@@ -32,14 +33,16 @@ def example_batch(cfg: Config, *splits: str) -> Any:
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if loader is not None:
-            loader = Runner.build_dataloader(dict(loader, batch_size=1), seed=0)
-            batch = next(iter(loader))
-            if isinstance(batch, dict) and isinstance(
-                    batch['inputs'][0], list):
-                batch = first_augmentation(batch)
-            return batch
+            loader = Runner.build_dataloader(
+                dict(loader, batch_size=1), seed=0)
+            loader.collate_fn = partial(_collate, loader.collate_fn)
+            return next(iter(loader))
     raise KeyError('the config needs one of ' +
                    ', '.join(f'{split}_dataloader' for split in splits))
+
+
+def _collate(collate: Callable, samples: Sequence[Any]) -> Any:
+    return collate([single(sample) for sample in samples])
 
 
 def check_evaluation(cfg: Config, split: str) -> None:

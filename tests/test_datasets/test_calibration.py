@@ -25,7 +25,8 @@ from mmbasis.datasets import calibration_dataloader
 from tests.toy import ToyImages, ToyNet
 
 SIZES = {1: (60, 80), 2: (100, 50), 3: (64, 64), 4: (60, 80)}  # h, w
-BOXES = {i: [[8, 6, 20, 30], [20 + i, 16, 12, 18]] for i in SIZES}  # x, y, w, h
+#: x, y, w, h
+BOXES = {i: [[8, 6, 20, 30], [20 + i, 16, 12, 18]] for i in SIZES}
 IMAGE = dict(type='LoadImageFromFile')
 ANNOTATIONS = dict(type='LoadAnnotations', with_bbox=True)
 FLIP = dict(type='RandomFlip', prob=1.)
@@ -205,6 +206,7 @@ LOADERS = {
     'chosen': dict(type='RandomChoice', transforms=[[ANNOTATIONS]]),
     'mapped': dict(type='KeyMapper', transforms=[ANNOTATIONS]),
 }
+
 
 @pytest.fixture
 def panopticapi(monkeypatch):
@@ -616,9 +618,9 @@ def test_default_scope_is_not_needed(coco):
     scope = DefaultScope.get_current_instance()
     assert scope.scope_name == 'mmdet'
     typed = [dict(x, type=f'mmdet.{x["type"]}') for x in TESTING[1:]]
-    train = [IMAGE, *(dict(x, type=f'mmdet.{x["type"]}') for x in TRAINING[1:])]
+    train = [dict(x, type=f'mmdet.{x["type"]}') for x in TRAINING[1:]]
     init_default_scope('mmengine')
     check(
         config(
-            dict(dataset(coco, train), type='mmdet.CocoDataset'),
+            dict(dataset(coco, [IMAGE, *train]), type='mmdet.CocoDataset'),
             dict(dataset(coco, [IMAGE, *typed]), type='mmdet.CocoDataset')))

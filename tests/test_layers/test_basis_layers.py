@@ -4,8 +4,11 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from mmcv.cnn.bricks import (Conv2dAdaptivePadding, ConvTranspose2d,
-                             ConvTranspose3d)
+from mmcv.cnn.bricks import (
+    Conv2dAdaptivePadding,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from mmcv.cnn.bricks import Linear as MMCVLinear
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
 from mmcv.cnn.bricks.wrappers import Conv3d as MMCVConv3d

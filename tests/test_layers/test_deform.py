@@ -5,8 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from mmcv.ops import (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d,
-                      ModulatedDeformConv2dPack)
+from mmcv.ops import (
+    DeformConv2d,
+    DeformConv2dPack,
+    ModulatedDeformConv2d,
+    ModulatedDeformConv2dPack,
+)
 
 from mmbasis.layers import BasisLayer, DeformConvKind, kind_of, why_not
 

@@ -6,8 +6,14 @@ from mmcv.cnn import ConvModule, ConvWS2d
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch.nn.utils import parametrizations
 
-from mmbasis.layers import (BasisLayer, ConvKind, ConvTransposeKind, LinearKind,
-                            kind_of, why_not)
+from mmbasis.layers import (
+    BasisLayer,
+    ConvKind,
+    ConvTransposeKind,
+    LinearKind,
+    kind_of,
+    why_not,
+)
 
 
 class Scaled(nn.Conv2d):

@@ -91,6 +91,19 @@ def test_report(compressed):
     assert report['planner']['type'] == 'BudgetPlanner'
 
 
+def test_without_test_dataloader(workplace, tmp_path):
+    options = [f'test_{x}=None' for x in ('dataloader', 'evaluator', 'cfg')]
+    done = workplace.run('--macs', .5, '--work-dir', tmp_path / 'a',
+                         '--calib-batches', 1, '--cfg-options', *options)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / 'a' / 'report.json')['macs']['before'] > 0
+    done = workplace.run('--macs', .5, '--evaluate', '--work-dir',
+                         tmp_path / 'b', '--cfg-options', *options)
+    assert done.returncode != 0
+    assert 'evaluation needs test_dataloader' in done.stderr
+    assert not (tmp_path / 'b').exists()
+
+
 def test_checkpoint_is_flat_and_readable_without_pickle(compressed):
     checkpoint = torch.load(compressed / 'compressed.pth', weights_only=True)
     plan = read(compressed / 'plan.json')
