@@ -121,7 +121,7 @@ def test_wrong_full_rank_is_our_failure(monkeypatch):
     assert result['cause'] == 'ours' and result['layer_error'] > 1e-4
 
 
-def test_dearer_plan_is_our_failure(monkeypatch):
+def test_costlier_plan_is_our_failure(monkeypatch):
     from catalogue_sweep import checks
     planner = checks.BudgetPlanner
     monkeypatch.setattr(checks, 'BudgetPlanner',
