@@ -12,7 +12,7 @@ MAX_FUNCTION, MAX_FILE, MAX_TOOL = 40, 400, 250
 # each folder may import those before it, and SHARED
 FLOORS = ('factorization', 'layers', 'running', 'planning', 'compression',
           'models', 'hooks')
-SHARED = {'registry', 'compat', 'version', 'utils'}
+SHARED = {'registry', 'compat', 'version', 'utils', 'quirks'}
 # beside the floors: what these may import (floors may import optim, hooks also
 # datasets)
 SIDE = {

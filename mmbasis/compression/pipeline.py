@@ -12,6 +12,7 @@ from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
                         Reason, Rules, Selection,
                         check_finite, find_layers, measure,
                         measure_sensitivity)
+from ..quirks import two_copies
 from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
                        evaluation, trace_targets, undisturbed)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
@@ -110,7 +111,9 @@ def analyze(model: nn.Module, recipe: Recipe,
         raise ValueError('this model is compressed already')
     if not batches:
         raise RuntimeError('calibration saw no image: the dataloader is empty')
-    _refuse_two_copies(model)
+    problem = two_copies(model)
+    if problem:
+        raise ValueError(problem)
     adapter = adapter_of(model)
     layers = find_layers(model)
     check_finite(layers)
@@ -178,19 +181,6 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
             Exclusion(Reason.NOT_IN_PLAN,
                       dense.reason if dense else 'not in the plan'))
     return Selection(selection.layers, excluded)
-
-
-def _refuse_two_copies(model: nn.Module) -> None:
-    """Refuse a teacher that follows another part parameter by parameter: with
-    ranks of its own, from another pass, it could not."""
-    teacher = getattr(model, 'teacher', None)
-    for name, child in model.named_children():
-        if type(child) is type(teacher) and child is not teacher:
-            raise ValueError(
-                f'{type(model).__name__} holds two copies of a '
-                f'{type(child).__name__}, {name} and teacher, which must stay '
-                'alike in training: train it dense, then compress what comes '
-                'out of it, with the config that uses that')
 
 
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],

@@ -31,7 +31,7 @@ from ..planning import CompressionPlan
 from ..registry import MODELS
 from .builder import is_pretrained
 from .distillation import Distillation
-from .quirks import repair
+from ..quirks import repair
 
 #: attributes of the wrapper; all others are the model's
 _OWN = {

@@ -14,7 +14,7 @@ from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
 from ..utils import as_text_config, load_config
-from .quirks import repair
+from ..quirks import repair
 
 
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
