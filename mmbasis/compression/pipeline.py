@@ -121,6 +121,11 @@ def analyze(model: nn.Module, recipe: Recipe,
     analysis = measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
+    return _with_sensitivity(adapter, analysis, batches, recipe)
+
+
+def _with_sensitivity(adapter: Adapter, analysis: Analysis,
+                      batches: Sequence[Any], recipe: Recipe) -> Analysis:
     try:
         return measure_sensitivity(adapter, analysis, batches)
     except UnknownLossError as error:
