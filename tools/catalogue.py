@@ -16,8 +16,8 @@ in a process of its own:
   one model in thirty gets all that users get by default, which takes twice as
   long: ranks by the loss, sequential reconstruction, and the dense model as
   teacher;
-- round trip: saved, built anew from config and plan, and loaded, the model
-  puts out the same;
+- round trip: saved, built again from config and plan, and loaded, the model
+  returns the same;
 - test mode and train mode work, with finite losses and gradients.
 
 The results lie in the work directory, one file for each model; what is there,
@@ -29,6 +29,7 @@ is the same each time, so that a part of the sweep says something of the whole:
 import argparse
 import json
 import os.path as osp
+import random
 import re
 from dataclasses import asdict
 from datetime import timedelta
@@ -42,8 +43,14 @@ from catalogue_sweep.processes import check_all
 from catalogue_sweep.report import STATUS, summary, write
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
-                           TimeElapsedColumn, TimeRemainingColumn)
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import mmbasis
 from mmbasis.utils.io import write_atomically
@@ -88,6 +95,17 @@ def parse_args() -> argparse.Namespace:
         '(mmdet::ssd/ssd300_coco.py) must contain one')
     parser.add_argument(
         '--limit', type=int, help='only so many, a sample by lot')
+    parser.add_argument(
+        '--families',
+        type=int,
+        help='only the smallest model, of those that passed before, of so '
+        'many families (folders of configs), drawn by --seed')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of --families (default 0)')
+    parser.add_argument(
+        '--known',
+        default='docs/results/catalogue',
+        help='report of the earlier sweep that --families draws from')
     parser.add_argument(
         '--thorough',
         action='store_true',
@@ -147,6 +165,29 @@ def load_results(entries: List[Entry], work_dir: str,
     return results
 
 
+def draw_families(entries: List[Entry], results: Dict[str, dict], count: int,
+                  seed: int) -> List[Entry]:
+    """The smallest model of each of some families that are drawn by lot.
+
+    Args:
+        entries (list[Entry]): Models to draw from.
+        results (dict[str, dict]): Of an earlier sweep; those that did not
+            pass then are left out.
+        count (int): Number of families.
+        seed (int): Of the draw.
+    """
+    families: Dict[str, List[Entry]] = {}
+    for entry in entries:
+        if results.get(entry.key, {}).get('status') == 'passed':
+            family = entry.name.partition('/')[0]
+            families.setdefault(family, []).append(entry)
+    drawn = random.Random(seed).sample(sorted(families), count)
+    return [
+        min(families[x], key=lambda entry: results[entry.key]['params'])
+        for x in sorted(drawn)
+    ]
+
+
 def main() -> None:
     """Check what is left to check, and report."""
     args = parse_args()
@@ -158,6 +199,9 @@ def main() -> None:
         if not args.only or any(re.search(p, x.name) for p in args.only)
     ]
     entries = sorted(entries, key=lambda x: x.digest)[:args.limit]
+    if args.families:
+        known = load_results(catalogue, args.work_dir, args.known)
+        entries = draw_families(entries, known, args.families, args.seed)
     for entry in entries:
         entry.closely = args.thorough
     if not args.report_only:

@@ -12,12 +12,13 @@ from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
                         Reason, Rules, Selection,
                         check_finite, find_layers, measure,
                         measure_sensitivity)
+from ..quirks import two_copies
 from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
                        evaluation, trace_targets, undisturbed)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction
-from .surgery import apply_plan, get_plan
+from .surgery import all_or_nothing, apply_plan, get_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ def compress(model: nn.Module,
         CompressionPlan: What was done; the model carries it, too.
 
     Raises:
-        ValueError: If the request cannot be met; the model is as before.
+        ValueError: If the request cannot be met. Whatever is raised, the
+            model is as before.
     """
     key = 'plan' if isinstance(planner, CompressionPlan) else 'planner'
     made = Recipe.of(**{key: planner}, **recipe)
@@ -109,7 +111,9 @@ def analyze(model: nn.Module, recipe: Recipe,
         raise ValueError('this model is compressed already')
     if not batches:
         raise RuntimeError('calibration saw no image: the dataloader is empty')
-    _refuse_two_copies(model)
+    problem = two_copies(model)
+    if problem:
+        raise ValueError(problem)
     adapter = adapter_of(model)
     layers = find_layers(model)
     check_finite(layers)
@@ -151,8 +155,16 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
     """
     model = adapter.model
     with undisturbed(model), evaluation(model):
-        return trace_targets(model, {x.name: x.module for x in layers},
-                             lambda: adapter.outputs(data))
+        found = trace_targets(model, {x.name: x.module
+                                      for x in layers},
+                              lambda: adapter.outputs(data))
+    if layers and not found.predictions:
+        MMLogger.get_current_instance().warning(
+            'No layer could be traced to the outputs of %s, so none stays '
+            'dense as a prediction layer: does it run without gradients? '
+            'Name its prediction layers in exclude',
+            type(model).__name__)
+    return found
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
@@ -171,25 +183,12 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
     return Selection(selection.layers, excluded)
 
 
-def _refuse_two_copies(model: nn.Module) -> None:
-    """Refuse a teacher that follows another part parameter by parameter: with
-    ranks of its own, from another pass, it could not."""
-    teacher = getattr(model, 'teacher', None)
-    for name, child in model.named_children():
-        if type(child) is type(teacher) and child is not teacher:
-            raise ValueError(
-                f'{type(model).__name__} holds two copies of a '
-                f'{type(child).__name__}, {name} and teacher, which must stay '
-                'alike in training: train it dense, then compress what comes '
-                'out of it, with the config that uses that')
-
-
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
                held_out: Sequence[Any]) -> Compression:
     """Compress a model in place, as a recipe says.
 
     Args:
-        model (nn.Module): The dense model.
+        model (nn.Module): The dense model; as before if an error is raised.
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
         held_out (Sequence): Others, for choices; may be empty.
@@ -204,16 +203,17 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         and bool(held_out))
     needs_reference = recipe.is_sequential or choose
     reference = copy_module(model) if needs_reference else None
-    apply_plan(model, plan, bases_of(analysis))
-    if reference is not None:
-        if recipe.is_sequential:
-            Reconstruction(model, reference, analysis, plan).run(batches)
-        if choose:
-            recalibrate_if_better(
-                model, batches,
-                lambda: output_error(model, reference, held_out))
-    if recipe.recalibration is True:
-        recalibrate(model, batches)
+    with all_or_nothing(model, values=True):
+        apply_plan(model, plan, bases_of(analysis))
+        if reference is not None:
+            if recipe.is_sequential:
+                Reconstruction(model, reference, analysis, plan).run(batches)
+            if choose:
+                recalibrate_if_better(
+                    model, batches,
+                    lambda: output_error(model, reference, held_out))
+        if recipe.recalibration is True:
+            recalibrate(model, batches)
     log_plan(plan)
     return Compression(plan, analysis)
 

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Putting a plan into a model, and keeping wrong checkpoints out of it."""
 import copy
+import itertools
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
         model (nn.Module): The model, changed in place.
         new (dict[nn.Module, nn.Module]): Replacement by old module.
     """
-    with _all_or_nothing(model):
+    with all_or_nothing(model):
         for old, module in new.items():
             if isinstance(module, BasisLayer):
                 module.take_over(old)
@@ -83,13 +84,21 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Leave the modules of a model as they were if an error is raised."""
+def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
+    """Leave the modules of a model as they were if an error is raised.
+
+    Args:
+        model (nn.Module): The model.
+        values (bool): Its parameters and buffers get their values back, too;
+            a copy of them is kept meanwhile. Defaults to False.
+    """
     containers = ('_modules', '_parameters', '_load_state_dict_pre_hooks')
     before = [(vars(module), dict(vars(module)),
                [(vars(module)[name], dict(vars(module)[name]))
                 for name in containers]) for module in model.modules()]
     before_state = copy.copy(vars(model).get(_STATE))
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    kept = [(x, x.detach().clone()) for x in tensors] if values else []
     try:
         yield
     except BaseException:
@@ -101,6 +110,9 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
                 container.update(content)
         if before_state is not None:
             vars(model)[_STATE] = before_state
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
         raise
 
 
@@ -201,7 +213,7 @@ def apply_plan(model: nn.Module,
     """
     _check_plan(model, plan)
     new = _build_layers(model, plan, bases or {}, project)
-    with _all_or_nothing(model):
+    with all_or_nothing(model):
         replace_modules(model, new)
         _add_biases(model, plan)
         kept = attach_plan(model, plan)
@@ -260,7 +272,7 @@ def restructure(model: nn.Module, plan: CompressionPlan) -> None:
     Raises:
         ValueError: If the plan is of another model.
     """
-    with _all_or_nothing(model):
+    with all_or_nothing(model):
         replace_modules(model, {
             layer: layer.to_dense()
             for _, layer in basis_layers(model)

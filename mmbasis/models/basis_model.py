@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The model of a run while it is compressed and fine-tuned."""
-from typing import Any, Dict, Iterable, Optional, Union
+import inspect
+from typing import Any, Dict, Iterable, List, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -8,20 +9,34 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from ..compression import (Action, Recipe, Source, apply_plan, attach_plan,
-                           basis_layers, densified, get_plan, guard,
-                           load_weights, read_checkpoint, resolve,
-                           restructure, run_recipe, take_batches)
+from ..compression import (
+    Action,
+    Recipe,
+    Source,
+    apply_plan,
+    attach_plan,
+    basis_layers,
+    densified,
+    get_plan,
+    guard,
+    load_weights,
+    read_checkpoint,
+    resolve,
+    restructure,
+    run_recipe,
+    take_batches,
+)
 from ..factorization import orthogonality_penalty
 from ..planning import CompressionPlan
 from ..registry import MODELS
+from .builder import is_pretrained
 from .distillation import Distillation
-from .quirks import repair
+from ..quirks import repair
 
 #: attributes of the wrapper; all others are the model's
 _OWN = {
     'architecture', 'recipe', 'distillation', 'has_weights', 'source',
-    'training'
+    *vars(nn.Module())
 }
 
 
@@ -75,17 +90,20 @@ class BasisModel(BaseModel):
         self.source: Optional[str] = None
         self.distillation = self._build_distillation(architecture)
         self._adopt(repair(architecture))
-        guard(self)
+        guard(architecture)
         self._start_from(checkpoint)
 
     def _adopt(self, architecture: nn.Module) -> None:
-        """Share the parameters, buffers and children of the architecture."""
+        """Share the parameters, buffers and children of the architecture, and
+        the hooks around its state dict."""
         for name in ('_parameters', '_buffers', '_modules',
-                     '_non_persistent_buffers_set'):
+                     '_non_persistent_buffers_set', '_state_dict_hooks',
+                     '_state_dict_pre_hooks', '_load_state_dict_post_hooks'):
             self.__dict__[name] = architecture.__dict__[name]
         # past nn.Module.__setattr__, which would make it a child
         self.__dict__['architecture'] = architecture
-        self.__dict__.pop('init_cfg', None)  # the model has its own
+        for name in ('init_cfg', '_is_init'):  # the model has its own
+            self.__dict__.pop(name, None)
 
     def _build_distillation(
             self, architecture: nn.Module) -> Optional[Distillation]:
@@ -123,6 +141,8 @@ class BasisModel(BaseModel):
         elif self.plan is not None:
             resolve(self.recipe, None, model=self.plan)
         if asked is not None and self.plan is None:
+            if not self.has_weights and self._pretrained():
+                self.init_weights()  # a compressed model could not take them
             if self.has_weights:
                 self._take_teacher()
             apply_plan(self.architecture, asked, project=self.has_weights)
@@ -138,7 +158,7 @@ class BasisModel(BaseModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if ('architecture' not in self.__dict__ or name in _OWN
-                or name.startswith('_') or hasattr(type(self), name)):
+                or hasattr(type(self), name)):
             super().__setattr__(name, value)
         else:
             setattr(self.__dict__['architecture'], name, value)
@@ -206,11 +226,16 @@ class BasisModel(BaseModel):
             return
         if hasattr(self.architecture, 'init_weights'):
             self.architecture.init_weights()
-        pretrained = getattr(self.architecture, 'init_cfg', None)
-        if isinstance(pretrained, dict) and (pretrained.get('type')
-                                             == 'Pretrained'):
-            self.has_weights = True
-            self.source = pretrained.get('checkpoint')
+        for config in self._pretrained():
+            self.has_weights, self.source = True, config['checkpoint']
+
+    def _pretrained(self) -> List[dict]:
+        """What the whole model is initialised with, of trained weights."""
+        configs = getattr(self.architecture, 'init_cfg', None) or []
+        configs = [configs] if isinstance(configs, dict) else configs
+        return [
+            x for x in configs if is_pretrained(x) and not x.get('prefix')
+        ]
 
     def train(self, mode: bool = True) -> 'BasisModel':
         self.architecture.train(mode)
@@ -228,7 +253,7 @@ class BasisModel(BaseModel):
         Raises:
             RuntimeError: If training starts while the planner was never run.
         """
-        if kwargs.get('mode') != 'loss':
+        if _mode(self.architecture, args, kwargs) != 'loss':
             return self.architecture(*args, **kwargs)
         self._check_compressed()
 
@@ -261,6 +286,12 @@ class BasisModel(BaseModel):
                 total = total + orthogonality_penalty(layer.factors[0])
         return self.recipe.orthogonality.weight * total
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.architecture._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.architecture._save_to_state_dict(*args, **kwargs)
+
     def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Any]:
         if _trains_itself(self.architecture):
             self._check_compressed()
@@ -278,9 +309,20 @@ class BasisModel(BaseModel):
 
 
 def _trains_itself(model: nn.Module) -> bool:
-    """Whether a model has a ``train_step`` that is not MMEngine's."""
-    own = getattr(type(model), 'train_step', None)
-    return 'train_step' in vars(model) or own is not BaseModel.train_step
+    """Whether a model has a way to train that is not MMEngine's."""
+    return any(
+        name in vars(model)
+        or getattr(type(model), name, None) is not getattr(BaseModel, name)
+        for name in ('train_step', '_run_forward'))
+
+
+def _mode(model: nn.Module, args: tuple, kwargs: Dict[str, Any]) -> Any:
+    """The mode that a model is called in, by keyword or not."""
+    if 'mode' in kwargs:
+        return kwargs['mode']
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments.get('mode')
 
 
 def _compress(model: nn.Module, recipe: Recipe,

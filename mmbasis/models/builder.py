@@ -14,7 +14,7 @@ from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
 from ..utils import as_text_config, load_config
-from .quirks import repair
+from ..quirks import repair
 
 
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
@@ -60,14 +60,15 @@ def _without_pretrained(config: Any) -> Any:
     if isinstance(config, dict):
         return type(config)((k, _without_pretrained(v))
                             for k, v in config.items()
-                            if k != 'init_cfg' or not _is_pretrained(v))
+                            if k != 'init_cfg' or not is_pretrained(v))
     if isinstance(config, (list, tuple)):
         return type(config)(
-            _without_pretrained(v) for v in config if not _is_pretrained(v))
+            _without_pretrained(v) for v in config if not is_pretrained(v))
     return config
 
 
-def _is_pretrained(config: Any) -> bool:
+def is_pretrained(config: Any) -> bool:
+    """Whether a config of an initialisation loads trained weights."""
     return isinstance(config, dict) and _last_name(
         config.get('type')) in ('Pretrained', 'PretrainedInit')
 

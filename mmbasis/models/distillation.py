@@ -5,8 +5,16 @@ import functools
 import os.path as osp
 import re
 from contextlib import ExitStack
-from typing import (Any, Callable, Dict, Iterable, List, Mapping, Optional,
-                    Sequence)
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 import torch
 import torch.nn as nn
@@ -15,6 +23,7 @@ from torch import Tensor
 from ..compression import (Teaching, Term, densified, load_weights,
                            read_checkpoint)
 from ..layers import BasisLayer, copy_module, kind_of
+from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
@@ -159,7 +168,7 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[Term]:
     if logits:
         weight = .7 / len(logits)
         return [Term(x, 'kl', weight) for x in logits]
-    for prefix in ('', 'detector.'):  # of a tracker
+    for prefix in DETECTOR_PREFIXES:
         # not the proposals that Sparse R-CNN has instead of an RPN
         found = [
             prefix + x for x in ('neck', 'bbox_head', 'rpn_head')

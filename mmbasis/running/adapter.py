@@ -31,11 +31,14 @@ class Adapter:
             def handles(cls, model):
                 return isinstance(model, MyModel)
 
+            def bind(self, data):
+                return Batch(data, kwargs=data).map(self.move)
+
             def predict(self, data):
-                return self.model.infer(data['image'])
+                return self.model.infer(self.prepare(data).kwargs['image'])
 
             def loss(self, data):
-                return self.model.compute_loss(data['image'], data['mask'])
+                return self.model.compute_loss(**self.prepare(data).kwargs)
 
     Only :meth:`handles` and what differs need to be written. ``data`` is a
     batch as the dataloader yields it, or what :meth:`prepare` returned.

@@ -110,7 +110,7 @@ def bind(model: nn.Module, data: Any) -> Batch:
     it is passed whole to a model whose only argument is annotated as a list,
     tuple or sequence. Of a dict the entries that ``forward`` names are
     passed; it is passed whole to a model that requires one argument of
-    another name. Anything else is the only argument.
+    another name, or that names none. Anything else is the only argument.
 
     Raises:
         TypeError: If ``forward`` requires what the batch does not have.
@@ -141,15 +141,14 @@ def _bind_mapping(model: nn.Module, data: Any, known: List[inspect.Parameter],
                   named: List[inspect.Parameter],
                   required: List[str]) -> Batch:
     missing = [name for name in required if name not in data]
-    if missing and len(required) == 1:
+    keywords = not known or known[-1].kind is inspect.Parameter.VAR_KEYWORD
+    if missing and len(required) == 1 or not (named or keywords):
         return Batch(data, (data, ))
     if missing:
         raise TypeError(
             f'{type(model).__name__}.forward requires {", ".join(required)}, '
             f'but a batch has {", ".join(map(str, data))}')
-    names = {x.name for x in named}
-    if not known or known[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        names = set(data)
+    names = set(data) if keywords else {x.name for x in named}
     return Batch(
         data,
         kwargs={k: v for k, v in data.items() if k in names},

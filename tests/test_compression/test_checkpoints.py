@@ -1,17 +1,22 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import pickle
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModel
 
 import mmbasis
-from mmbasis.compression import (META_KEY, apply_plan, from_plain, get_plan,
-                                 load_weights, plan_of, read_checkpoint,
-                                 save_checkpoint, to_plain)
+from mmbasis.compression import (
+    META_KEY,
+    Recipe,
+    apply_plan,
+    get_plan,
+    load_weights,
+    plan_of,
+    read_checkpoint,
+    save_checkpoint,
+)
 from mmbasis.models import BasisModel
 from mmbasis.planning import CompressionPlan, FixedPlanner
 
@@ -26,6 +31,11 @@ class Net(BaseModel):
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         return self.last(self.norm(self.conv(inputs)).relu())
+
+
+def planner(**ranks):
+    """By default rank 4 for both layers; the last one makes predictions."""
+    return FixedPlanner(ranks or {'.*': 4}, prediction_layers=True)
 
 
 @pytest.fixture
@@ -43,7 +53,7 @@ def dense():
 def compressed(batches):
     torch.manual_seed(0)
     model = Net().eval()
-    mmbasis.compress(model, FixedPlanner({'.*': 4}), batches)
+    mmbasis.compress(model, planner(), batches)
     return model
 
 
@@ -77,6 +87,7 @@ def test_readable_without_pickle(path, compressed, tmp_path):
 ])
 def test_every_plan_is_readable_without_pickle(planner, batches, tmp_path):
     model = Net()
+    planner = dict(planner, prediction_layers=True)
     plan = mmbasis.compress(model, planner, batches, norm=True)
     save_checkpoint(model, plan, str(tmp_path / 'c.pth'), {})
     checkpoint = torch.load(str(tmp_path / 'c.pth'), weights_only=True)
@@ -106,7 +117,7 @@ def test_flat_keys(path, dense):
 
 def test_same_keys_through_the_wrapper(compressed, dense, batches):
     wrapper = BasisModel(dense)
-    wrapper.compress(FixedPlanner({'.*': 4}), batches, None)
+    wrapper.compress(batches, Recipe.of(planner=planner()))
     assert list(wrapper.state_dict()) == list(compressed.state_dict())
     wrapper.load_state_dict(compressed.state_dict())
     assert same(wrapper, compressed)
@@ -191,17 +202,12 @@ def test_dense_weights_in_a_compressed_wrapper(dense, compressed):
 
 
 @pytest.mark.parametrize('ranks, message', [
-    ({
-        'conv': 3,
-        'last': 3
-    }, 'conv has basis filters of shape'),
-    ({
-        'conv': 3
-    }, "layers .'last'. .1 in all. are compressed in only one"),
+    (dict(conv=3, last=3), 'conv has basis filters of shape'),
+    (dict(conv=3), "layers .'last'. .1 in all. are compressed in only one"),
 ])
 def test_weights_of_other_ranks(compressed, batches, ranks, message):
     other = Net()
-    mmbasis.compress(other, FixedPlanner(ranks), batches)
+    mmbasis.compress(other, planner(**ranks), batches)
     for model, state in ((other, compressed.state_dict()),
                          (compressed, other.state_dict())):
         with pytest.raises(RuntimeError, match=message):
@@ -245,56 +251,3 @@ def test_compressed_model_can_be_pickled(compressed, dense):
     assert same(again, compressed)
     with pytest.raises(RuntimeError, match='these weights are dense'):
         again.load_state_dict(dense.state_dict())
-
-
-# -------------------------------------------------------------- plain types
-def history():
-    buffer = HistoryBuffer(max_length=50)
-    for i in range(7):
-        buffer.update(i / 3, 2)
-    return buffer
-
-
-def test_plain_types_are_readable_without_pickle(tmp_path):
-    value = dict(
-        number=np.float64(0.5),
-        count=np.int64(3),
-        array=np.arange(3),
-        nested=[dict(x=np.float32(0.25)), (1, np.bool_(True))],
-        tensor=torch.ones(2),
-        text='a',
-        none=None,
-        history=history())
-    torch.save(to_plain(value), tmp_path / 'x.pth')
-    again = torch.load(tmp_path / 'x.pth', weights_only=True)
-    assert again['number'] == 0.5 and type(again['number']) is float
-    assert again['count'] == 3 and type(again['count']) is int
-    assert again['array'] == [0, 1, 2]
-    assert again['nested'] == [dict(x=0.25), (1, True)]
-    assert torch.equal(again['tensor'], torch.ones(2))
-
-
-def test_histories_come_back():
-    again = from_plain(to_plain(dict(a=dict(loss=history()), b=[1])))
-    assert again['b'] == [1]
-    loss = again['a']['loss']
-    assert isinstance(loss, HistoryBuffer)
-    for mine, theirs in zip(loss.data, history().data):
-        np.testing.assert_array_equal(mine, theirs)
-    assert loss.mean(5) == history().mean(5)
-    for i in range(60):
-        loss.update(i)
-    assert len(loss.data[0]) == 50  # its limit has come back, too
-
-
-def test_message_hub_comes_back():
-    hub = MessageHub('test_message_hub_comes_back')
-    hub.update_scalar('train/loss', 0.5, 4)
-    hub.update_scalar('train/loss', 0.25, 4)
-    hub.update_info('iter', np.int64(7))
-    state = from_plain(to_plain(hub.state_dict()))
-    other = MessageHub('test_message_hub_comes_back_again')
-    other.load_state_dict(state)
-    assert other.get_scalar('train/loss').current() == (
-        hub.get_scalar('train/loss').current())
-    assert other.get_info('iter') == 7

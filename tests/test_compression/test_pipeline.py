@@ -7,12 +7,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.analysis import FlopAnalyzer
-from mmengine.model import (BaseDataPreprocessor, BaseModel,
-                            ExponentialMovingAverage)
+from mmengine.model import (
+    BaseModel,
+    ExponentialMovingAverage,
+    ImgDataPreprocessor,
+)
 
 import mmbasis
 from mmbasis.compression import apply_plan, basis_layers, get_plan
-from mmbasis.layers import BasisConv, BasisLinear
+from mmbasis.layers import BasisLayer
 from mmbasis.planning import BudgetPlanner, EnergyPlanner, FixedPlanner
 from mmbasis.running import model_complexity
 
@@ -54,7 +57,7 @@ def test_full_rank_of_a_plain_module():
     x, = batches(1, seed=1)
     expected = model(x)
     planner = FixedPlanner({'.*': 'full'},
-                           allow_dearer=True,
+                           allow_costlier=True,
                            prediction_layers=True)
     plan = mmbasis.compress(model, planner, batches())
     assert names(model) == ['conv1', 'conv2', 'up', 'fc'] == list(plan.layers)
@@ -196,7 +199,7 @@ def test_shared_layers_stay_shared():
     planner = EnergyPlanner(0.5, prediction_layers=True)
     plan = mmbasis.compress(model, planner, batches())
     assert 'small.0' in plan.layers and 'large.0' not in plan.layers
-    assert isinstance(model.small[0], BasisConv)
+    assert isinstance(model.small[0], BasisLayer)
     assert model.small[0] is model.large[0]
     parameters = sum(p.numel() for p in model.parameters())
     totals = plan.totals()['params']
@@ -380,7 +383,7 @@ def test_no_images():
 class ToyModel(BaseModel):
 
     def __init__(self):
-        super().__init__(BaseDataPreprocessor())
+        super().__init__(ImgDataPreprocessor())
         self.net = network()
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
@@ -397,7 +400,7 @@ def test_complexity_of_a_model():
     json.dumps(before)
     model.train()
     plan = mmbasis.compress(model, FixedPlanner({'.*': 3}), [
-        dict(inputs=torch.rand(2, 3, 11, 11)),
+        dict(inputs=list(torch.rand(2, 3, 11, 11))),
     ])
     after = model_complexity(model, data)
     totals = plan.totals()
@@ -410,7 +413,8 @@ def test_complexity_of_a_model():
 def test_linear_layers_are_represented_by_linear_layers():
     model = network()
     mmbasis.compress(model, FixedPlanner({'fc': 2}), batches())
-    assert type(model.fc) is BasisLinear
+    assert isinstance(model.fc, BasisLayer)
+    assert type(model.fc.basis) is type(model.fc.coefficients) is nn.Linear
 
 
 class Momentum(nn.Module):
@@ -446,7 +450,7 @@ def test_moving_average_inside_the_model_follows(cls, prefix):
         parameter.data.mul_(1.1)
     expected = model(x)
     full = copy.deepcopy(model)
-    planner = FixedPlanner({'.*': 'full'}, allow_dearer=True)
+    planner = FixedPlanner({'.*': 'full'}, allow_costlier=True)
     plan = mmbasis.compress(full, planner, batches(1), reconstruction='local')
     assert (full(x) - expected).norm() < 1e-4 * expected.norm()
     assert plan.dense[f'{prefix}conv1'].reason.startswith('moving')

@@ -6,8 +6,11 @@ import torch
 import torch.nn as nn
 
 import mmbasis
-from mmbasis.compression import (output_error, recalibrate,
-                                 recalibrate_if_better)
+from mmbasis.compression import (
+    output_error,
+    recalibrate,
+    recalibrate_if_better,
+)
 from mmbasis.planning import FixedPlanner
 
 

@@ -49,7 +49,8 @@ nan = float('nan')
 
 @pytest.mark.parametrize('config, message', [
     (dict(planer=PLANNER), 'planer'),
-    (dict(planner=PLANNER, plan='plan.json'), 'No such file'),
+    (dict(planner=PLANNER, plan='plan.json'), 'not both'),
+    (dict(plan='plan.json'), 'No such file'),
     (dict(planner='BudgetPlanner'), 'planner must be a config'),
     (dict(planner=dict(type='BudgetPlanner', mac=.5)), 'unexpected keyword'),
     (dict(plan=3), 'plan must be'),

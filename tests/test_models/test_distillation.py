@@ -9,7 +9,7 @@ from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.registry import MODELS as PRETRAIN_MODELS
 
-from mmbasis.compression import compress
+from mmbasis.compression import Term, compress
 from mmbasis.models import BasisModel
 from mmbasis.models.distillation import Distillation
 from mmbasis.planning import FixedPlanner
@@ -213,8 +213,7 @@ def test_logits_of_a_transformer():
             head=dict(
                 type='VisionTransformerClsHead', num_classes=5,
                 in_channels=8)))
-    term = dict(
-        module='head.layers.head', type='kl', weight=.7, temperature=4.)
+    term = Term('head.layers.head', 'kl', weight=.7, temperature=4.)
     assert Distillation(net).terms == [term]
     planner = FixedPlanner({'head.layers.head': 3},
                            allow_costlier=True,
@@ -228,10 +227,10 @@ def test_head_without_layers_teaches_nothing():
     """Proposals of Sparse R-CNN are learnt, not computed."""
     net = nn.Module()
     net.neck, net.rpn_head = nn.Conv2d(8, 8, 1), nn.Embedding(4, 4)
-    assert [x['module'] for x in Distillation(net).terms] == ['neck']
+    assert [x.module for x in Distillation(net).terms] == ['neck']
     tracker = nn.ModuleDict(dict(detector=net, track_head=nn.Linear(8, 8)))
     terms = Distillation(tracker).terms
-    assert [x['module'] for x in terms] == ['detector.neck']
+    assert [x.module for x in terms] == ['detector.neck']
 
 
 def test_no_teacher(head_cfg):
@@ -240,7 +239,11 @@ def test_no_teacher(head_cfg):
     assert not any('distill' in key for key in scalars)
     head_cfg.load_from = None  # random weights have nothing to teach
     head_cfg.custom_hooks[-1].distillation = True
-    assert run(head_cfg).model.distillation is None
+    untaught = run(head_cfg)
+    assert untaught.model.distillation.teacher is None
+    scalars = untaught.message_hub.log_scalars
+    assert 'train/loss' in scalars
+    assert not any('distill' in key for key in scalars)
 
 
 def test_calls_of_forward_itself_are_seen():
@@ -273,7 +276,7 @@ def test_calls_of_forward_itself_are_seen():
 
 @pytest.mark.parametrize('terms, message', [
     ([dict(module='nothing', type='mse')], "no module 'nothing', nor"),
-    ([dict(module='fc', type='mae')], "type='kl'"),
+    ([dict(module='fc', type='mae')], "must be 'kl' or 'mse'"),
     ([dict(module='fc', type='mse', temperature=2.)], 'term of distillation'),
     (None, 'no head.fc, neck'),
 ])

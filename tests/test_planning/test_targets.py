@@ -1,19 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What stays dense by default, in real heads, detectors and classifiers."""
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn as nn
 from mmcv.ops import ModulatedDeformRoIPoolPack
 from mmdet.testing import demo_mm_inputs
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torchvision.models import resnet18
 
-from mmbasis.compression import analyze
-from mmbasis.planning import (FixedPlanner, find_layers, find_targets,
-                              tensor_outputs)
-from mmbasis.planning.layers import OFFSETS, PREDICTION, choose_layers
-from mmbasis.running.graph import Targets, trace_targets
+from mmbasis.compression import Recipe, analyze, find_targets
+from mmbasis.planning import Reason, Rules, find_layers
+from mmbasis.running import Targets, adapter_of, trace_targets
 
 # config, field of its model that is a head, number of levels
 HEADS = {
@@ -124,16 +125,19 @@ def test_last_layers_of_heads_stay_dense(name):
     targets = trace_targets(model, modules(layers), run)
     assert targets.predictions == truth
 
-    choose_layers(model, layers, targets=targets)
-    dense = {x.name for x in layers if not x.compressible}
+    excluded = Rules().select(layers, targets).excluded
+    dense = set(excluded)
     assert truth and truth <= dense
-    assert {x.name for x in layers if x.reason == PREDICTION} <= truth
+    assert of_reason(excluded, Reason.PREDICTION) <= truth
     # most of the head is compressed all the same
     assert len(dense) < len(layers) or name in ('yolov3', 'ssd300', 'ssdlite')
 
-    asked = find_layers(model)
-    choose_layers(model, asked, prediction_layers=True, targets=targets)
-    assert PREDICTION not in {x.reason for x in asked}
+    asked = Rules(prediction_layers=True).select(layers, targets).excluded
+    assert not of_reason(asked, Reason.PREDICTION)
+
+
+def of_reason(excluded, reason):
+    return {name for name, x in excluded.items() if x.reason is reason}
 
 
 def modules(layers):
@@ -156,8 +160,7 @@ def detector(config, **parts):
 
 
 def targets_of(model, data):
-    return find_targets(model, modules(find_layers(model)),
-                        lambda: tensor_outputs(model, data))
+    return find_targets(adapter_of(model), find_layers(model), data)
 
 
 def test_two_stages():
@@ -165,8 +168,9 @@ def test_two_stages():
     model, data = detector('mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
     assert targets_of(model, data) == Targets(
         {
-            'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
-            'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits'
+            'rpn_head.rpn_cls', 'rpn_head.rpn_reg',
+            'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg',
+            'roi_head.mask_head.conv_logits'
         }, set())
 
 
@@ -182,8 +186,7 @@ def test_cascade():
 
 def test_queries():
     model, data = detector(
-        'dino/dino-4scale_r50_8xb2-12e_coco',
-        **{
+        'dino/dino-4scale_r50_8xb2-12e_coco', **{
             'model.encoder.num_layers': 1,
             'model.decoder.num_layers': 1,
             'model.num_queries': 10
@@ -216,10 +219,23 @@ def test_masks_of_regions():
 def test_plain_classifier():
     """Whose layers are named as nobody in OpenMMLab names them."""
     init_default_scope('mmengine')
-    layers = analyze(resnet18(num_classes=10), FixedPlanner({'.*': 'full'}),
-                     [torch.rand(2, 3, 32, 32)])
-    assert [x.name for x in layers if x.reason == PREDICTION] == ['fc']
-    assert OFFSETS not in {x.reason for x in layers}
+    recipe = Recipe.of(planner=dict(type='FixedPlanner', ranks={'.*': 'full'}))
+    excluded = analyze(
+        resnet18(num_classes=10), recipe,
+        [torch.rand(2, 3, 32, 32)]).selection.excluded
+    assert of_reason(excluded, Reason.PREDICTION) == {'fc'}
+    assert not of_reason(excluded, Reason.OFFSETS)
+
+
+def test_model_without_gradients():
+    """Of which nothing is known: not in silence."""
+    init_default_scope('mmengine')
+    model = resnet18()
+    model.forward = torch.no_grad()(model.forward)
+    logger = MMLogger.get_current_instance()
+    with patch.object(logger, 'warning') as warning:
+        assert targets_of(model, torch.rand(2, 3, 32, 32)) == (set(), set())
+    assert 'without gradients' in warning.call_args[0][0]
 
 
 def test_model_is_as_before():

@@ -44,7 +44,8 @@ def test_deformable_convolutions_are_counted():
         FixedPlanner({
             'v.*': 2,
             'pack': 1
-        }), [data],
+        },
+                     prediction_layers=True), [data],
         reconstruction='local')
     assert {x.kind for x in plan.layers.values()} == {'BasisDeformConv'}
     assert len(plan.layers) == 4

@@ -1,7 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What an autograd graph tells of layers, one mechanism at a time."""
+import inspect
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2dPack
+from mmcv.ops.deform_conv import DeformConv2dFunction
+from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
+from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+from mmcv.ops.roi_align import RoIAlignFunction
 
 from mmbasis.planning import find_layers
-from mmbasis.running.graph import trace_targets
+from mmbasis.running.graph import _sampling_operands, trace_targets
 
 
 def trace(model, run=None, shape=(1, 3, 8, 8)):
@@ -49,16 +56,26 @@ def affine(m, x):
 
 
 BETWEEN = {
-    'nothing': lambda m, x: m.last(m.first(x)),
-    'activation': lambda m, x: m.last(m.first(x)).sigmoid_(),
-    'in_place': lambda m, x: m.last(m.first(x).relu_()).add_(1).clamp_(0),
-    'a slice': lambda m, x: m.last(m.first(x))[:, 1:].exp(),
-    'softmax': lambda m, x: m.last(m.first(x)).flatten(2).softmax(-1),
-    'affine': affine,
-    'resize': lambda m, x: F.interpolate(m.last(m.first(x)), scale_factor=2),
-    'shapes': lambda m, x: m.last(m.first(x)).permute(0, 2, 3, 1).flatten(),
-    'a loss': lambda m, x: F.mse_loss(m.last(m.first(x)), x[:, :1].expand(1, 4, 8, 8)),
-    'a constant': lambda m, x: m.last(m.first(x)) @ torch.eye(8),
+    'nothing':
+    lambda m, x: m.last(m.first(x)),
+    'activation':
+    lambda m, x: m.last(m.first(x)).sigmoid_(),
+    'in_place':
+    lambda m, x: m.last(m.first(x).relu_()).add_(1).clamp_(0),
+    'a slice':
+    lambda m, x: m.last(m.first(x))[:, 1:].exp(),
+    'softmax':
+    lambda m, x: m.last(m.first(x)).flatten(2).softmax(-1),
+    'affine':
+    affine,
+    'resize':
+    lambda m, x: F.interpolate(m.last(m.first(x)), scale_factor=2),
+    'shapes':
+    lambda m, x: m.last(m.first(x)).permute(0, 2, 3, 1).flatten(),
+    'a loss':
+    lambda m, x: F.mse_loss(m.last(m.first(x)), x[:, :1].expand(1, 4, 8, 8)),
+    'a constant':
+    lambda m, x: m.last(m.first(x)) @ torch.eye(8),
 }
 
 
@@ -91,24 +108,24 @@ def attend(m, x):
 WEIGHTED = {
     'standardised': (lambda m, x: m.last(m.first(x)),
                      lambda: dict(last=WeightedConv(4, 4, 3))),
-    'spectral norm': (lambda m, x: m.last(m.first(x)), lambda: dict(
-        last=nn.utils.spectral_norm(conv()))),
+    'spectral norm': (lambda m, x: m.last(m.first(x)),
+                      lambda: dict(last=nn.utils.spectral_norm(conv()))),
     'weight norm': (lambda m, x: m.last(m.first(x)),
                     lambda: dict(last=nn.utils.weight_norm(conv()))),
     'functional': (lambda m, x: F.conv2d(m.first(x), m.last),
                    lambda: dict(last=nn.Parameter(torch.rand(2, 4, 3, 3)))),
-    'product': (lambda m, x: m.first(x).mean((2, 3)) @ m.last,
-                lambda: dict(last=nn.Parameter(torch.rand(4, 2)))),
-    'normalised': (lambda m, x: F.linear(
-        m.first(x).mean((2, 3)), F.normalize(m.last)),
-                   lambda: dict(last=nn.Parameter(torch.rand(2, 4)))),
+    'product': (lambda m, x: m.first(x).mean(
+        (2, 3)) @ m.last, lambda: dict(last=nn.Parameter(torch.rand(4, 2)))),
+    'normalised':
+    (lambda m, x: F.linear(m.first(x).mean((2, 3)), F.normalize(m.last)),
+     lambda: dict(last=nn.Parameter(torch.rand(2, 4)))),
     'einsum': (lambda m, x: torch.einsum('ncij,cd->ndij', m.first(x), m.last),
                lambda: dict(last=nn.Parameter(torch.rand(4, 2)))),
-    'attention': (attend, lambda: dict(
-        attention=nn.MultiheadAttention(4, 2, batch_first=True))),
-    'recurrent':
-    (lambda m, x: m.last(m.first(x).mean(3).transpose(1, 2))[0],
-     lambda: dict(last=nn.LSTM(4, 4))),
+    'attention':
+    (attend,
+     lambda: dict(attention=nn.MultiheadAttention(4, 2, batch_first=True))),
+    'recurrent': (lambda m, x: m.last(m.first(x).mean(3).transpose(1, 2))[0],
+                  lambda: dict(last=nn.LSTM(4, 4))),
     'another kind': (lambda m, x: m.last(m.first(x)),
                      lambda: dict(last=nn.Conv2d(4, 4, 3, groups=4))),
 }
@@ -162,8 +179,10 @@ def test_checkpoints(reentrant):
 
 def test_shared_head_over_levels():
     assert predictions(
-        lambda m, x: [m.cls(m.tower(x).relu()) for x in
-                      (m.first(x), F.max_pool2d(m.first(x), 2))],
+        lambda m, x: [
+            m.cls(m.tower(x).relu())
+            for x in (m.first(x), F.max_pool2d(m.first(x), 2))
+        ],
         first=conv(3),
         tower=conv(),
         cls=conv()) == {'cls'}
@@ -177,8 +196,9 @@ class Outputs:
 
 def test_nested_outputs():
     assert predictions(
-        lambda m, x: dict(a=[Outputs(m.cls(m.first(x)), ['a'])], b=
-                          (m.reg(m.first(x)), None)),
+        lambda m, x: dict(
+            a=[Outputs(m.cls(m.first(x)), ['a'])], b=(m.reg(m.first(x)), None)
+        ),
         first=conv(3),
         cls=conv(),
         reg=conv()) == {'cls', 'reg'}
@@ -302,13 +322,11 @@ def regions(m, x):
 
 SAMPLING = {
     'grid': (shifted, dict),
-    'torchvision':
-    (tv_deformed,
-     lambda: dict(
-         deform=torchvision.ops.DeformConv2d(4, 4, 3, padding=1),
-         mask=conv(4, 9))),
-    'mmcv': (mm_deformed, lambda: dict(deform=DeformConv2d(
-        4, 4, 3, padding=1))),
+    'torchvision': (tv_deformed, lambda: dict(
+        deform=torchvision.ops.DeformConv2d(4, 4, 3, padding=1),
+        mask=conv(4, 9))),
+    'mmcv':
+    (mm_deformed, lambda: dict(deform=DeformConv2d(4, 4, 3, padding=1))),
     'regions': (regions, dict),
 }
 
@@ -334,6 +352,21 @@ def test_packed_offsets():
         deform=ModulatedDeformConv2dPack(4, 4, 3, padding=1),
         cls=conv())
     assert trace(net) == ({'cls'}, {'deform.conv_offset'})
+
+
+@pytest.mark.parametrize('function, names', [
+    (DeformConv2dFunction, ['offset']),
+    (ModulatedDeformConv2dFunction, ['offset', 'mask']),
+    (DeformRoIPoolFunction, ['rois', 'offset']),
+    (RoIAlignFunction, ['rois']),
+    (MultiScaleDeformableAttnFunction,
+     ['sampling_locations', 'attention_weights']),
+])
+def test_operands_of_operators(function, names):
+    """Also of those that run on a GPU only."""
+    context, *operands = inspect.signature(function.forward).parameters
+    node = SimpleNamespace(name=lambda: f'{function.__name__}Backward')
+    assert [operands[i] for i in _sampling_operands(node)] == names
 
 
 def test_reference_points():

@@ -83,7 +83,7 @@ def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
 
 
 def _child(entry: Entry, connection: Connection, memory_gb: float,
-           seconds: float) -> None:
+           seconds: float, work: Callable) -> None:
     # nobody waits for the result when the parent is killed
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (1, 2):
@@ -98,7 +98,7 @@ def _child(entry: Entry, connection: Connection, memory_gb: float,
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     # some configs name others from where the library's repository lies
     os.chdir(osp.dirname(config_root(entry.library)))
-    connection.send(check(entry, connection.send))
+    connection.send(work(entry, connection.send))
 
 
 def _address_space() -> int:
@@ -110,13 +110,14 @@ def _address_space() -> int:
 class _Running:
     """A process at work on one model."""
 
-    def __init__(self, entry: Entry, memory_gb: float, seconds: float) -> None:
+    def __init__(self, entry: Entry, memory_gb: float, seconds: float,
+                 work: Callable) -> None:
         context = multiprocessing.get_context('fork')
         self.entry, self.step, self.start = entry, 'start', time.time()
         self.seconds = seconds
         self.connection, theirs = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=_child, args=(entry, theirs, memory_gb, seconds))
+            target=_child, args=(entry, theirs, memory_gb, seconds, work))
         self.process.start()
         theirs.close()
 
@@ -176,7 +177,8 @@ def load_libraries() -> None:
 def check_all(entries: Sequence[Entry],
               jobs: int = 1,
               memory_gb: float = 6,
-              seconds: float = 600) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
+              seconds: float = 600,
+              work: Callable = check) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
     """Check models in processes of their own.
 
     Args:
@@ -184,6 +186,7 @@ def check_all(entries: Sequence[Entry],
         jobs (int): How many at a time. Defaults to 1.
         memory_gb (float): What each may allocate. Defaults to 6.
         seconds (float): CPU time that each may take. Defaults to 600.
+        work (Callable): What is done with each, see :func:`check`.
 
     Yields:
         tuple[Entry, dict]: Model and result, in the order in which they are
@@ -195,7 +198,8 @@ def check_all(entries: Sequence[Entry],
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_Running(waiting.pop(0), memory_gb, seconds))
+                running.append(
+                    _Running(waiting.pop(0), memory_gb, seconds, work))
             time.sleep(.1)
             for one in list(running):
                 result = one.result()
