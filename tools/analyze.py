@@ -26,9 +26,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmbasis.compression import (Recipe, analyze, forward_latency,
-                                 load_weights, make_plan, read_checkpoint,
-                                 run_recipe, single_truncations, take_batches)
+from mmbasis.compression import (
+    Recipe,
+    analyze,
+    forward_latency,
+    load_weights,
+    make_plan,
+    read_checkpoint,
+    run_recipe,
+    single_truncations,
+    take_batches,
+)
 from mmbasis.datasets import calibration_dataloader
 from mmbasis.models import build_dense
 from mmbasis.planning import Analysis, CompressionPlan
@@ -36,8 +44,13 @@ from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
-from mmbasis.visualization import (plot_curves, plot_losses, plot_ranks,
-                                   plot_sensitivities, plot_spectra)
+from mmbasis.visualization import (
+    plot_curves,
+    plot_losses,
+    plot_ranks,
+    plot_sensitivities,
+    plot_spectra,
+)
 
 #: planners by name, for a budget; the paper's has a threshold instead
 PLANNERS = {

@@ -16,8 +16,8 @@ in a process of its own:
   one model in thirty gets all that users get by default, which takes twice as
   long: ranks by the loss, sequential reconstruction, and the dense model as
   teacher;
-- round trip: saved, built anew from config and plan, and loaded, the model
-  puts out the same;
+- round trip: saved, built again from config and plan, and loaded, the model
+  returns the same;
 - test mode and train mode work, with finite losses and gradients.
 
 The results lie in the work directory, one file for each model; what is there,
@@ -43,8 +43,14 @@ from catalogue_sweep.processes import check_all
 from catalogue_sweep.report import STATUS, summary, write
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
-                           TimeElapsedColumn, TimeRemainingColumn)
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import mmbasis
 from mmbasis.utils.io import write_atomically

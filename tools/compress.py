@@ -17,9 +17,15 @@ from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import (TEACHER_KEY, Recipe, load_weights,
-                                 read_checkpoint, run_recipe, save_checkpoint,
-                                 take_batches)
+from mmbasis.compression import (
+    TEACHER_KEY,
+    Recipe,
+    load_weights,
+    read_checkpoint,
+    run_recipe,
+    save_checkpoint,
+    take_batches,
+)
 from mmbasis.datasets import calibration_dataloader
 from mmbasis.models import build_dense, standalone_config
 from mmbasis.running import model_complexity

@@ -22,9 +22,17 @@ from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.deploy import (Deployment, calibration_images, check_tensorrt,
-                            compare, evaluate_onnx, merge_slow_layers,
-                            quantize_onnx, trtexec_command, write_calibration)
+from mmbasis.deploy import (
+    Deployment,
+    calibration_images,
+    check_tensorrt,
+    compare,
+    evaluate_onnx,
+    merge_slow_layers,
+    quantize_onnx,
+    trtexec_command,
+    write_calibration,
+)
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 

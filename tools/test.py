@@ -1,16 +1,26 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Evaluate a checkpoint of any OpenMMLab config, compressed or dense."""
 import argparse
+import copy
 import os
+from typing import Iterator
 
 import mmengine
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmbasis.models.quirks import repair
 from mmbasis.utils import init_cpu_dist, load_config
+
+#: how the libraries' own tools merge predictions where a config does not say
+TTA_MODELS = dict(
+    mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
+    mmdet=dict(
+        type='DetTTAModel',  # registered by mmdet, but not in its scope
+        tta_cfg=dict(
+            nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,6 +35,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', help='folder for painted images')
     parser.add_argument(
         '--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation by tta_model and tta_pipeline of the '
+        'config; without them each image is seen flipped, too')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -55,6 +70,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         raise KeyError(f"config {args.config} has no 'test_dataloader'")
     if args.amp:
         cfg.test_cfg.fp16 = True
+    if args.tta:
+        augment(cfg)
     if args.show_dir is not None:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if hook is None:
@@ -68,6 +85,39 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
             'test_out_dir' if is_det else 'out_dir': args.show_dir
         })
     return cfg
+
+
+def augment(cfg: Config) -> None:
+    """Test several views of each image, and merge what is predicted.
+
+    Raises:
+        KeyError: If the config does not say how to merge, and its library has
+            no default.
+    """
+    merge = cfg.get('tta_model') or TTA_MODELS.get(cfg.get('default_scope'))
+    if merge is None:
+        raise KeyError(
+            '--tta needs tta_model in the config: the library of '
+            f'default_scope={cfg.get("default_scope")!r} has no default')
+    for dataset in innermost(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.get('tta_pipeline') or flipped(dataset.pipeline)
+    cfg.model = ConfigDict(**merge, module=cfg.model)
+
+
+def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The datasets that others are made of."""
+    inner = dataset.get('datasets', [dataset.get('dataset')])
+    for one in inner:
+        yield from [dataset] if one is None else innermost(one)
+
+
+def flipped(pipeline: list) -> list:
+    """Transforms of testing that return an image and its mirror image."""
+    *steps, pack = copy.deepcopy(pipeline)
+    if 'meta_keys' in pack:
+        pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')
+    views = [[dict(type='RandomFlip', prob=p) for p in (1., 0.)], [pack]]
+    return [*steps, dict(type='TestTimeAug', transforms=views)]
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
-from mmbasis.compression import as_planner
 from mmbasis.planning import find_layers
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'mmdet'
@@ -68,7 +67,7 @@ def test_compressing_config(name):
     *kept, hook = cfg.custom_hooks
     assert types(kept) == types(base.get('custom_hooks'))
     assert hook.type == 'mmbasis.BasisCompressionHook'
-    planner = as_planner(HOOKS.build(dict(hook)).planner)
+    planner = HOOKS.build(dict(hook)).recipe.planner
     assert planner.budget == BUDGETS[name.split('_basis-')[1]]
     assert hook.calibration.num_batches * cfg.train_dataloader.batch_size >= 32
 
@@ -99,7 +98,7 @@ def test_dense_model_is_built(name):
     layers = find_layers(model)
     total, free = (
         sum(x.module.weight.numel() for x in some)
-        for some in (layers, [x for x in layers if x.compressible]))
+        for some in (layers, [x for x in layers if x.obstacle is None]))
     assert free > .5 * total
     has_deformable = 'BasisDeformConv' in {
         x.kind.name
@@ -132,7 +131,7 @@ def test_small_detector_is_compressed(name):
     assert cfg.model == load(name).model
     assert cfg.load_from.endswith(f'{name}.pth')
     hook, = (x for x in cfg.custom_hooks if 'mmbasis' in x.type)
-    assert as_planner(HOOKS.build(dict(hook)).planner).budget == 0.5
+    assert HOOKS.build(dict(hook)).recipe.planner.budget == 0.5
     assert cfg.param_scheduler.end == 26 * cfg.train_cfg.max_epochs
 
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from mmbasis.compression import read_checkpoint
-from mmbasis.deploy import (Deployment, check_tensorrt, compare, evaluate_onnx,
-                            match_boxes, open_onnx)
+from mmbasis.deploy import (
+    Deployment,
+    check_tensorrt,
+    compare,
+    evaluate_onnx,
+    match_boxes,
+    open_onnx,
+)
 from mmbasis.utils import load_config
 from mmbasis.utils.runner import evaluate
 

@@ -5,8 +5,14 @@ import os
 import numpy as np
 import pytest
 
-from mmbasis.deploy import (Deployment, calibration_images, evaluate_onnx,
-                            open_onnx, quantize_onnx, write_calibration)
+from mmbasis.deploy import (
+    Deployment,
+    calibration_images,
+    evaluate_onnx,
+    open_onnx,
+    quantize_onnx,
+    write_calibration,
+)
 
 CLS = 'classification_onnxruntime_static-32x32'
 

@@ -31,7 +31,7 @@ def registries():
     ('A way to run a model', 'ADAPTERS'),
 ])
 def test_examples_run(text, registries, heading, name):
-    section = text.split(f'### {heading}\n')[1].split('\n#')[0]
+    section = text.split(f'### {heading}\n')[1].split('\n##')[0]
     block, = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
     before = set(registries[name].module_dict)
     scope = {'__name__': 'example'}

@@ -71,7 +71,8 @@ def check_latencies(log, start, end, latencies, least):
     On a busy machine other processes get in between the two clock readings of
     some inferences; a quarter of them must be undisturbed.
     """
-    rows = [[float(v) for v in n.split()] for n in open(str(log))]
+    rows = [[float(v) for v in n.split()]
+            for n in log.read_text().splitlines()]
     true = [length for stamp, length in rows if start < stamp <= end]
     assert len(true) == len(latencies) and min(true) >= least
     excess = sorted(a / b - 1 for a, b in zip(latencies, true))

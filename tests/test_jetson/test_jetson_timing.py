@@ -3,8 +3,13 @@
 import random
 
 import pytest
-from jetson.stats import (latency_summary, paired_ratio, quantile, student_t95,
-                          unpaired_ratio)
+from jetson.stats import (
+    latency_summary,
+    paired_ratio,
+    quantile,
+    student_t95,
+    unpaired_ratio,
+)
 from jetson.timing import timed_window, warm_up
 from jetson.util import now
 

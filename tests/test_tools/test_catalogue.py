@@ -21,12 +21,17 @@ if TOOLS not in sys.path:
 
 import catalogue  # noqa: E402
 from catalogue_sweep.compare import difference  # noqa: E402
-from catalogue_sweep.configs import Entry  # noqa: E402
-from catalogue_sweep.configs import model_hash, read_config  # noqa: E402
+from catalogue_sweep.configs import (  # noqa: E402
+    Entry,
+    model_hash,
+    read_config,
+)
 from catalogue_sweep.models import architecture  # noqa: E402
-from catalogue_sweep.operators import carafe  # noqa: E402
-from catalogue_sweep.operators import deform_roi_pool  # noqa: E402
-from catalogue_sweep.operators import masked_conv2d  # noqa: E402
+from catalogue_sweep.operators import (  # noqa: E402
+    carafe,
+    deform_roi_pool,
+    masked_conv2d,
+)
 from catalogue_sweep.processes import cause_of, check_all  # noqa: E402
 from catalogue_sweep.report import markdown, summary  # noqa: E402
 
@@ -116,7 +121,7 @@ def test_wrong_full_rank_is_our_failure(monkeypatch):
     assert result['cause'] == 'ours' and result['layer_error'] > 1e-4
 
 
-def test_dearer_plan_is_our_failure(monkeypatch):
+def test_costlier_plan_is_our_failure(monkeypatch):
     from catalogue_sweep import checks
     planner = checks.BudgetPlanner
     monkeypatch.setattr(checks, 'BudgetPlanner',

@@ -31,7 +31,7 @@ def tool(root, name, *args, status=0):
         env=dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS='1'),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        universal_newlines=True)
+        text=True)
     assert result.returncode == status, result.stdout
     return result.stdout
 

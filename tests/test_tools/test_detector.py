@@ -2,6 +2,7 @@
 """A detector through the tools, as a user runs them: processes on images."""
 import json
 import os.path as osp
+import pickle
 import signal
 import subprocess
 import sys
@@ -269,6 +270,30 @@ def test_compress_tool_and_test_tool(compressed, start, place, tmp_path):
               tmp_path / 'metrics.json'))
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics == pytest.approx(report['metrics']['after'], abs=1e-4)
+
+
+def test_augmentation_is_that_of_mmdet(compressed, start, place, tmp_path):
+    """A compressed checkpoint under the hook, by our tool and by mmdet's."""
+    ours, theirs, plain = (tmp_path / f'{x}.pkl' for x in 'abc')
+    mmdet_tool = osp.join(
+        osp.dirname(mmdet.__file__), '.mim', 'tools', 'test.py')
+    for tool, out, args in (('tools/test.py', ours, ['--tta']),
+                            (mmdet_tool, theirs, ['--tta']),
+                            ('tools/test.py', plain, [])):
+        finish(
+            start(tool, place / 'basis.py', compressed / 'compressed.pth',
+                  '--work-dir', tmp_path, '--out', out, *args))
+    ours, theirs, plain = (
+        [sample['pred_instances'] for sample in pickle.loads(x.read_bytes())]
+        for x in (ours, theirs, plain))
+    assert len(ours) == len(theirs) == 12
+    for a, b in zip(ours, theirs):
+        assert len(a['scores'])
+        for key in ('scores', 'bboxes', 'labels'):
+            assert torch.equal(a[key], b[key]), key
+    assert any(
+        a['scores'].tolist() != b['scores'].tolist()
+        for a, b in zip(ours, plain))
 
 
 def test_inferencers_load_the_standalone_config(compressed, place,

@@ -30,8 +30,14 @@ from mmengine.runner import set_random_seed
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import (Recipe, analyze, apply_plan, load_weights,
-                                 make_plan, read_checkpoint)
+from mmbasis.compression import (
+    Recipe,
+    analyze,
+    apply_plan,
+    load_weights,
+    make_plan,
+    read_checkpoint,
+)
 from mmbasis.deploy.layer_models import LayerModels, RawOutputs
 from mmbasis.models import build_dense
 from mmbasis.planning.latency import LatencyTable

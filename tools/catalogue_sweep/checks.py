@@ -16,17 +16,39 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 
-from mmbasis.compression import (Recipe, analyze, apply_plan, bases_of,
-                                 basis_layers, find_targets, load_weights,
-                                 make_plan, plan_of, read_checkpoint,
-                                 run_recipe, save_checkpoint)
+from mmbasis.compression import (
+    Recipe,
+    analyze,
+    apply_plan,
+    bases_of,
+    basis_layers,
+    find_targets,
+    load_weights,
+    make_plan,
+    plan_of,
+    read_checkpoint,
+    run_recipe,
+    save_checkpoint,
+)
 from mmbasis.models import build_compressed
 from mmbasis.models.distillation import Distillation
-from mmbasis.planning import (Analysis, BudgetPlanner, CompressionPlan,
-                              FixedPlanner, Form)
+from mmbasis.planning import (
+    Analysis,
+    BudgetPlanner,
+    CompressionPlan,
+    FixedPlanner,
+    Form,
+)
 from mmbasis.running import adapter_of
-from .compare import (difference, forward, in_float32, layer_differences,
-                      precision, tensors)
+
+from .compare import (
+    difference,
+    forward,
+    in_float32,
+    layer_differences,
+    precision,
+    tensors,
+)
 from .counting import MacCounter
 from .data import make_batch, sizes
 from .models import architecture, build, settle_norms, uninitialized
@@ -168,8 +190,9 @@ class Checked:
                     continue
                 with torch.no_grad():
                     if mode == 'tensor':
-                        settle_norms(self.model,
-                                     lambda: forward(self.model, data, mode))
+                        settle_norms(
+                            self.model,
+                            lambda: forward(self.model, data, 'tensor'))
                     outputs = forward(self.model, data, mode)
                     if mode == 'tensor':
                         self.facts['finite_outputs'] = _finite(outputs)
@@ -216,17 +239,10 @@ class Checked:
             if dtype == torch.float64 and 'loss' not in self.facts['compared']:
                 data = self._first_image()  # convolutions are slow then
             with precision(dtype), torch.no_grad():
-                # copies: a queue or a moving average changes with each run
-                # (LAD has a to() of its own, for devices only)
-                dense = nn.Module.to(copy.deepcopy(self.model), dtype)
-                try:
-                    expected = self._outputs(dense, data)
-                except Exception:
-                    if dtype == torch.float64:
-                        break  # operators that know float32 only
-                    raise
-                del dense  # large models leave no room for the next
-                gc.collect()
+                expected = self._dense_outputs(data, dtype)
+                if expected is None:
+                    break
+                gc.collect()  # large models leave no room for the next
                 if model is None:
                     model = self._at_full_rank(plan, analysis, dtypes[-1])
                 basis = model
@@ -241,6 +257,19 @@ class Checked:
         # one number, the loss, says little
         if error > TOLERANCE or self.facts['modes'] == ['loss']:
             self._compare_layers(model)
+
+    def _dense_outputs(self, data: Any,
+                       dtype: torch.dtype) -> Optional[List[Any]]:
+        """Of the dense model; None if its operators know float32 only."""
+        # a copy: a queue or a moving average changes with each run
+        # (LAD has a to() of its own, for devices only)
+        dense = nn.Module.to(copy.deepcopy(self.model), dtype)
+        try:
+            return self._outputs(dense, data)
+        except Exception:
+            if dtype == torch.float64:
+                return None
+            raise
 
     def _at_full_rank(self, plan: CompressionPlan, analysis: Analysis,
                       dtype: torch.dtype) -> nn.Module:
@@ -343,8 +372,8 @@ class Checked:
 
     # ------------------------------------------------------ afterwards
     def _round_trip(self, plan: CompressionPlan) -> None:
-        """Saved, built from config and plan alone, and loaded, the model puts
-        out the same."""
+        """Saved, built from config and plan alone, and loaded, the model
+        returns the same."""
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'compressed.pth')
             save_checkpoint(self.model, plan, path, {})
@@ -419,9 +448,10 @@ def _backward(model: nn.Module,
         losses = forward(model, data, 'loss')
     else:
         inputs = model.data_preprocessor(copy.deepcopy(data), True)
-        losses = teacher.losses(model, inputs['inputs'],
-                                lambda: forward(model, data, 'loss'),
-                                inputs.get('data_samples'))
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs,
+                                                                      {})
+        losses = teacher.losses(model, args, dict(kwargs, mode='loss'),
+                                lambda: forward(model, data, 'loss'))
     loss, _ = model.parse_losses(losses)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -8,6 +8,7 @@ import torch.nn as nn
 from mmbasis.planning import Analysis, CompressionPlan
 from mmbasis.planning.statistics import LayerRecorder
 from mmbasis.running import model_complexity
+
 from .compare import forward
 
 

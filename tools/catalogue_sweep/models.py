@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmbasis.models.quirks import repair
+
 from .configs import without_pretrained
 
 #: Parameters that are all smaller than this do not count: residual branches

@@ -64,7 +64,8 @@ def load(path, options):
     try:
         session = ort.InferenceSession(path, settings, providers=providers)
     except Exception as e:  # its errors have no common class
-        raise BenchError('ONNX Runtime cannot load {}: {}'.format(path, e))
+        raise BenchError('ONNX Runtime cannot load {}: {}'.format(
+            path, e)) from e
     feeds = {}
     for i in session.get_inputs():
         if i.type not in _TYPES:

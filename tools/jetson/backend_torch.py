@@ -61,7 +61,7 @@ def load(path, options):
         raise BenchError('{} is not a TorchScript file: {}. Save it by '
                          'torch.jit.trace(model, input).save(path)'.format(
                              path,
-                             str(e).splitlines()[0]))
+                             str(e).splitlines()[0])) from e
     data = torch.from_numpy(
         make_input('input',
                    list(options.shapes.values())[0], np.float32,

@@ -277,7 +277,7 @@ def replay_command(args):
         raise BenchError(
             '{} has no rail {} in every line; the first has: {}'.format(
                 args.log, args.rail, ', '.join(records[0]['power_mw'])
-                or 'none'))
+                or 'none')) from None
     times = [i * args.period for i in range(len(watts))]
     found = find_plateaus(times, watts)
     if not found:

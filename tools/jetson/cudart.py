@@ -4,7 +4,6 @@
 Signatures: CUDA Runtime API reference, the same from CUDA 10 to 12.
 """
 import ctypes
-import ctypes.util
 import glob
 
 from .util import BenchError

@@ -10,6 +10,7 @@ Lines to it: a JSON object ``{"undo": [command]}``, ``{"result": path}`` (the
 file to mark as partial if the benchmark dies) or ``{"done": true}``. Each is
 answered by ``ok``, so a setting is changed only when its undoing is known.
 """
+import contextlib
 import json
 import os
 import signal
@@ -20,8 +21,12 @@ if __name__ == '__main__':  # started as a program: find the package
     sys.path.insert(
         0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from jetson.util import run_tool  # noqa: E402
-from jetson.util import BenchError, read_json, write_json
+from jetson.util import (  # noqa: E402
+    BenchError,
+    read_json,
+    run_tool,
+    write_json,
+)
 
 DIED = 'the benchmark process died'
 
@@ -54,10 +59,8 @@ class Guard:
                              'nothing was changed after that')
 
     def __exit__(self, kind, value, trace):
-        try:
+        with contextlib.suppress(BenchError):
             self.tell(done=True)
-        except BenchError:
-            pass
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()

@@ -103,7 +103,7 @@ def _images(folder, shape):
         from PIL import Image
     except ImportError:
         raise BenchError('--images needs Pillow on the device: pip3 install '
-                         'Pillow, or leave it out for random data')
+                         'Pillow, or leave it out for random data') from None
     if not os.path.isdir(folder):
         raise BenchError('--images {}: no such folder'.format(folder))
     paths = sorted(
@@ -117,7 +117,8 @@ def _images(folder, shape):
         try:
             image = Image.open(path).convert('RGB')
         except (OSError, ValueError) as e:
-            raise BenchError('cannot read image {}: {}'.format(path, e))
+            raise BenchError('cannot read image {}: {}'.format(
+                path, e)) from e
         pixels = np.asarray(image.resize((shape[3], shape[2])), np.float32)
         pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-6)
         loaded.append(pixels.transpose(2, 0, 1))

@@ -27,8 +27,15 @@ import os
 from . import device
 from .backends import open_session
 from .stats import quantile
-from .util import (BenchError, Progress, duration_text, now, read_json, sha256,
-                   write_json)
+from .util import (
+    BenchError,
+    Progress,
+    duration_text,
+    now,
+    read_json,
+    sha256,
+    write_json,
+)
 
 SCHEMA = 'mmbasis.latency_table'
 VERSION = 1
@@ -191,7 +198,7 @@ def _open(entry, path, backend, options):
     try:
         return open_session(backend, path, own)
     except BenchError as e:
-        raise BenchError('entry {!r}: {}'.format(entry['id'], e))
+        raise BenchError('entry {!r}: {}'.format(entry['id'], e)) from e
 
 
 def _new_table(sysroot, state, session, protocol):

@@ -27,7 +27,7 @@ class NvmlSource:
             self._lib = ctypes.CDLL('libnvidia-ml.so.1')
         except OSError:
             raise BenchError('libnvidia-ml.so.1 is not installed: no driver '
-                             'of a desktop GPU')
+                             'of a desktop GPU') from None
         self._call('nvmlInit_v2')
         self._handle = ctypes.c_void_p()
         self._call('nvmlDeviceGetHandleByIndex_v2', ctypes.c_uint(index),

@@ -90,7 +90,7 @@ class Rail:
 
 
 def _number(path):
-    # Opened anew every time, so that a rail that vanished is noticed; with
+    # Opened again every time, so that a rail that vanished is noticed; with
     # the calls of the system alone, because the sampler must cost little.
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -24,8 +24,12 @@ if __name__ == '__main__':  # started as a program: find the package
 
 from jetson.energy import Trace  # noqa: E402
 from jetson.sources import SourceEnded, open_source  # noqa: E402
-from jetson.util import read_int  # noqa: E402
-from jetson.util import BenchError, now, wait_until
+from jetson.util import (  # noqa: E402
+    BenchError,
+    now,
+    read_int,
+    wait_until,
+)
 
 # Clocks change seldom; reading them with every sample would only cost time.
 _WATCH_EVERY_S = 0.25
@@ -62,7 +66,8 @@ class Sampler:
     def start(self):
         """Starts the process and waits for its first line."""
         # Without a name, so that nothing stays behind, whatever happens.
-        self._file = tempfile.TemporaryFile(prefix='jetson_power_')
+        self._file = tempfile.TemporaryFile(  # noqa: SIM115
+            prefix='jetson_power_')
         self._process = subprocess.Popen(
             [sys.executable,
              os.path.abspath(__file__),

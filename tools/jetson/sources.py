@@ -15,8 +15,15 @@ import subprocess
 from . import nvml
 from .rails import choose_total, find_rails
 from .tegrastats import parse_line, read_log
-from .util import (BenchError, find_tool, now, read_int, read_text, under,
-                   wait_until)
+from .util import (
+    BenchError,
+    find_tool,
+    now,
+    read_int,
+    read_text,
+    under,
+    wait_until,
+)
 
 _MODULE = ('power of the Jetson module; the carrier board (fan, USB, '
            'Ethernet, losses of its regulators) is not measured')
@@ -46,7 +53,7 @@ class SysfsSource:
             except (OSError, ValueError) as e:
                 raise BenchError(
                     'rail {} cannot be read: {}. On some systems only root '
-                    'may: try sudo'.format(rail.name, e))
+                    'may: try sudo'.format(rail.name, e)) from e
         self.total, self.why = choose_total(self.rails)
 
     def read(self):
@@ -85,7 +92,7 @@ class TegrastatsSource:
         except SourceEnded:
             self.close()
             raise BenchError('{} ended without a line; try it by hand, '
-                             'perhaps with sudo'.format(tool))
+                             'perhaps with sudo'.format(tool)) from None
         self.total, self.why = choose_total(self.rails)
         if not self.rails:
             self.close()
@@ -109,7 +116,8 @@ class TegrastatsSource:
         try:
             return stamp, [power[r] for r in self.rails]
         except KeyError as e:
-            raise ValueError('tegrastats no longer shows rail {}'.format(e))
+            raise ValueError(
+                'tegrastats no longer shows rail {}'.format(e)) from e
 
     def close(self):
         """Ends tegrastats."""

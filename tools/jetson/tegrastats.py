@@ -102,7 +102,7 @@ def read_log(path):
             lines = f.read().splitlines()
     except OSError as e:
         raise BenchError('cannot read the tegrastats log {}: {}'.format(
-            path, e.strerror))
+            path, e.strerror)) from e
     records = []
     for line in lines:
         try:

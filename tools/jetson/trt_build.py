@@ -28,7 +28,7 @@ def load_plugins(trt, logger, paths):
             ctypes.CDLL(os.path.abspath(path), mode=ctypes.RTLD_GLOBAL)
         except OSError as e:
             raise BenchError('cannot load the plugin library {}: {}'.format(
-                path, e))
+                path, e)) from e
     trt.init_libnvinfer_plugins(logger, '')
 
 
@@ -151,17 +151,18 @@ def _calibrator(trt, inputs, shapes, options):
     """One batch gives the value ranges: enough for timing, not accuracy."""
     from .cudart import Cuda
     cuda = Cuda()
+    arrays = {
+        i.name: make_input(i.name, shapes[i.name],
+                           np.dtype(trt.nptype(i.dtype)), options.images)
+        for i in inputs
+    }
 
     class OneBatch(trt.IInt8EntropyCalibrator2):
         """Hands over one batch of images, or of random numbers."""
 
         def __init__(self):
             trt.IInt8EntropyCalibrator2.__init__(self)
-            self._arrays, self._pointers = {}, {}
-            for i in inputs:
-                self._arrays[i.name] = make_input(
-                    i.name, shapes[i.name], np.dtype(trt.nptype(i.dtype)),
-                    options.images)
+            self._pointers = {}
 
         def get_batch_size(self):
             return list(shapes.values())[0][0]
@@ -171,7 +172,7 @@ def _calibrator(trt, inputs, shapes, options):
                 return None
             stream = cuda.stream()
             for name in names:
-                data = self._arrays[name]
+                data = arrays[name]
                 self._pointers[name] = cuda.malloc(data.nbytes)
                 cuda.to_device(self._pointers[name], data.ctypes.data,
                                data.nbytes, stream)

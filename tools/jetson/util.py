@@ -126,9 +126,9 @@ def read_json(path, what):
             return json.load(f)
     except OSError as e:
         raise BenchError('cannot read {} {}: {}'.format(
-            what, path, e.strerror))
+            what, path, e.strerror)) from e
     except ValueError as e:
-        raise BenchError('{} is not a {}: {}'.format(path, what, e))
+        raise BenchError('{} is not a {}: {}'.format(path, what, e)) from e
 
 
 def sha256(path):
@@ -143,7 +143,7 @@ def sha256(path):
             for block in iter(lambda: f.read(1 << 20), b''):
                 digest.update(block)
     except OSError as e:
-        raise BenchError('cannot read {}: {}'.format(path, e.strerror))
+        raise BenchError('cannot read {}: {}'.format(path, e.strerror)) from e
     return digest.hexdigest()
 
 
