@@ -63,30 +63,43 @@ def allocate(options: Sequence[Options], budget: float) -> List[int]:
         raise ValueError(f'the smallest ranks cost {spent:.6g}, more than the '
                          f'budget of {budget:.6g}')
 
+    chosen, slack = _along_hulls(costs, losses, slack)
+    _spend_rest(costs, losses, chosen, slack)
+    return [int(front[index]) for front, index in zip(fronts, chosen)]
+
+
+def _along_hulls(costs: List[np.ndarray], losses: List[np.ndarray],
+                 slack: float) -> Tuple[List[int], float]:
+    """Take the steps of all hulls, steepest first, up to the first that costs
+    more than there is; the choice, and what is left of the budget."""
     steps = []
     for layer, (cost, loss) in enumerate(zip(costs, losses)):
         hull = _hull(cost, loss)
         for a, b in zip(hull, hull[1:]):
             gain = (loss[a] - loss[b]) / (cost[b] - cost[a])
             steps.append((-gain, layer, b))
-    chosen = [0] * len(options)
+    chosen = [0] * len(costs)
     for _, layer, target in sorted(steps):
         extra = costs[layer][target] - costs[layer][chosen[layer]]
         if extra > slack:
             break
         chosen[layer], slack = target, slack - extra
+    return chosen, slack
 
+
+def _spend_rest(costs: List[np.ndarray], losses: List[np.ndarray],
+                chosen: List[int], slack: float) -> None:
+    """Take single options for what is left, the largest gain first."""
     while True:
         best_gain, best = 0., None
         for layer, (cost, loss) in enumerate(zip(costs, losses)):
             now = chosen[layer]
-            target = np.searchsorted(cost, cost[now] + slack, 'right') - 1
+            target = int(np.searchsorted(cost, cost[now] + slack, 'right')) - 1
             gain = loss[now] - loss[target]
             if gain > best_gain:
                 best_gain, best = gain, (layer, target)
         if best is None:
-            break
+            return
         layer, target = best
         slack -= costs[layer][target] - costs[layer][chosen[layer]]
         chosen[layer] = target
-    return [int(front[index]) for front, index in zip(fronts, chosen)]

@@ -8,8 +8,13 @@ from ..registry import PLANNERS
 from .allocation import allocate
 from .costs import Cost, LatencyCost, MacsCost, ParamsCost
 from .latency import LatencyTable
-from .planners import (BasePlanner, Candidates, Decided, check_fraction,
-                       lost_behind)
+from .planners import (
+    BasePlanner,
+    Candidates,
+    Decided,
+    check_fraction,
+    lost_behind,
+)
 
 
 @PLANNERS.register_module()
@@ -100,7 +105,8 @@ def _losses(free: Sequence[Candidates]) -> List[np.ndarray]:
         x.statistics.sensitivity.cpu().numpy()
         for x in free if x.statistics.sensitivity is not None
     ]
-    unit = float(np.median([x.sum() for x in known])) if known else 1.
+    totals = [x.sum() for x in known if x.any()]
+    unit = float(np.median(totals)) if totals else 1.
     return [
         unit * x.energy_lost if x.statistics.sensitivity is None else
         lost_behind(x.statistics.sensitivity.cpu().numpy()) for x in free

@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What layers cost, dense and as basis layers."""
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Iterable, Optional, Sequence, Tuple
@@ -24,6 +23,10 @@ class Form:
     norm: bool = False
 
 
+#: basis layers with nothing but their factors
+PLAIN = Form()
+
+
 @dataclass(frozen=True, eq=False)
 class Costs:
     """MACs and parameters of one layer.
@@ -35,7 +38,7 @@ class Costs:
     """
     layer: Layer
     statistics: LayerStatistics
-    form: Form = Form()
+    form: Form = PLAIN
 
     def macs(self, rank: Optional[int] = None) -> float:
         """Multiply-accumulate operations for one image.
@@ -76,12 +79,12 @@ class Costs:
         return max(0, min(rank, (self.params() - fixed - 1) // per_rank))
 
 
-class Cost(ABC):
+class Cost:
     """What a budget counts."""
 
-    @abstractmethod
     def of(self, costs: Costs, rank: Optional[int]) -> float:
         """Cost of a layer at a rank; None for the dense layer."""
+        raise NotImplementedError(f'{type(self).__name__} must define of()')
 
     def pays(self, costs: Costs, rank: int) -> bool:
         """Whether a layer is cheaper at a rank than dense."""

@@ -152,22 +152,7 @@ class LatencyTable:
             ValueError: If it is no complete latency table, or of another
                 device, back end or precision.
         """
-        with open(path, encoding='utf-8') as file:
-            try:
-                data = json.load(file)
-            except ValueError as error:
-                raise ValueError(f'{path} is not JSON: {error}') from None
-        _require(
-            isinstance(data, dict) and data.get('schema') == SCHEMA, path,
-            'is no latency table: make one by tools/latency_table.py')
-        _require(
-            data.get('version') == VERSION, path,
-            f'is a latency table of version {data.get("version")!r}, this '
-            f'mmbasis reads version {VERSION}')
-        _require(
-            data.get('status') == 'complete', path,
-            'is not complete: run tools/latency_table.py measure again, it '
-            'goes on where it stopped')
+        data = _read(path)
         try:
             table = cls(path, data['device'], data['backend'],
                         data['precision'], _curves(data['entries']),
@@ -277,6 +262,27 @@ class LatencyTable:
         """
         return self.rest() + sum(
             self.cost(name, ranks.get(name)) for name in self.curves)
+
+
+def _read(path: str) -> dict:
+    """The content of a complete table."""
+    with open(path, encoding='utf-8') as file:
+        try:
+            data = json.load(file)
+        except ValueError as error:
+            raise ValueError(f'{path} is not JSON: {error}') from None
+    _require(
+        isinstance(data, dict) and data.get('schema') == SCHEMA, path,
+        'is no latency table: make one by tools/latency_table.py')
+    _require(
+        data.get('version') == VERSION, path,
+        f'is a latency table of version {data.get("version")!r}, this '
+        f'mmbasis reads version {VERSION}')
+    _require(
+        data.get('status') == 'complete', path,
+        'is not complete: run tools/latency_table.py measure again, it '
+        'goes on where it stopped')
+    return data
 
 
 def _model_ms(entries: List[dict]) -> tuple:

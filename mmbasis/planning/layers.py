@@ -79,16 +79,25 @@ class Layer:
     obstacle: Optional[Exclusion] = None
 
     @property
-    def matrix_shape(self) -> Tuple[int, int, int]:
-        """``(G, P / G, D)``: groups, outputs per group, weights per output.
+    def known_kind(self) -> Type[DenseKind]:
+        """Its kind.
 
         Raises:
             TypeError: If no kind of layer is known for it.
         """
         if self.kind is None:
             raise TypeError(f'{self.name}, a {type(self.module).__name__}, '
-                            'has no matrix shape')
-        return self.kind.matrix_shape(self.module)
+                            'is of no known kind of layer')
+        return self.kind
+
+    @property
+    def matrix_shape(self) -> Tuple[int, int, int]:
+        """``(G, P / G, D)``: groups, outputs per group, weights per output.
+
+        Raises:
+            TypeError: If no kind of layer is known for it.
+        """
+        return self.known_kind.matrix_shape(self.module)
 
     @property
     def full_rank(self) -> int:

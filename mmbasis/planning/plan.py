@@ -1,7 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+"""What becomes of each layer of a model."""
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping
 
 from ..utils.io import write_atomically
 from ..version import __version__
@@ -109,9 +110,9 @@ class CompressionPlan:
                     excluded.words if excluded else reasons[layer.name],
                     excluded is None, shape, costs.macs(), costs.params())
                 continue
-            assert known.spectrum is not None and layer.kind is not None
+            assert known.spectrum is not None
             layers[layer.name] = LayerPlan(
-                rank, layer.full_rank, layer.kind.name, shape, form.bias
+                rank, layer.full_rank, layer.known_kind.name, shape, form.bias
                 or layer.has_bias, known.spectrum.energy_kept(rank),
                 [costs.macs(), costs.macs(rank)],
                 [costs.params(), costs.params(rank)])

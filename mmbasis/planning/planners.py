@@ -1,16 +1,19 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What planners have in common: from an analysis to a plan."""
+from __future__ import annotations
+
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from numbers import Integral
+from typing import Any, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..running import Targets
 from ..utils.plain import to_json
-from .costs import Cost, Costs, Form, MacsCost, ranks_that_pay
+from .costs import PLAIN, Cost, Costs, Form, MacsCost, ranks_that_pay
 from .layers import Layer, check_patterns
 from .plan import CompressionPlan
 from .selection import Rules, Selection
@@ -45,7 +48,7 @@ class Candidates:
     layer: Layer
     statistics: LayerStatistics
     form: Form
-    ranks: Tuple[int, ...]
+    ranks: tuple[int, ...]
 
     @cached_property
     def costs(self) -> Costs:
@@ -101,18 +104,18 @@ class BasePlanner(ABC):
     #: default of ``data_aware``
     DATA_AWARE = True
     #: whether sensitivities are wanted; None: where they can be had
-    loss_aware: Optional[bool] = False
+    loss_aware: bool | None = False
     #: what makes a rank pay, and what a budget counts
     cost: Cost = MacsCost()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> 'BasePlanner':
+    def __new__(cls, *args: Any, **kwargs: Any) -> BasePlanner:
         planner = super().__new__(cls)
         try:
             signature = inspect.signature(cls.__init__)
             given = signature.bind(planner, *args, **kwargs).arguments
         except TypeError:  # copying fills it in, and __init__ complains
             return planner
-        config: Dict[str, Any] = dict(type=cls.__name__)
+        config: dict[str, Any] = dict(type=cls.__name__)
         for name, value in list(given.items())[1:]:
             kind = signature.parameters[name].kind
             config.update(value if kind is inspect.Parameter.VAR_KEYWORD else
@@ -121,15 +124,15 @@ class BasePlanner(ABC):
         return planner
 
     #: the type and the arguments of the constructor, as plain data
-    config: Dict[str, Any]
+    config: dict[str, Any]
 
     def __init__(self,
                  include: Sequence[str] = (),
                  exclude: Sequence[str] = (),
-                 overrides: Optional[Dict[str, Union[int, str]]] = None,
+                 overrides: dict[str, int | str] | None = None,
                  prediction_layers: bool = False,
                  round_to: int = 1,
-                 data_aware: Optional[bool] = None) -> None:
+                 data_aware: bool | None = None) -> None:
         if isinstance(include, str) or isinstance(exclude, str):
             raise ValueError('include and exclude are lists of patterns, but '
                              'one of them is a single string')
@@ -145,7 +148,7 @@ class BasePlanner(ABC):
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What the plan records of its planner: what it was constructed with,
         and whether data and loss were looked at."""
         return dict(
@@ -167,12 +170,12 @@ class BasePlanner(ABC):
         self.cost.check(selection.chosen)
         return selection
 
-    def named(self) -> Set[str]:
+    def named(self) -> set[str]:
         """Patterns that ranks are given to."""
         return {k for k, v in self.overrides.items() if v != 'dense'}
 
     # --------------------------------------------------------------- plan
-    def plan(self, analysis: Analysis, form: Form = Form()) -> CompressionPlan:
+    def plan(self, analysis: Analysis, form: Form = PLAIN) -> CompressionPlan:
         """Choose ranks.
 
         Args:
@@ -185,9 +188,9 @@ class BasePlanner(ABC):
         Raises:
             ValueError: If the request cannot be met.
         """
-        decided: List[Tuple[Candidates, Optional[int]]] = []
-        free: List[Candidates] = []
-        reasons: Dict[str, str] = {}
+        decided: list[tuple[Candidates, int | None]] = []
+        free: list[Candidates] = []
+        reasons: dict[str, str] = {}
         for layer in analysis.selection.chosen:
             candidates = self.candidates(layer,
                                          analysis.statistics[layer.name], form)
@@ -198,7 +201,7 @@ class BasePlanner(ABC):
             rank, reason = settled
             decided.append((candidates, rank))
             reasons[layer.name] = reason
-        for candidates, rank in zip(free, self.choose(free, decided)):
+        for candidates, rank in zip(free, self._chosen(free, decided)):
             decided.append((candidates, rank))
             reasons[candidates.layer.name] = self.why_dense(candidates)
         ranks = {x.layer.name: r for x, r in decided if r is not None}
@@ -214,7 +217,7 @@ class BasePlanner(ABC):
 
     def _settle(
             self,
-            candidates: Candidates) -> Optional[Tuple[Optional[int], str]]:
+            candidates: Candidates) -> tuple[int | None, str] | None:
         """Rank (None for dense) and reason where there is nothing to
         choose."""
         layer = candidates.layer
@@ -230,6 +233,18 @@ class BasePlanner(ABC):
             return None, self.cost.why_not(candidates.costs, self.round_to)
         return None
 
+    def _chosen(self, free: Sequence[Candidates],
+                decided: Decided) -> list[int | None]:
+        """The ranks of :meth:`choose`, checked."""
+        ranks = list(self.choose(free, decided))
+        if len(ranks) != len(free):
+            raise ValueError(f'{type(self).__name__}.choose() returned '
+                             f'{len(ranks)} ranks for {len(free)} layers')
+        return [
+            rank if rank is None else check_rank(x.layer, rank)
+            for x, rank in zip(free, ranks)
+        ]
+
     def accepts(self, candidates: Candidates, rank: int) -> bool:
         """Whether a rank that somebody gave makes the layer cheaper."""
         return self.cost.pays(candidates.costs, rank)
@@ -240,7 +255,7 @@ class BasePlanner(ABC):
 
     @abstractmethod
     def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[Optional[int]]:
+               decided: Decided) -> Sequence[int | None]:
         """Choose the rank of each layer.
 
         Args:
@@ -275,7 +290,7 @@ def check_rank(layer: Layer, rank: int) -> int:
     Raises:
         ValueError: Naming the layer.
     """
-    if not 1 <= rank <= layer.full_rank:
+    if not isinstance(rank, Integral) or not 1 <= rank <= layer.full_rank:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
                          f'[1, {layer.full_rank}]')
-    return rank
+    return int(rank)

@@ -9,8 +9,15 @@ from ..registry import PLANNERS
 from ..running import Targets
 from .costs import Form
 from .layers import Exclusion, Layer, Reason, check_patterns
-from .planners import (BasePlanner, Candidates, Decided, check_fraction,
-                       check_rank, first_match, is_rank)
+from .planners import (
+    BasePlanner,
+    Candidates,
+    Decided,
+    check_fraction,
+    check_rank,
+    first_match,
+    is_rank,
+)
 from .selection import Selection
 from .statistics import LayerStatistics
 

@@ -142,12 +142,12 @@ def is_expansion(layer: Layer) -> bool:
     """Whether a layer maps few inputs to more outputs, so that its inputs are
     the cheaper ones to look at."""
     _, rows, in_size = layer.matrix_shape
-    return in_size < rows and layer.kind.sees_patches(layer.module)
+    return in_size < rows and layer.known_kind.sees_patches(layer.module)
 
 
 def output_samples(layer: Layer, y: Tensor) -> Tensor:
     """Samples of a layer's output, shape ``(G, P / G, positions)``."""
-    return sample_positions(y, layer.kind.channel_axis(layer.module),
+    return sample_positions(y, layer.known_kind.channel_axis(layer.module),
                             layer.matrix_shape[0])
 
 
@@ -163,7 +163,7 @@ def input_samples(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         Tensor: Shape ``(G, D, positions)``: ``H`` times it is the output
         without bias.
     """
-    module, kind = layer.module, layer.kind
+    module, kind = layer.module, layer.known_kind
     axis = kind.channel_axis(module) % y.dim()
     if axis == 0:
         x, y, axis = x.unsqueeze(0), y.unsqueeze(0), 1

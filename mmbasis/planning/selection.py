@@ -4,8 +4,14 @@ from dataclasses import dataclass, field, replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..running import Targets
-from .layers import (OFFSETS, PREDICTION, Exclusion, Layer, Reason,
-                     check_patterns)
+from .layers import (
+    OFFSETS,
+    PREDICTION,
+    Exclusion,
+    Layer,
+    Reason,
+    check_patterns,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Rules:
         include (tuple[str]): Patterns; where given, all else stays dense.
         exclude (tuple[str]): Patterns of layers that stay dense.
         prediction_layers (bool): Whether to compress the layers in
-            :class:`~mmbasis.running.Targets` as well, which otherwise only ``include`` does.
+            :class:`~mmbasis.running.Targets` as well, which otherwise only
+            ``include`` does. Defaults to False.
     """
     include: Tuple[str, ...] = ()
     exclude: Tuple[str, ...] = ()

@@ -12,8 +12,14 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..layers import observe
-from ..running import (Adapter, classifies, evaluation, fisher_loss,
-                       train_deterministically, undisturbed)
+from ..running import (
+    Adapter,
+    classifies,
+    evaluation,
+    fisher_loss,
+    train_deterministically,
+    undisturbed,
+)
 from .layers import Layer
 from .samples import output_samples
 from .statistics import Analysis, LayerStatistics
@@ -97,8 +103,8 @@ class GradientRecorder:
             if get_world_size() > 1:
                 all_reduce(moment)
                 all_reduce(count)
-            # none came (no_grad, detach), or nothing but zeros
-            if count > 0 and moment.any():
+            # none came (no_grad, detach), or nothing but zeros or NaN
+            if moment.any() and moment.isfinite().all():
                 self.statistics[layer.name] = self._with_sensitivity(
                     layer, moment / count)
         return self.statistics
@@ -153,7 +159,9 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
                 torch.manual_seed(index)
                 # layers behind frozen ones must get their gradients, too
                 inputs = adapter.prepare(data, gradients=True)
-                fisher_loss(adapter, inputs, index, is_classifier).backward()
+                loss = fisher_loss(adapter, inputs, index, is_classifier)
+                if loss.requires_grad:
+                    loss.backward()
                 logger.info('Sensitivity: batch %d/%d', index + 1,
                             len(batches))
     statistics = recorder.finish()
@@ -163,8 +171,9 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
     ]
     if unknown:
         logger.warning(
-            'No gradient reached %d of %d layers (%s): what they are worth '
-            'to the loss is unknown, and their energy counts instead',
+            'No gradient (or only zeros or NaN) reached %d of %d layers (%s): '
+            'what they are worth to the loss is unknown, and their energy '
+            'counts instead',
             len(unknown), len(analysis.selection.chosen),
             _shortened(unknown))
     return replace(analysis, statistics=statistics)

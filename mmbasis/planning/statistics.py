@@ -176,8 +176,7 @@ def _with_spectrum(layer: Layer, statistics: LayerStatistics,
 
 def weight_matrix(layer: Layer) -> Tensor:
     """The weights ``H`` of a layer, float64, shape ``(G, P / G, D)``."""
-    assert layer.kind is not None
-    return layer.kind.to_matrix(layer.module).detach().double()
+    return layer.known_kind.to_matrix(layer.module).detach().double()
 
 
 def measure(adapter: Adapter,

@@ -98,7 +98,7 @@ def test_the_better_layer_gets_the_budget():
     assert allocate(options, 3.999) == [0, 1]
 
 
-def test_a_step_too_dear_does_not_stop_the_others():
+def test_a_step_too_expensive_does_not_stop_the_others():
     # the steepest step costs more than there is
     options = [(np.array([1., 100.]), np.array([1000., 0.])),
                (np.array([1., 2.]), np.array([1., 0.]))]

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from mmbasis.factorization import spectrum_of_factor
-from mmbasis.planning import BudgetPlanner, find_layers
-from mmbasis.planning.latency import LatencyTable
+from mmbasis.planning import BudgetPlanner, LatencyTable
+from tests.analyses import make_plan
 
 #: ms by rank, None is dense; conv '0' is slow at low ranks, '2' pays
 TIMES = {
@@ -84,20 +83,8 @@ def write(model, tmp_path):
     return write
 
 
-def analyzed(model):
-    layers = find_layers(model)
-    for layer in layers:
-        layer.weight_positions = layer.out_positions = 64
-        matrix = layer.kind.to_matrix(layer.module).detach()
-        layer.spectrum = spectrum_of_factor(matrix)
-    return layers
-
-
 def plan(model, **options):
-    planner = BudgetPlanner(data_aware=False, **options)
-    layers = analyzed(model)
-    planner.select(model, layers)
-    return planner.plan(layers)
+    return make_plan(BudgetPlanner(data_aware=False, **options), model)
 
 
 # --------------------------------------------------------------- the table

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_one_line_for_each_layer(plan):
         line, = (x for x in lines if x.startswith(f'    "{name}": '))
         assert '"reason": ' in line
     other = copy.deepcopy(plan)
-    other.layers['0'].rank = 1
+    other.layers['0'] = replace(other.layers['0'], rank=1)
     changed = [a for a, b in zip(lines, other.dumps().splitlines()) if a != b]
     assert len(changed) == 1
 
@@ -180,7 +181,7 @@ def test_plan_of_another_model(plan, model, message):
 
 
 def test_rank_past_full_leaves_the_model_alone(plan):
-    plan.layers['3'].rank = 1000
+    plan.layers['3'] = replace(plan.layers['3'], rank=1000)
     model = network()
     with pytest.raises(ValueError, match=r'\[1, 12\], but got 1000'):
         apply_plan(model, plan)

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -7,11 +8,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmpretrain.models.backbones import ResNet
 
-from mmbasis.compression import Compressor
-from mmbasis.planning import (BudgetPlanner, calibrate, find_layers,
-                              record_gradients)
+from mmbasis.compression import compress
+from mmbasis.planning import BudgetPlanner
 from mmbasis.running import UnknownLossError
 from mmbasis.running.loss import sampled_labels
+from tests.analyses import measured, ranks
 from tests.toy import ToyNet
 
 
@@ -34,10 +35,7 @@ class Last(nn.Module):
 
 
 def analyzed(model, batches):
-    layers = find_layers(model)
-    calibrate(model, layers, batches)
-    record_gradients(model, layers, batches)
-    return {layer.name: layer for layer in layers}
+    return measured(model, batches, loss=True).statistics
 
 
 def test_against_gradients_computed_directly():
@@ -159,11 +157,10 @@ def test_wide_layer(monkeypatch):
         monkeypatch.setattr('mmbasis.planning.sensitivity.MAX_ROWS', limit)
         layer = analyzed(model, [images])['2']
         compressed = copy.deepcopy(model)
-        plan = Compressor(BudgetPlanner(macs=.5)).run(compressed, [images], [])
+        plan = compress(compressed, BudgetPlanner(macs=.5), [images])
         assert plan.layers['2'].rank < 8
-        ranks = {name: x.rank for name, x in plan.layers.items()}
-        found.append((layer, ranks, compressed(images)))
-    (full, ranks, outputs), (layer, same_ranks, same) = found
+        found.append((layer, ranks(plan), compressed(images)))
+    (full, chosen, outputs), (layer, same_ranks, same) = found
     vectors = full.spectrum.vectors
     assert layer.gradient.shape == (1, 8, 8)
     torch.testing.assert_close(
@@ -173,12 +170,12 @@ def test_wide_layer(monkeypatch):
         atol=1e-8)
     torch.testing.assert_close(
         layer.sensitivity, full.sensitivity, rtol=1e-4, atol=0)
-    assert ranks == same_ranks
+    assert chosen == same_ranks
     assert (outputs - same).norm() < .02 * (outputs - model(images)).norm()
 
 
 def test_training_loss_of_an_engine_model():
-    """A model that puts out no logits is asked for its loss; frozen layers are
+    """A model that returns no logits is asked for its loss; frozen layers are
     no obstacle."""
 
     class Regressor(ToyNet):
@@ -199,7 +196,7 @@ def test_training_loss_of_an_engine_model():
 
 
 def test_what_a_loss_leaves_behind():
-    """Heads may keep what they put out (CondInst), which cannot be copied; and
+    """Heads may keep what they return (CondInst), which cannot be copied; and
     trackers have nothing to show in mode tensor."""
 
     class Tracker(ToyNet):
@@ -228,7 +225,7 @@ def test_what_a_loss_leaves_behind():
     assert model.infos is infos == {} and model.seen is seen == [1]
     assert model.last is None
     assert not hasattr(model, 'new') and not hasattr(model, 'alias')
-    plan = Compressor(BudgetPlanner(macs=.5)).run(model, [data], [data])
+    plan = compress(model, BudgetPlanner(macs=.5), [data, data], num_batches=1)
     assert plan.layers
 
 
@@ -248,8 +245,163 @@ def test_planner_spends_where_the_loss_is():
                                                           padding=1)))
     model.b.load_state_dict(model.a.state_dict())
     model.forward = lambda x: (model.a(x) + .01 * model.b(x)).mean((2, 3))
-    layers = analyzed(model, [torch.randn(8, 8, 6, 6)])
-    planner = BudgetPlanner(macs=.4)
-    planner.select(model, list(layers.values()))
-    plan = planner.plan(list(layers.values()))
+    analysis = measured(model, [torch.randn(8, 8, 6, 6)], loss=True)
+    plan = BudgetPlanner(macs=.4).plan(analysis)
     assert plan.layers['a'].rank > 2 * plan.layers['b'].rank
+
+
+# ------------------------------------------------ where no gradient arrives
+class Cut(nn.Module):
+    """A body behind which gradients end, in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Sequential(
+            nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(24, 24, 3, padding=1))
+        self.neck = nn.Conv2d(24, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.way != 'no_grad'
+                                    and torch.is_grad_enabled()):
+            y = self.body(self.stem(x).relu())
+        if self.way == 'detach':
+            y = y.detach()
+        if self.way == 'zero':
+            y = 0 * y + x.repeat(1, 8, 1, 1)
+        if self.way == 'nan':
+            y = y + (0 * y).sqrt()  # the slope is 0 times infinity
+        return self.fc(self.neck(y).relu().mean((2, 3)))
+
+
+def cut(way):
+    torch.manual_seed(0)
+    return Cut(way)
+
+
+BEHIND = ['stem', 'body.0', 'body.2']
+ways = pytest.mark.parametrize(
+    'way', ['no_grad', 'detach', 'zero', 'nan'])
+
+
+@ways
+def test_no_gradient_is_not_zero_sensitivity(way):
+    x = torch.randn(8, 3, 9, 9)
+    with patch('mmengine.logging.MMLogger.warning') as warning:
+        found = analyzed(cut(way), [x])
+    for name in BEHIND:
+        assert found[name].gradient is found[name].sensitivity is None
+        assert found[name].spectrum is not None
+    assert found['neck'].sensitivity.sum() > 0
+    (text, *values), _ = warning.call_args
+    text %= tuple(values)
+    assert '3 of 5 layers' in text and 'stem, body.0, body.2' in text
+
+
+def test_model_without_any_gradient():
+    """Energy counts in all of it."""
+
+    class Inference(Cut):
+        forward = torch.no_grad()(Cut.forward)
+
+    torch.manual_seed(0)
+    model, images = Inference('all'), [torch.randn(8, 3, 9, 9)]
+    found = analyzed(model, images)
+    assert all(x.sensitivity is None for x in found.values())
+    by_energy = copy.deepcopy(model)
+    plan = compress(model, BudgetPlanner(macs=.5), images)
+    assert plan.layers and ranks(plan) == ranks(
+        compress(by_energy, BudgetPlanner(macs=.5, loss_aware=False), images))
+
+
+def test_no_warning_where_all_gradients_arrive():
+    with patch('mmengine.logging.MMLogger.warning') as warning:
+        found = analyzed(cut('all'), [torch.randn(8, 3, 9, 9)])
+    assert all(x.sensitivity.sum() > 0 for x in found.values())
+    assert not warning.called
+
+
+@ways
+@pytest.mark.parametrize('metric', ['macs', 'params'])
+def test_layers_behind_get_their_share_of_the_budget(way, metric):
+    model = cut(way)
+    plan = compress(model, BudgetPlanner(**{metric: .5}),
+                    [torch.randn(8, 3, 9, 9)] * 2)
+    totals = plan.totals()[metric]
+    assert .9 * .5 <= totals['after'] / totals['before'] <= .5
+    for name in BEHIND:
+        assert name in plan.dense or plan.layers[name].rank > 1
+
+
+def test_frozen_layers_are_like_others():
+    """They are measured, planned and fitted as if they were to be trained, and
+    stay frozen."""
+    images = [torch.randn(16, 3, 9, 9) for _ in range(2)]
+    results = []
+    for frozen in (False, True):
+        model = cut('all')
+        model.body.requires_grad_(not frozen)
+        dense = copy.deepcopy(model)
+        known = analyzed(model, images)
+        plan = compress(
+            model, BudgetPlanner(macs=.6, overrides={'body.2': 'dense'}),
+            images)
+        assert 'body.0' in plan.layers
+        assert not torch.equal(model.body[2].weight, dense.body[2].weight)
+        assert {x.requires_grad
+                for x in model.body.parameters()} == {not frozen}
+        assert all(x.requires_grad for x in model.neck.parameters())
+        results.append((known, plan, model.state_dict()))
+    (known, plan, state), (same, same_plan, same_state) = results
+    for name, value in known.items():
+        assert torch.equal(value.sensitivity, same[name].sensitivity)
+    assert plan == same_plan
+    assert all(torch.equal(state[k], v) for k, v in same_state.items())
+
+
+class Sometimes(nn.Module):
+    """One layer that no gradient reaches, and one that sees some images."""
+
+    def __init__(self):
+        super().__init__()
+        self.never = nn.Conv2d(3, 8, 3)
+        self.bright = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.never(x).detach() + x.mean((1, 2, 3)).view(-1, 1, 1, 1)
+        if x.mean() > 0:
+            y = y + self.bright(x)
+        return self.fc(y.mean((2, 3)))
+
+
+def sometimes(rank, world, path):
+    """What one of several processes finds in its part of two batches."""
+    torch.manual_seed(0)
+    model = Sometimes()
+    bright, dark = torch.rand(8, 3, 6, 6), -torch.rand(8, 3, 6, 6)
+    if world > 1:
+        torch.distributed.init_process_group(
+            'gloo', f'file://{path}.store', rank=rank, world_size=world)
+    found = analyzed(model, [bright, dark] if world == 1 else
+                     [(bright, dark)[rank]])
+    torch.save({k: (x.gradient, x.sensitivity)
+                for k, x in found.items()}, f'{path}.{world}.{rank}')
+
+
+def test_two_processes_know_the_same(tmp_path):
+    """A layer that gradients reach in one process only is known in both, and
+    what no process reached stays unknown."""
+    path = tmp_path / 'found'
+    sometimes(0, 1, path)
+    torch.multiprocessing.spawn(sometimes, (2, path), nprocs=2)
+    one, first, second = (
+        torch.load(f'{path}.{end}', weights_only=True)
+        for end in ('1.0', '2.0', '2.1'))
+    assert one['never'] == first['never'] == second['never'] == (None, None)
+    assert one['bright'][1].sum() > 0
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert first['bright'][1].sum() > 0
