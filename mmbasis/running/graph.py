@@ -3,8 +3,20 @@
 import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
-from typing import (AbstractSet, Any, Callable, Dict, Iterable, Iterator, List,
-                    Mapping, NamedTuple, Optional, Set, Tuple)
+from typing import (
+    AbstractSet,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 import torch
 import torch.nn as nn
