@@ -27,7 +27,7 @@ class Reconstruction:
     to the outputs of the dense model.
 
     A layer sees what the compressed layers before it make of the images, and
-    is the best of its rank from there to what the dense layer puts out
+    is the best of its rank from there to what the dense layer returns
     (reduced-rank regression, in the metric of the loss' gradients where they
     are known). Where its output is added to something else, as at the end of
     a residual block, it corrects the errors of that, too. Layers that the

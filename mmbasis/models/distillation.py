@@ -117,14 +117,12 @@ class Distillation:
 
         Args:
             model (nn.Module): The student.
-            args (Sequence): What the student is called with, preprocessed,
-                in mode ``'loss'``.
-            kwargs (Mapping): The same, by keyword.
-            forward (Callable): Computes the student's own losses.
+            args (Sequence): What it is called with, preprocessed.
+            kwargs (Mapping): The same by keyword, among it ``mode='loss'``.
+            forward (Callable): Computes its own losses.
 
         Returns:
-            dict: Own losses times ``task_weight``, and ``loss_distill_<name>``
-            for each term.
+            dict: Own losses times ``task_weight``, and those of the terms.
 
         Raises:
             RuntimeError: If there is no teacher, or nothing to compare.
