@@ -8,13 +8,30 @@ import torch.nn as nn
 from mmengine.logging import MMLogger
 
 from ..layers import copy_module
-from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
-                        Reason, Rules, Selection,
-                        check_finite, find_layers, measure,
-                        measure_sensitivity)
+from ..planning import (
+    Analysis,
+    CompressionPlan,
+    Exclusion,
+    Form,
+    Layer,
+    Reason,
+    Rules,
+    Selection,
+    check_finite,
+    find_layers,
+    measure,
+    measure_sensitivity,
+)
 from ..quirks import two_copies
-from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
-                       evaluation, trace_targets, undisturbed)
+from ..running import (
+    Adapter,
+    Targets,
+    UnknownLossError,
+    adapter_of,
+    evaluation,
+    trace_targets,
+    undisturbed,
+)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction

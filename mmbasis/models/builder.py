@@ -8,8 +8,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-from ..compression import (PlanLike, apply_plan, as_plan, load_weights,
-                           plan_of, read_checkpoint)
+from ..compression import (
+    PlanLike,
+    apply_plan,
+    as_plan,
+    load_weights,
+    plan_of,
+    read_checkpoint,
+)
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..registry import MODELS
