@@ -26,7 +26,7 @@ SIDE = {
     'visualization': {'factorization', 'layers', 'planning'},
     'deploy': SHARED.union(FLOORS) - {'hooks'},
 }
-# a file of a shared folder that stands above all: for tools, nothing imports it
+# a file of a shared folder that stands above all: only tools import it
 ROOF = 'utils.runner'
 # what these floors may import of the world, where that is limited
 OUTSIDE = {'factorization': {'torch'}}
