@@ -20,6 +20,7 @@ SIDE = {
     'registry': set(),
     'compat': set(),
     'version': set(),
+    'quirks': set(),
     'datasets': {'registry'},
     'optim': {'factorization', 'layers', 'registry'},
     'visualization': {'factorization', 'layers', 'planning'},

@@ -99,7 +99,7 @@ def analyze(model: nn.Module, recipe: Recipe,
             where the weights alone decide.
 
     Returns:
-        Analysis: Of all convolution and linear layers.
+        Analysis: Of all its layers.
 
     Raises:
         RuntimeError: If there are no batches.
@@ -107,13 +107,13 @@ def analyze(model: nn.Module, recipe: Recipe,
             beside itself, weights or outputs are not finite, or a pattern
             matches no layer.
     """
-    if get_plan(model) is not None:
-        raise ValueError('this model is compressed already')
-    if not batches:
-        raise RuntimeError('calibration saw no image: the dataloader is empty')
     problem = two_copies(model)
+    if get_plan(model) is not None:
+        problem = 'this model is compressed already'
     if problem:
         raise ValueError(problem)
+    if not batches:
+        raise RuntimeError('calibration saw no image: the dataloader is empty')
     adapter = adapter_of(model)
     layers = find_layers(model)
     check_finite(layers)
@@ -121,6 +121,11 @@ def analyze(model: nn.Module, recipe: Recipe,
     analysis = measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
+    return _with_sensitivity(adapter, analysis, batches, recipe)
+
+
+def _with_sensitivity(adapter: Adapter, analysis: Analysis,
+                      batches: Sequence[Any], recipe: Recipe) -> Analysis:
     try:
         return measure_sensitivity(adapter, analysis, batches)
     except UnknownLossError as error:

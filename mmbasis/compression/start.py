@@ -68,55 +68,46 @@ def resolve(recipe: Recipe,
             run: Run = Run.TRAIN,
             model: Optional[CompressionPlan] = None) -> Start:
     """Decide between what a config asks for, what a checkpoint carries and
-    what the run is.
+    what the run is. A model under test-time augmentation is tested like any
+    other.
 
-    ======  ==========  ==================  ===============================
-    run     checkpoint  recipe / model      start
-    ======  ==========  ==================  ===============================
-    train   dense       planner or plan     COMPRESS
-    train   none        planner or plan     COMPRESS (random weights)
-    train   dense/none  nothing             error: nothing to do
-    train   none        compressed model    KEEP
-    train   dense       compressed model    error
-    train   any         both of these       error, unless they agree
-    train   plan B      nothing             FOLLOW B
-    train   plan B      plan B, or its      FOLLOW B, logged
-                        planner
-    train   plan B      another one         error
-    train   plan B      model of plan B     KEEP
-    train   plan B      model of another    error
-    resume  plan B      anything            FOLLOW B, logged if another is
-                                            asked for (stages change plans)
-    resume  dense/none  anything            error
-    test    plan B      anything            FOLLOW B, logged likewise
-    test    dense       anything            error
-    test    none        compressed model    KEEP
-    test    none        dense model         error
-    ======  ==========  ==================  ===============================
-
-    A model under test-time augmentation is tested like any other: the plan
-    is that of the model inside.
+    =======  ==========  =================  =================================
+    run      checkpoint  asked / model      start
+    =======  ==========  =================  =================================
+    train    dense/none  planner or plan    COMPRESS
+    train    dense/none  nothing            error: nothing to do
+    train    none        model of plan B    KEEP; error if others are asked
+    train    dense       model of plan B    error
+    train    plan B      nothing            FOLLOW B
+    train    plan B      B or its planner   FOLLOW B, logged
+    train    plan B      another one        error
+    train    plan B      model of plan B    KEEP; error if of another plan
+    resume   plan B      anything           FOLLOW B, logged if it is not B
+    resume   dense/none  anything           error
+    test     plan B      anything           FOLLOW B, logged if it is not B
+    test     dense       anything           error
+    test     none        model of plan B    KEEP; error if it is dense
+    =======  ==========  =================  =================================
 
     Args:
         recipe (Recipe): What the config asks for.
-        checkpoint (Source, optional): What is about to be loaded; None if
-            nothing is.
+        checkpoint (Source, optional): What is about to be loaded.
         run (Run): What kind of run it is. Defaults to training.
-        model (CompressionPlan, optional): The plan of the model as it was
-            built; None if it is dense.
-
-    Returns:
-        Start: The decision.
+        model (CompressionPlan, optional): The plan that the model was built
+            with; None if it is dense.
 
     Raises:
-        RuntimeError: If the weights are dense where compressed ones are due.
+        RuntimeError: If weights are dense where compressed ones are due.
         ValueError: If the config contradicts the checkpoint.
     """
-    found = checkpoint.plan if checkpoint else None
-    if run is not Run.TRAIN:
-        return _go_on(recipe, checkpoint, run, model)
-    if found is not None:
-        return _from_compressed(recipe, found, model)
+    begin = _begin if run is Run.TRAIN else _go_on
+    return begin(recipe, checkpoint, run, model)
+
+
+def _begin(recipe: Recipe, checkpoint: Optional[Source], run: Run,
+           model: Optional[CompressionPlan]) -> Start:
+    if checkpoint and checkpoint.plan:
+        return _from_compressed(recipe, checkpoint.plan, model)
     if model is not None:
         if checkpoint is not None:
             raise RuntimeError(
