@@ -1,7 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Which layers are to be compressed, and why not the others."""
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..running import Targets
 from .layers import (
@@ -14,6 +15,12 @@ from .layers import (
 )
 
 
+def freeze(instance: Any, name: str) -> None:
+    """Make a mapping in a frozen dataclass a read-only copy."""
+    value = MappingProxyType(dict(getattr(instance, name)))
+    object.__setattr__(instance, name, value)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The layers of a model, and which of them stay dense for what reason.
@@ -24,6 +31,9 @@ class Selection:
     """
     layers: Tuple[Layer, ...]
     excluded: Mapping[str, Exclusion] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        freeze(self, 'excluded')
 
     @property
     def chosen(self) -> List[Layer]:

@@ -15,7 +15,7 @@ from ..layers import observe
 from ..running import Adapter, evaluation
 from .layers import UNUSED, Layer
 from .samples import Moments, input_samples, output_samples
-from .selection import Selection
+from .selection import Selection, freeze
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,9 @@ class Analysis:
     """
     selection: Selection
     statistics: Mapping[str, LayerStatistics]
+
+    def __post_init__(self) -> None:
+        freeze(self, 'statistics')
 
     @property
     def layers(self) -> Sequence[Layer]:

@@ -15,6 +15,7 @@ import mmbasis
 from mmbasis.compression import plan_of, save_checkpoint
 from mmbasis.layers import BasisLayer
 from mmbasis.planning import (
+    Analysis,
     BasePlanner,
     BudgetPlanner,
     CompressionPlan,
@@ -26,6 +27,8 @@ from mmbasis.planning import (
     RatioPlanner,
     Reason,
     Rules,
+    Selection,
+    find_layers,
 )
 from mmbasis.registry import PLANNERS
 from tests.analyses import (
@@ -213,6 +216,19 @@ def test_facts_cannot_be_changed(model, index):
     for key in vars(fact):
         with pytest.raises(FrozenInstanceError):
             setattr(fact, key, None)
+
+
+def test_tables_of_facts_cannot_be_changed(model):
+    layers, excluded = tuple(find_layers(model)), {}
+    selection = Selection(layers, excluded)
+    analysis = Analysis(selection, analysis_of(model).statistics)
+    for table in (selection.excluded, analysis.statistics):
+        with pytest.raises(TypeError, match='not support item assignment'):
+            table['0'] = None
+    excluded['0'] = Exclusion(Reason.UNUSED, 'unused')
+    assert len(selection.chosen) == len(layers)
+    assert selection == Selection(layers)
+    assert selection != selection.without(excluded)
 
 
 @planners
