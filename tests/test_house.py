@@ -12,7 +12,7 @@ MAX_FUNCTION, MAX_FILE, MAX_TOOL = 40, 400, 250
 # each folder may import those before it, and SHARED
 FLOORS = ('factorization', 'layers', 'running', 'planning', 'compression',
           'models', 'hooks')
-SHARED = {'registry', 'compat', 'version', 'utils'}
+SHARED = {'registry', 'compat', 'version', 'utils', 'quirks'}
 # beside the floors: what these may import (floors may import optim, hooks also
 # datasets)
 SIDE = {
@@ -20,12 +20,13 @@ SIDE = {
     'registry': set(),
     'compat': set(),
     'version': set(),
+    'quirks': set(),
     'datasets': {'registry'},
     'optim': {'factorization', 'layers', 'registry'},
     'visualization': {'factorization', 'layers', 'planning'},
     'deploy': SHARED.union(FLOORS) - {'hooks'},
 }
-# a file of a shared folder that stands above all: for tools, nothing imports it
+# a file of a shared folder that stands above all: only tools import it
 ROOF = 'utils.runner'
 # what these floors may import of the world, where that is limited
 OUTSIDE = {'factorization': {'torch'}}

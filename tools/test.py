@@ -11,7 +11,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmbasis.models.quirks import repair
+from mmbasis.quirks import repair
 from mmbasis.utils import init_cpu_dist, load_config
 
 #: how the libraries' own tools merge predictions where a config does not say

@@ -7,7 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmbasis.models.quirks import repair
+from mmbasis.quirks import repair
 from mmbasis.utils import init_cpu_dist, load_config
 
 

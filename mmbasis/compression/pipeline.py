@@ -22,6 +22,7 @@ from ..planning import (
     measure,
     measure_sensitivity,
 )
+from ..quirks import two_copies
 from ..running import (
     Adapter,
     Targets,
@@ -115,7 +116,7 @@ def analyze(model: nn.Module, recipe: Recipe,
             where the weights alone decide.
 
     Returns:
-        Analysis: Of all convolution and linear layers.
+        Analysis: Of all its layers.
 
     Raises:
         RuntimeError: If there are no batches.
@@ -123,11 +124,13 @@ def analyze(model: nn.Module, recipe: Recipe,
             beside itself, weights or outputs are not finite, or a pattern
             matches no layer.
     """
+    problem = two_copies(model)
     if get_plan(model) is not None:
-        raise ValueError('this model is compressed already')
+        problem = 'this model is compressed already'
+    if problem:
+        raise ValueError(problem)
     if not batches:
         raise RuntimeError('calibration saw no image: the dataloader is empty')
-    _refuse_two_copies(model)
     adapter = adapter_of(model)
     layers = find_layers(model)
     check_finite(layers)
@@ -135,6 +138,11 @@ def analyze(model: nn.Module, recipe: Recipe,
     analysis = measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
+    return _with_sensitivity(adapter, analysis, batches, recipe)
+
+
+def _with_sensitivity(adapter: Adapter, analysis: Analysis,
+                      batches: Sequence[Any], recipe: Recipe) -> Analysis:
     try:
         return measure_sensitivity(adapter, analysis, batches)
     except UnknownLossError as error:
@@ -195,19 +203,6 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
             Exclusion(Reason.NOT_IN_PLAN,
                       dense.reason if dense else 'not in the plan'))
     return Selection(selection.layers, excluded)
-
-
-def _refuse_two_copies(model: nn.Module) -> None:
-    """Refuse a teacher that follows another part parameter by parameter: with
-    ranks of its own, from another pass, it could not."""
-    teacher = getattr(model, 'teacher', None)
-    for name, child in model.named_children():
-        if type(child) is type(teacher) and child is not teacher:
-            raise ValueError(
-                f'{type(model).__name__} holds two copies of a '
-                f'{type(child).__name__}, {name} and teacher, which must stay '
-                'alike in training: train it dense, then compress what comes '
-                'out of it, with the config that uses that')
 
 
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],

@@ -3,8 +3,16 @@
 import copy
 import re
 from functools import partial
-from typing import (Any, Callable, Dict, Iterator, List, Optional, Sequence,
-                    Union)
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Union,
+)
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.quirks import repair
+from ..quirks import repair
 from .export import Deployment
 
 #: largest difference of scores and of values before non-maximum suppression

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from ..compat import max_onnx_opset, repair_static_methods
 from ..compression import load_weights, plan_of, read_checkpoint
 from ..models import standalone_config
-from ..models.quirks import repair
+from ..quirks import repair
 from ..utils import load_config
 
 #: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads

@@ -18,9 +18,9 @@ from ..compression import (
 )
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
+from ..quirks import repair
 from ..registry import MODELS
 from ..utils import as_text_config, load_config
-from .quirks import repair
 
 
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:

@@ -29,6 +29,7 @@ from ..compression import (
     read_checkpoint,
 )
 from ..layers import BasisLayer, copy_module, kind_of
+from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
 from ..utils.divergence import kl_divergence, normalized_mse
 
@@ -174,7 +175,7 @@ def _default_terms(names: Dict[str, nn.Module]) -> List[Term]:
     if logits:
         weight = .7 / len(logits)
         return [Term(x, 'kl', weight) for x in logits]
-    for prefix in ('', 'detector.'):  # of a tracker
+    for prefix in DETECTOR_PREFIXES:
         # not the proposals that Sparse R-CNN has instead of an RPN
         found = [
             prefix + x for x in ('neck', 'bbox_head', 'rpn_head')

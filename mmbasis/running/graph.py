@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from torch import Tensor
 
+from ..quirks import OFFSET_LAYERS
+
 #: Names of nodes that may multiply by a matrix of weights. Additions and
 #: products by element take parameters, too: positions, scales.
 MATRIX_PRODUCT = re.compile('mm|mv|dot|conv|linear|rnn', re.IGNORECASE)
@@ -37,14 +39,6 @@ SAMPLERS = (
     ('ROI', (1, )),  # torchvision
     ('MultiScaleDeformableAttnFunctionBackward', (3, 4)),  # mmcv, on a GPU
     ('GridSampler', (1, )),
-)
-#: Offset layers that no graph shows: type of the module around them, their
-#: name in it, and the reason.
-OFFSETS_BY_NAME = (
-    ('MultiScaleDeformableAttention', 'attention_weights',
-     'on a CPU, mmcv weights the samples outside of the operator'),
-    ('ModulatedDeformRoIPoolPack', 'mask_fc.2',
-     'mmcv weights the samples outside of the operator'),
 )
 
 
@@ -110,12 +104,11 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
 
 
 def _named(model: nn.Module, layers: Mapping[str, nn.Module]) -> Set[str]:
-    """Names of the layers in :data:`OFFSETS_BY_NAME`."""
+    """Names of the offset layers that are known by name."""
     return {
-        f'{name}.{child}'.lstrip('.')
+        f'{name}.{OFFSET_LAYERS[type(module).__name__]}'.lstrip('.')
         for name, module in model.named_modules()
-        for type_name, child, _ in OFFSETS_BY_NAME
-        if type(module).__name__ == type_name
+        if type(module).__name__ in OFFSET_LAYERS
     } & layers.keys()
 
 

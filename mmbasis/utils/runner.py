@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..datasets.annotations import single
-from ..models.quirks import repair
+from ..quirks import repair
 
 _RUNS = itertools.count()
 

@@ -2,9 +2,14 @@
 import pytest
 import torch
 
-from mmbasis.factorization import (factorize, merge, orthogonality_error,
-                                   orthogonality_penalty, orthonormalize,
-                                   spectrum_of_factor)
+from mmbasis.factorization import (
+    factorize,
+    merge,
+    orthogonality_error,
+    orthogonality_penalty,
+    orthonormalize,
+    spectrum_of_factor,
+)
 
 
 def random(*shape, seed=0):

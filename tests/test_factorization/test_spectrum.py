@@ -2,8 +2,11 @@
 import pytest
 import torch
 
-from mmbasis.factorization import (Spectrum, spectrum_of_factor,
-                                   spectrum_of_moment)
+from mmbasis.factorization import (
+    Spectrum,
+    spectrum_of_factor,
+    spectrum_of_moment,
+)
 
 
 def random(*shape, seed=0):

@@ -216,7 +216,7 @@ def test_tools_test_takes_it(workplace, compressed, tmp_path):
     (tmp_path / 'metrics.json').unlink()
     result = run(compressed / 'compressed.py', workplace.checkpoint)
     assert result.returncode != 0
-    assert 'these weights are dense' in result.stderr
+    assert 'the checkpoint under test is dense' in result.stderr
     assert not (tmp_path / 'metrics.json').exists()
 
 

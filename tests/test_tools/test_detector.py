@@ -320,4 +320,4 @@ def test_dense_weights_in_its_place_are_refused(compressed, start, place,
                     place / 'retinanet_r18_bccd.pth', '--work-dir', tmp_path)
     output = process.communicate(timeout=200)[0]
     assert process.returncode != 0
-    assert 'these weights are dense, but the model is compressed' in output
+    assert 'the checkpoint under test is dense' in output

@@ -36,8 +36,11 @@ from catalogue_sweep.data import make_batch  # noqa: E402
 from catalogue_sweep.models import build, settle_norms  # noqa: E402
 from catalogue_sweep.processes import check_all  # noqa: E402
 
-from mmbasis.planning import (find_layers, find_targets,  # noqa: E402
-                              train_deterministically)
+from mmbasis.planning import find_layers  # noqa: E402
+from mmbasis.running import (  # noqa: E402
+    trace_targets,
+    train_deterministically,
+)
 
 #: the last one with names
 REVISION = '5b48767'
@@ -91,7 +94,9 @@ def named_choice() -> Dict[str, Callable]:
     path = f'{REVISION}:mmbasis/planning/targets.py'
     text = subprocess.check_output(['git', 'show', path], cwd=ROOT, text=True)
     functions: Dict[str, Any] = {}
-    exec(text.replace('from ..layers', 'from mmbasis.layers'), functions)
+    text = text.replace('from ..layers import basis_layer_type',
+                        'from mmbasis.layers import kind_of')
+    exec(text.replace('basis_layer_type', 'kind_of'), functions)
     return functions
 
 
@@ -103,9 +108,13 @@ def look_at(entry: Entry, size: int, named: Dict[str, Callable]) -> dict:
     modules = {x.name: x.module for x in layers}
     result: Dict[str, Any] = dict(
         name=entry.name,
-        reasons={x.name: x.reason
-                 for x in layers if x.reason},
-        old_pred=[x for x in modules if named['is_prediction_layer'](model, x)],
+        reasons={
+            x.name: x.obstacle.words
+            for x in layers if x.obstacle is not None
+        },
+        old_pred=[
+            x for x in modules if named['is_prediction_layer'](model, x)
+        ],
         old_off=[x for x in modules if named['is_offset_layer'](model, x)])
     data = make_batch(cfg, model, size)
     try:
@@ -140,7 +149,7 @@ def trace(model: nn.Module, modules: Dict[str, nn.Module], data: Any,
 
     start = time.time()
     try:
-        found = find_targets(model, modules, run)
+        found = trace_targets(model, modules, run)
     finally:
         for handle in handles:
             handle.remove()
@@ -292,7 +301,8 @@ def report(rows: List[dict], built: int, out: str) -> None:
         f'- {len(rows)} of {built} models of the catalogue that can be built '
         f'were looked at: {modes["loss"]} by their losses, '
         f'{modes["tensor"] + modes["predict"]} by what they output, having no '
-        'losses', f'- {same} choose the same layers, {len(rows) - same} others',
+        'losses',
+        f'- {same} choose the same layers, {len(rows) - same} others',
         f'- {agree} of {both} choose the same by their raw outputs, without '
         'annotations, as by their losses',
         f'- a trace takes {facts["median_seconds"]} s (median), '

@@ -12,7 +12,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmbasis.models.quirks import repair
+from mmbasis.quirks import repair
 
 from .configs import without_pretrained
 

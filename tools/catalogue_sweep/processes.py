@@ -178,7 +178,8 @@ def check_all(entries: Sequence[Entry],
               jobs: int = 1,
               memory_gb: float = 6,
               seconds: float = 600,
-              work: Callable = check) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
+              work: Callable = check
+              ) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
     """Check models in processes of their own.
 
     Args:

@@ -4,7 +4,7 @@ import torch
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmbasis.models.quirks import repair
+from mmbasis.quirks import repair
 
 
 @pytest.fixture(autouse=True)
