@@ -23,6 +23,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseAveragedModel
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
 from ..planning import CompressionPlan, LayerPlan, find_layers
@@ -89,16 +90,16 @@ def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
 
     Args:
         model (nn.Module): The model.
-        values (bool): Its parameters and buffers get their values back, too;
-            a copy of them is kept meanwhile. Defaults to False.
+        values (bool): Put values back, too, of which a copy is kept.
     """
     containers = ('_modules', '_parameters', '_load_state_dict_pre_hooks')
     before = [(vars(module), dict(vars(module)),
                [(vars(module)[name], dict(vars(module)[name]))
                 for name in containers]) for module in model.modules()]
     before_state = copy.copy(vars(model).get(_STATE))
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    kept = [(x, x.detach().clone()) for x in tensors] if values else []
+    kept = [(x, x.detach().clone())
+            for x in itertools.chain(model.parameters(), model.buffers())
+            if values and not is_lazy(x)]
     try:
         yield
     except BaseException:

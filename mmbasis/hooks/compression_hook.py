@@ -190,9 +190,9 @@ class BasisCompressionHook(Hook):
                 for a teacher.
         """
         distillation = model.distillation
-        path = self._source.teacher if self._source else None
         if distillation is None or distillation.teacher is not None:
             return
+        path = self._source.teacher if self._source else distillation.source
         must = self.recipe.asks_for_teacher or resumed and path is not None
         found = ('the checkpoint names none' if path is None else
                  f'{path} of the checkpoint does not exist')

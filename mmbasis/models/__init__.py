@@ -2,11 +2,11 @@
 from .backbones import CifarDenseNet, CifarResNet, CifarVGG
 from .basis_model import BasisModel, unwrap
 from .builder import (
-                      build_compressed,
-                      build_dense,
-                      dense_architecture,
-                      load_compressed,
-                      standalone_config,
+    build_compressed,
+    build_dense,
+    dense_architecture,
+    load_compressed,
+    standalone_config,
 )
 
 __all__ = [

@@ -138,6 +138,9 @@ class BasisModel(BaseModel):
                     self.follow(start.plan)
             load_weights(self, content, path)
             self.has_weights, self.source = True, path
+            if self.distillation is not None:
+                self.distillation.source = (
+                    self.distillation.source or source.teacher)
         elif self.plan is not None:
             resolve(self.recipe, None, model=self.plan)
         if asked is not None and self.plan is None:

@@ -254,6 +254,18 @@ def test_nested_models(wrap):
     assert names(inner)
 
 
+def test_parts_that_no_pass_reaches_may_be_uninitialised():
+    model = network()
+    model.unused = nn.LazyBatchNorm2d()
+    plan = mmbasis.compress(
+        model,
+        FixedPlanner({'conv1': 2}),
+        batches(),
+        reconstruction='local')  # which needs no copy, they cannot be copied
+    assert list(plan.layers) == ['conv1']
+    assert isinstance(model.unused, nn.LazyBatchNorm2d)
+
+
 def test_frozen_layers_stay_frozen():
     model = network()
     model.conv1.requires_grad_(False)

@@ -155,6 +155,24 @@ def test_pretrained_weights_under_a_plan(dense, batch):
     assert torch.equal(wrapper.conv2.weight, small)
 
 
+def test_checkpoint_of_the_wrapper_names_its_teacher(tmp_path, dense):
+    """As one that is given as load_from does."""
+    hook = dict(planner=PLANNER, distillation=dict(terms=TERMS))
+    run(toy_cfg(tmp_path / 'first', dense, hook, epochs=1))
+    cfg = toy_cfg(tmp_path / 'second', None, {}, epochs=1)
+    cfg.custom_hooks[-1] = dict(type='mmbasis.BasisCompressionHook')
+    cfg.model = dict(
+        type='mmbasis.BasisModel',
+        architecture=dict(type='ToyNet'),
+        checkpoint=str(tmp_path / 'first' / 'epoch_1.pth'),
+        distillation=dict(terms=TERMS))
+    runner = run(cfg)
+    assert 'train/loss_distill_fc' in runner.message_hub.log_scalars
+    teacher = runner.model.distillation.teacher.state_dict()
+    expected = torch.load(dense, weights_only=True)['state_dict']
+    assert all(torch.equal(teacher[k], v) for k, v in expected.items())
+
+
 @pytest.fixture
 def other_classes(tmp_path, batch):
     """A run whose checkpoint is compressed, with 4 classes, and whose dense
