@@ -1,25 +1,56 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a dense model to a compressed one, and to its checkpoint."""
 from .analysis import forward_latency, single_truncations
-from .checkpoint import (META_KEY, TEACHER_KEY, plan_of, read_checkpoint,
-                         save_checkpoint)
-from .pipeline import (Compression, analyze, bases_of, compress, find_targets,
-                       log_plan, make_plan, run_recipe, take_batches)
+from .checkpoint import (
+                         META_KEY,
+                         TEACHER_KEY,
+                         plan_of,
+                         read_checkpoint,
+                         save_checkpoint,
+)
+from .pipeline import (
+                         Compression,
+                         analyze,
+                         bases_of,
+                         compress,
+                         find_targets,
+                         log_plan,
+                         make_plan,
+                         run_recipe,
+                         take_batches,
+)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
-from .recipe import (Calibration, Orthogonality, PlanLike, Recipe, Teaching,
-                     Term, as_plan, as_planner)
+from .recipe import (
+                         Calibration,
+                         Orthogonality,
+                         PlanLike,
+                         Recipe,
+                         Teaching,
+                         Term,
+                         as_plan,
+                         as_planner,
+)
 from .reconstruction import Reconstruction
 from .start import Action, Run, Source, Start, resolve
-from .surgery import (apply_plan, attach_plan, basis_layers, densified,
-                      get_plan, guard, load_weights, restructure)
+from .surgery import (
+                         apply_plan,
+                         attach_plan,
+                         basis_layers,
+                         densified,
+                         get_plan,
+                         guard,
+                         load_weights,
+                         restructure,
+)
 
 __all__ = [
     'forward_latency', 'single_truncations', 'META_KEY', 'TEACHER_KEY',
     'plan_of', 'read_checkpoint', 'save_checkpoint', 'Compression', 'analyze',
-    'bases_of', 'compress', 'find_targets', 'log_plan', 'make_plan', 'run_recipe',
-    'take_batches', 'output_error', 'recalibrate', 'recalibrate_if_better',
-    'Calibration', 'Orthogonality', 'PlanLike', 'Recipe', 'Teaching', 'Term', 'as_plan',
-    'as_planner', 'Reconstruction', 'Action', 'Run', 'Source', 'Start',
-    'resolve', 'apply_plan', 'attach_plan', 'basis_layers', 'densified',
-    'get_plan', 'guard', 'load_weights', 'restructure'
+    'bases_of', 'compress', 'find_targets', 'log_plan', 'make_plan',
+    'run_recipe', 'take_batches', 'output_error', 'recalibrate',
+    'recalibrate_if_better', 'Calibration', 'Orthogonality', 'PlanLike',
+    'Recipe', 'Teaching', 'Term', 'as_plan', 'as_planner', 'Reconstruction',
+    'Action', 'Run', 'Source', 'Start', 'resolve', 'apply_plan', 'attach_plan',
+    'basis_layers', 'densified', 'get_plan', 'guard', 'load_weights',
+    'restructure'
 ]

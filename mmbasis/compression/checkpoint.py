@@ -5,8 +5,11 @@ from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
-from mmengine.runner.checkpoint import (_load_checkpoint, get_state_dict,
-                                        weights_to_cpu)
+from mmengine.runner.checkpoint import (
+    _load_checkpoint,
+    get_state_dict,
+    weights_to_cpu,
+)
 
 from ..planning import CompressionPlan
 

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from ..factorization import reduced_rank_regression
 from ..planning import Layer, LayerStatistics
-from ..planning.samples import (input_samples, is_expansion, output_samples,
-                                sum_of_products)
+from ..planning.samples import (
+    input_samples,
+    is_expansion,
+    output_samples,
+    sum_of_products,
+)
 from ..planning.statistics import weight_matrix
 
 #: Where less than this share of the dense network's output can be had from the
@@ -52,7 +56,7 @@ class LayerRegression:
         total = torch.tensor(float(samples))
         if get_world_size() > 1:
             all_reduce(total)
-        self.of_input = is_expansion(layer) or (layer.kind.sees_patches(
+        self.of_input = is_expansion(layer) or (layer.known_kind.sees_patches(
             layer.module) and total >= SAMPLES_PER_WEIGHT * in_size)
         if scale is None:
             scale = weight.new_ones(groups * self.rows)
@@ -184,18 +188,20 @@ class _Energy:
     """Mean square of samples, over all processes."""
 
     def __init__(self) -> None:
-        self.count = self.total = self.squares = 0
+        self.count = 0.
+        self.total = self.squares = torch.zeros(())
 
     def add(self, samples: Tensor) -> None:
         samples = samples.double()
         self.count += samples.shape[-1]
-        self.total = self.total + samples.sum(-1)
-        self.squares = self.squares + samples.square().sum()
+        self.total = samples.sum(-1) + self.total
+        self.squares = samples.square().sum() + self.squares
 
     def reduce(self) -> None:
-        self.count = self.squares.new_tensor(float(self.count))
-        for tensor in (self.count, self.total, self.squares):
+        count = self.squares.new_tensor(self.count)
+        for tensor in (count, self.total, self.squares):
             all_reduce(tensor)
+        self.count = float(count)
 
     def value(self, centred: bool) -> Tensor:
         """Summed over channels; about the mean if ``centred``."""

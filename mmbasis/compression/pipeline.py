@@ -8,13 +8,30 @@ import torch.nn as nn
 from mmengine.logging import MMLogger
 
 from ..layers import copy_module
-from ..planning import (Analysis, CompressionPlan, Exclusion, Form, Layer,
-                        Reason, Rules, Selection,
-                        check_finite, find_layers, measure,
-                        measure_sensitivity)
+from ..planning import (
+    Analysis,
+    CompressionPlan,
+    Exclusion,
+    Form,
+    Layer,
+    Reason,
+    Rules,
+    Selection,
+    check_finite,
+    find_layers,
+    measure,
+    measure_sensitivity,
+)
 from ..quirks import two_copies
-from ..running import (Adapter, Targets, UnknownLossError, adapter_of,
-                       evaluation, trace_targets, undisturbed)
+from ..running import (
+    Adapter,
+    Targets,
+    UnknownLossError,
+    adapter_of,
+    evaluation,
+    trace_targets,
+    undisturbed,
+)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe
 from .reconstruction import Reconstruction
@@ -121,6 +138,11 @@ def analyze(model: nn.Module, recipe: Recipe,
     analysis = measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
+    return _with_sensitivity(adapter, analysis, batches, recipe)
+
+
+def _with_sensitivity(adapter: Adapter, analysis: Analysis,
+                      batches: Sequence[Any], recipe: Recipe) -> Analysis:
     try:
         return measure_sensitivity(adapter, analysis, batches)
     except UnknownLossError as error:

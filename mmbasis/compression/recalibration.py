@@ -36,7 +36,8 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
     with evaluation(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # average instead of moving average
+            # average instead of moving average
+            norm.momentum = None  # type: ignore[assignment]
             norm.training = True
         for data in batches:
             adapter.predict(data)

@@ -238,13 +238,13 @@ class Recipe:
         default.
 
         Args:
-            planner (dict | BasePlanner): Or its config.
-            plan (str | dict | CompressionPlan): Or its file.
-            calibration (dict): Fields of :class:`Calibration`.
-            reconstruction, recalibration, norm: See above.
-            orthogonality (dict): Fields of :class:`Orthogonality`.
-            distillation (bool | dict): Fields of :class:`Teaching`; True is
-                the same with all defaults, False does without.
+            **config: ``planner``: itself or its config. ``plan``: itself, its
+                file or the content of that. ``calibration``: fields of
+                :class:`Calibration`. ``reconstruction``, ``recalibration``,
+                ``norm``: see above. ``orthogonality``: fields of
+                :class:`Orthogonality`. ``distillation``: fields of
+                :class:`Teaching`; True is the same with all defaults, False
+                does without.
         """
         given = {k: v for k, v in config.items() if v is not None}
         if 'planner' in given and 'plan' in given:

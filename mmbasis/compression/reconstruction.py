@@ -27,7 +27,7 @@ class Reconstruction:
     to the outputs of the dense model.
 
     A layer sees what the compressed layers before it make of the images, and
-    is the best of its rank from there to what the dense layer puts out
+    is the best of its rank from there to what the dense layer returns
     (reduced-rank regression, in the metric of the loss' gradients where they
     are known). Where its output is added to something else, as at the end of
     a residual block, it corrects the errors of that, too. Layers that the
@@ -75,7 +75,7 @@ class Reconstruction:
                     'Reconstruction: %s is left as it was: it does not run, '
                     'or takes more than one input', name)
             self.todo = {name: self.todo[name] for name in order}
-            shared = [name for name in order if self.statistics[name].calls > 1]
+            shared = [x for x in order if self.statistics[x].calls > 1]
             first = order.index(shared[0]) if shared else len(order)
             self.watch.residual.difference_update(shared)
             self._fit_side_by_side(order[:first], batches)
@@ -102,9 +102,8 @@ class Reconstruction:
             for name in names:
                 self._stop_at(name, stack)
             passes = [
-                tuple(
-                    stack.enter_context(Pass(adapter, data, self.watch))
-                    for adapter in (self.teacher, self.student))
+                (stack.enter_context(Pass(self.teacher, data, self.watch)),
+                 stack.enter_context(Pass(self.student, data, self.watch)))
                 for data in batches
             ]
             for one in itertools.chain(*passes):
@@ -124,21 +123,23 @@ class Reconstruction:
         residual = name in self.watch.residual
 
         def before(module: nn.Module, args: tuple) -> None:
-            if current_pass() is None:
+            current = current_pass()
+            if current is None:
                 return
             if residual:
-                current_pass().inputs[name] = args[0]
+                current.inputs[name] = args[0]
             else:
-                current_pass().stop(name, args[0])
+                current.stop(name, args[0])
 
         def behind(module: nn.Module, args: tuple, kwargs: dict,
                    y: Tensor) -> None:
-            if current_pass() is None:
+            current = current_pass()
+            if current is None:
                 return
             if residual:
                 self.watch.mark(name, y)
             else:
-                current_pass().stop(name, y)
+                current.stop(name, y)
 
         stack.callback(
             observe(student, behind if residual else None, before).remove)
@@ -164,7 +165,7 @@ class Reconstruction:
         target = self.model.get_submodule(layer.name)
         groups, rows, _ = layer.matrix_shape
         scale = pairs[0][0].sum.scale.expand(groups * rows)
-        axis = layer.kind.channel_axis(layer.module)
+        axis = layer.known_kind.channel_axis(layer.module)
         wide = scale.view(-1, *[1] * (-axis - 1))
         samples = []
         for teacher, student in pairs:
@@ -206,7 +207,7 @@ class Reconstruction:
 
     def _outputs(self, names: Sequence[str],
                  data: Any) -> Dict[str, List[Tensor]]:
-        """Samples of the outputs of layers of the dense model, call by call."""
+        """Samples of the outputs of dense layers, call by call."""
         found: Dict[str, List[Tensor]] = {name: [] for name in names}
         with ExitStack() as stack:
             for name in names:
@@ -247,7 +248,8 @@ class Reconstruction:
         compressed = isinstance(target, BasisLayer)
         entry = self.plan.layers.get(layer.name)
         old_bias = target.coefficients.bias if compressed else target.bias
-        solution = regression.solve(entry and entry.rank, old_bias is not None)
+        solution = regression.solve(entry.rank if entry else None,
+                                    old_bias is not None)
         if solution is None:
             return False
         basis, coefficients, bias = solution
@@ -256,7 +258,7 @@ class Reconstruction:
                                None if old_bias is None else bias)
             return True
         target.weight.copy_(
-            layer.kind.from_matrix(coefficients @ basis, target))
+            layer.known_kind.from_matrix(coefficients @ basis, target))
         if old_bias is not None:
             old_bias.copy_(bias)
         return True

@@ -2,6 +2,7 @@
 """What a run starts from."""
 import enum
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, Optional
 
 from ..planning import BasePlanner, CompressionPlan
@@ -13,6 +14,7 @@ class Run(enum.Enum):
     """What kind of run it is."""
     TRAIN = 'training'
     RESUME = 'resuming'
+    #: also under test-time augmentation: the plan is that of the model inside
     TEST = 'testing'
 
 
@@ -70,53 +72,45 @@ def resolve(recipe: Recipe,
     """Decide between what a config asks for, what a checkpoint carries and
     what the run is.
 
-    ======  ==========  ==================  ===============================
-    run     checkpoint  recipe / model      start
-    ======  ==========  ==================  ===============================
-    train   dense       planner or plan     COMPRESS
-    train   none        planner or plan     COMPRESS (random weights)
-    train   dense/none  nothing             error: nothing to do
-    train   none        compressed model    KEEP
-    train   dense       compressed model    error
-    train   any         both of these       error, unless they agree
-    train   plan B      nothing             FOLLOW B
-    train   plan B      plan B, or its      FOLLOW B, logged
-                        planner
-    train   plan B      another one         error
-    train   plan B      model of plan B     KEEP
-    train   plan B      model of another    error
-    resume  plan B      anything            FOLLOW B, logged if another is
-                                            asked for (stages change plans)
-    resume  dense/none  anything            error
-    test    plan B      anything            FOLLOW B, logged likewise
-    test    dense       anything            error
-    test    none        compressed model    KEEP
-    test    none        dense model         error
-    ======  ==========  ==================  ===============================
-
-    A model under test-time augmentation is tested like any other: the plan
-    is that of the model inside.
+    ======  ==========  ================  =================================
+    run     checkpoint  recipe / model    start
+    ======  ==========  ================  =================================
+    train   dense/none  planner or plan   COMPRESS
+    train   dense/none  nothing           error: nothing to do
+    train   none        compressed model  KEEP
+    train   dense       compressed model  error
+    train   any         both of these     error, unless they agree
+    train   plan B      nothing           FOLLOW B
+    train   plan B      B or its planner  FOLLOW B, logged
+    train   plan B      another one       error
+    train   plan B      model of plan B   KEEP
+    train   plan B      model of another  error
+    resume  plan B      anything          FOLLOW B, or KEEP if the model has
+                                          it; logged if it is not asked for
+    resume  dense/none  anything          error
+    test    plan B      anything          like resume
+    test    dense       anything          error
+    test    none        compressed model  KEEP
+    test    none        dense model       error
+    ======  ==========  ================  =================================
 
     Args:
         recipe (Recipe): What the config asks for.
-        checkpoint (Source, optional): What is about to be loaded; None if
-            nothing is.
+        checkpoint (Source, optional): What is about to be loaded.
         run (Run): What kind of run it is. Defaults to training.
-        model (CompressionPlan, optional): The plan of the model as it was
-            built; None if it is dense.
-
-    Returns:
-        Start: The decision.
+        model (CompressionPlan, optional): What the model was built with.
 
     Raises:
-        RuntimeError: If the weights are dense where compressed ones are due.
-        ValueError: If the config contradicts the checkpoint.
+        RuntimeError, ValueError: In the cases of an error.
     """
-    found = checkpoint.plan if checkpoint else None
-    if run is not Run.TRAIN:
-        return _go_on(recipe, checkpoint, run, model)
-    if found is not None:
-        return _from_compressed(recipe, found, model)
+    begin = _begin if run is Run.TRAIN else partial(_go_on, run)
+    return begin(recipe, checkpoint, model)
+
+
+def _begin(recipe: Recipe, checkpoint: Optional[Source],
+           model: Optional[CompressionPlan]) -> Start:
+    if checkpoint is not None and checkpoint.plan is not None:
+        return _from_compressed(recipe, checkpoint.plan, model)
     if model is not None:
         if checkpoint is not None:
             raise RuntimeError(
@@ -132,7 +126,7 @@ def resolve(recipe: Recipe,
     return Start(Action.COMPRESS)
 
 
-def _go_on(recipe: Recipe, checkpoint: Optional[Source], run: Run,
+def _go_on(run: Run, recipe: Recipe, checkpoint: Optional[Source],
            model: Optional[CompressionPlan]) -> Start:
     found = checkpoint.plan if checkpoint else None
     if found is None:

@@ -28,10 +28,10 @@ from ..compression import (
 )
 from ..factorization import orthogonality_penalty
 from ..planning import CompressionPlan
+from ..quirks import repair
 from ..registry import MODELS
 from .builder import is_pretrained
 from .distillation import Distillation
-from ..quirks import repair
 
 #: attributes of the wrapper; all others are the model's
 _OWN = {

@@ -8,13 +8,19 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-from ..compression import (PlanLike, apply_plan, as_plan, load_weights,
-                           plan_of, read_checkpoint)
+from ..compression import (
+    PlanLike,
+    apply_plan,
+    as_plan,
+    load_weights,
+    plan_of,
+    read_checkpoint,
+)
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
+from ..quirks import repair
 from ..registry import MODELS
 from ..utils import as_text_config, load_config
-from ..quirks import repair
 
 
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:

@@ -4,12 +4,13 @@ import copy
 import functools
 import os.path as osp
 import re
-from contextlib import ExitStack
+from contextlib import contextmanager
 from typing import (
     Any,
     Callable,
     Dict,
     Iterable,
+    Iterator,
     List,
     Mapping,
     Optional,
@@ -20,8 +21,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..compression import (Teaching, Term, densified, load_weights,
-                           read_checkpoint)
+from ..compression import (
+    Teaching,
+    Term,
+    densified,
+    load_weights,
+    read_checkpoint,
+)
 from ..layers import BasisLayer, copy_module, kind_of
 from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
@@ -39,8 +45,9 @@ class Distillation:
 
     Args:
         architecture (nn.Module): The model; it need not be dense.
-        teaching (Teaching): What is compared, and the weights of the teacher
-            where they are not given later, by :meth:`take` or :meth:`load`.
+        teaching (Teaching, optional): What is compared, and the weights of
+            the teacher where they are not given later, by :meth:`take` or
+            :meth:`load`. Defaults to what suits the model.
 
     Raises:
         ValueError: If a term names no module of the model, or if there is no
@@ -49,7 +56,8 @@ class Distillation:
 
     def __init__(self,
                  architecture: nn.Module,
-                 teaching: Teaching = Teaching()) -> None:
+                 teaching: Optional[Teaching] = None) -> None:
+        teaching = teaching or Teaching()
         names = dict(architecture.named_modules(remove_duplicate=False))
         self.terms: Sequence[Term] = _default_terms(
             names) if teaching.terms is None else teaching.terms
@@ -110,13 +118,12 @@ class Distillation:
 
         Args:
             model (nn.Module): The student.
-            args, kwargs: What the student is called with, preprocessed, in
-                mode ``'loss'``.
-            forward (Callable): Computes the student's own losses.
+            args (Sequence): What it is called with, preprocessed.
+            kwargs (Mapping): The same by keyword, among it ``mode='loss'``.
+            forward (Callable): Computes its own losses.
 
         Returns:
-            dict: Own losses times ``task_weight``, and ``loss_distill_<name>``
-            for each term.
+            dict: Own losses times ``task_weight``, and those of the terms.
 
         Raises:
             RuntimeError: If there is no teacher, or nothing to compare.
@@ -199,32 +206,37 @@ def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
     found: List[str] = []
     classes = getattr(names.get('head'), 'num_classes', None)
     for name, module in names.items():
+        # not the coefficients, which are as wide as their basis layer
         if (classes is not None and name.startswith('head.')
-                and getattr(module, 'out_features', None) == classes):
-            # not the coefficients, which are as wide as their basis layer
-            if not isinstance(names[name.rpartition('.')[0]], BasisLayer):
-                found.append(name)
+                and getattr(module, 'out_features', None) == classes
+                and not isinstance(names[name.rpartition('.')[0]],
+                                   BasisLayer)):
+            found.append(name)
     return found
 
 
-class _capture(ExitStack):
+@contextmanager
+def _capture(model: nn.Module,
+             names: Iterable[str]) -> Iterator[Dict[str, List[Tensor]]]:
     """Collect the outputs of named modules: a list of tensors for each, over
     calls and, where a module returns several, over these.
 
     Detectors call the ``forward`` of a head directly, past its hooks: so
     ``forward`` itself is wrapped.
     """
-
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        super().__init__()
-        self.outputs: Dict[str, List[Tensor]] = {name: [] for name in names}
-        for name in names:
+    outputs: Dict[str, List[Tensor]] = {name: [] for name in names}
+    before = []
+    try:
+        for name, found in outputs.items():
             module = model.get_submodule(name)
-            module.forward = _noting(module.forward, self.outputs[name])
-            self.callback(delattr, module, 'forward')
-
-    def __enter__(self) -> Dict[str, List[Tensor]]:
-        return self.outputs
+            before.append((module, vars(module).get('forward')))
+            module.forward = _noting(module.forward, found)
+        yield outputs
+    finally:
+        for module, own in reversed(before):
+            del module.forward
+            if own is not None:  # activation checkpointing sets one
+                module.forward = own
 
 
 def _noting(forward: Callable, found: List[Tensor]) -> Callable:
@@ -254,7 +266,7 @@ def _compare(term: Term, name: str, students: Sequence[Tensor],
         losses = [kl_divergence(s, t, term.temperature) for s, t in pairs]
     else:
         losses = [normalized_mse(s, t) for s, t in pairs]
-    return sum(losses) / len(losses)
+    return torch.stack(losses).mean()
 
 
 def _scaled(losses: Dict[str, Any], factor: float) -> Dict[str, Any]:

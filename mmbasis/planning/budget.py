@@ -1,12 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The planner that spends one budget on the whole network."""
-from typing import Dict, List, Optional, Sequence, Union
+from typing import List, Optional, Sequence, Union
 
 import numpy as np
 
 from ..registry import PLANNERS
 from .allocation import allocate
-from .costs import Cost, LatencyCost, MacsCost, ParamsCost
+from .costs import Cost, LatencyCost
 from .latency import LatencyTable
 from .planners import (
     BasePlanner,
@@ -62,8 +62,7 @@ class BudgetPlanner(BasePlanner):
                 f'latency with its table, but got {given}, table={table!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
-        costs: Dict[str, Cost] = dict(macs=MacsCost(), params=ParamsCost())
-        self.cost = costs[self.metric] if table is None else LatencyCost(
+        self.cost = Cost(self.metric) if table is None else LatencyCost(
             LatencyTable.of(table))
 
     def describe(self) -> dict:

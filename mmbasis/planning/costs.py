@@ -80,15 +80,28 @@ class Costs:
 
 
 class Cost:
-    """What a budget counts."""
+    """What a budget counts: MACs or parameters. Others derive from it.
+
+    Args:
+        metric (str): A method of :class:`Costs`, ``'macs'`` or ``'params'``.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
 
     def of(self, costs: Costs, rank: Optional[int]) -> float:
         """Cost of a layer at a rank; None for the dense layer."""
-        raise NotImplementedError(f'{type(self).__name__} must define of()')
+        return getattr(costs, self.metric)(rank)
 
     def pays(self, costs: Costs, rank: int) -> bool:
         """Whether a layer is cheaper at a rank than dense."""
         return rank <= costs.break_even
+
+    def ranks(self, costs: Costs, round_to: int) -> Tuple[int, ...]:
+        """The multiples of ``round_to`` that pay, rising."""
+        return tuple(
+            rank for rank in range(round_to, costs.break_even + 1, round_to)
+            if self.pays(costs, rank))
 
     def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
         """What some layers may cost if the network keeps a fraction."""
@@ -107,20 +120,6 @@ class Cost:
                 f', ranks are multiples of {round_to}')
 
 
-class MacsCost(Cost):
-    """Multiply-accumulate operations for one image."""
-
-    def of(self, costs: Costs, rank: Optional[int]) -> float:
-        return costs.macs(rank)
-
-
-class ParamsCost(Cost):
-    """Parameters."""
-
-    def of(self, costs: Costs, rank: Optional[int]) -> float:
-        return costs.params(rank)
-
-
 class LatencyCost(Cost):
     """Milliseconds on a device.
 
@@ -129,6 +128,7 @@ class LatencyCost(Cost):
     """
 
     def __init__(self, table: LatencyTable) -> None:
+        super().__init__('latency')
         self.table = table
 
     def of(self, costs: Costs, rank: Optional[int]) -> float:
@@ -148,11 +148,3 @@ class LatencyCost(Cost):
         if costs.break_even < round_to:
             return super().why_not(costs, round_to)
         return 'no rank is faster than the dense layer, by the latency table'
-
-
-def ranks_that_pay(costs: Costs, cost: Cost,
-                   round_to: int) -> Tuple[int, ...]:
-    """The multiples of ``round_to`` that make a layer cheaper, rising."""
-    return tuple(
-        rank for rank in range(round_to, costs.break_even + 1, round_to)
-        if cost.pays(costs, rank))

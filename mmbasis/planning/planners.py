@@ -13,7 +13,7 @@ import numpy as np
 
 from ..running import Targets
 from ..utils.plain import to_json
-from .costs import PLAIN, Cost, Costs, Form, MacsCost, ranks_that_pay
+from .costs import PLAIN, Cost, Costs, Form
 from .layers import Layer, check_patterns
 from .plan import CompressionPlan
 from .selection import Rules, Selection
@@ -106,7 +106,7 @@ class BasePlanner(ABC):
     #: whether sensitivities are wanted; None: where they can be had
     loss_aware: bool | None = False
     #: what makes a rank pay, and what a budget counts
-    cost: Cost = MacsCost()
+    cost: Cost = Cost('macs')
 
     def __new__(cls, *args: Any, **kwargs: Any) -> BasePlanner:
         planner = super().__new__(cls)
@@ -213,7 +213,7 @@ class BasePlanner(ABC):
         """What can be done with a layer."""
         costs = Costs(layer, statistics, form)
         return Candidates(layer, statistics, form,
-                          ranks_that_pay(costs, self.cost, self.round_to))
+                          self.cost.ranks(costs, self.round_to))
 
     def _settle(
             self,

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planners that choose the rank of each layer on its own."""
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Dict, Optional, Sequence, Set, Union
 
@@ -22,8 +23,20 @@ from .selection import Selection
 from .statistics import LayerStatistics
 
 
+class _LayerPlanner(BasePlanner):
+    """Chooses the rank of each layer on its own."""
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        return [self.choose_one(candidates) for candidates in free]
+
+    @abstractmethod
+    def choose_one(self, candidates: Candidates) -> Optional[int]:
+        """The rank of a layer; None keeps it dense."""
+
+
 @PLANNERS.register_module()
-class EnergyPlanner(BasePlanner):
+class EnergyPlanner(_LayerPlanner):
     """The paper's rule: in each layer the smallest rank whose cumulative
     energy reaches the same threshold (Tayyab et al., ICIP 2021).
 
@@ -38,11 +51,7 @@ class EnergyPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
 
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[Optional[int]]:
-        return [self._choose(candidates) for candidates in free]
-
-    def _choose(self, candidates: Candidates) -> Optional[int]:
+    def choose_one(self, candidates: Candidates) -> Optional[int]:
         assert candidates.statistics.spectrum is not None
         rank = candidates.statistics.spectrum.rank_for_energy(self.threshold)
         at = int(np.searchsorted(candidates.ranks, rank))
@@ -50,7 +59,7 @@ class EnergyPlanner(BasePlanner):
 
 
 @PLANNERS.register_module()
-class RatioPlanner(BasePlanner):
+class RatioPlanner(_LayerPlanner):
     """The same fraction of MACs in every layer.
 
     Args:
@@ -63,11 +72,7 @@ class RatioPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.ratio = check_fraction('RatioPlanner: ratio', ratio)
 
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[Optional[int]]:
-        return [self._choose(candidates) for candidates in free]
-
-    def _choose(self, candidates: Candidates) -> Optional[int]:
+    def choose_one(self, candidates: Candidates) -> Optional[int]:
         if self.ratio == 1:
             return None
         macs = candidates.costs.macs
@@ -76,7 +81,7 @@ class RatioPlanner(BasePlanner):
 
 
 @PLANNERS.register_module()
-class FixedPlanner(BasePlanner):
+class FixedPlanner(_LayerPlanner):
     """Ranks given by the user.
 
     Args:
@@ -123,11 +128,7 @@ class FixedPlanner(BasePlanner):
     def accepts(self, candidates: Candidates, rank: int) -> bool:
         return self.allow_costlier or super().accepts(candidates, rank)
 
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[Optional[int]]:
-        return [self._choose(candidates) for candidates in free]
-
-    def _choose(self, candidates: Candidates) -> Optional[int]:
+    def choose_one(self, candidates: Candidates) -> Optional[int]:
         layer = candidates.layer
         rank = first_match(layer, self.ranks)
         if rank == 'full':

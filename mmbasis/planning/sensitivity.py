@@ -3,7 +3,7 @@
 loss."""
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Sequence
 
 import torch
 import torch.nn as nn
@@ -91,12 +91,13 @@ class GradientRecorder:
         self.counts[layer.name] += samples.shape[-1]
 
     def finish(self) -> Dict[str, LayerStatistics]:
-        """Sum over processes.
+        """Sum over processes; layers that stay unknown are logged.
 
         Returns:
             dict[str, LayerStatistics]: By layer name, with ``gradient`` and
             ``sensitivity`` where a gradient reached the layer.
         """
+        unknown = []
         for layer in self.layers:
             moment = self.moments.pop(layer.name)
             count = moment.new_tensor(float(self.counts[layer.name]))
@@ -107,6 +108,14 @@ class GradientRecorder:
             if moment.any() and moment.isfinite().all():
                 self.statistics[layer.name] = self._with_sensitivity(
                     layer, moment / count)
+            else:
+                unknown.append(layer.name)
+        if unknown:
+            MMLogger.get_current_instance().warning(
+                'No gradient (or only zeros or NaN) reached %d of %d layers '
+                '(%s): what they are worth to the loss is unknown, and their '
+                'energy counts instead', len(unknown), len(self.layers),
+                ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
         return self.statistics
 
     def _with_sensitivity(self, layer: Layer,
@@ -147,7 +156,6 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
     Raises:
         UnknownLossError: If the model has no loss that is known.
     """
-    logger = MMLogger.get_current_instance()
     model = adapter.model
     with undisturbed(model), evaluation(model):
         is_classifier = classifies(adapter, batches[0])
@@ -162,22 +170,6 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
                 loss = fisher_loss(adapter, inputs, index, is_classifier)
                 if loss.requires_grad:
                     loss.backward()
-                logger.info('Sensitivity: batch %d/%d', index + 1,
-                            len(batches))
-    statistics = recorder.finish()
-    unknown = [
-        x.name for x in analysis.selection.chosen
-        if statistics[x.name].sensitivity is None
-    ]
-    if unknown:
-        logger.warning(
-            'No gradient (or only zeros or NaN) reached %d of %d layers (%s): '
-            'what they are worth to the loss is unknown, and their energy '
-            'counts instead',
-            len(unknown), len(analysis.selection.chosen),
-            _shortened(unknown))
-    return replace(analysis, statistics=statistics)
-
-
-def _shortened(names: List[str], most: int = 5) -> str:
-    return ', '.join(names[:most] + ['…'] * (len(names) > most))
+                MMLogger.get_current_instance().info(
+                    'Sensitivity: batch %d/%d', index + 1, len(batches))
+    return replace(analysis, statistics=recorder.finish())

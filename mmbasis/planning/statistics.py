@@ -103,6 +103,16 @@ class LayerRecorder:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
+    def run(self, adapter: Adapter, batches: Sequence[Any]) -> None:
+        """Run a model on batches."""
+        for data in batches:
+            adapter.predict(data)
+            self.images += adapter.count_images(data)
+            self.passes += 1
+            MMLogger.get_current_instance().info(
+                'Calibration: batch %d/%d, %d images', self.passes,
+                len(batches), self.images)
+
     def _record(self, layer: Layer, x: Tensor, y: Tensor) -> None:
         module = layer.module
         channels = getattr(module, 'out_channels', None)
@@ -203,17 +213,10 @@ def measure(adapter: Adapter,
         RuntimeError: If there are no batches.
         ValueError: If an output is not finite.
     """
-    logger = MMLogger.get_current_instance()
-    batches = batches if data_aware else batches[:1]
     recorder = LayerRecorder(selection.layers,
                              selection.chosen if data_aware else ())
     with evaluation(adapter.model), recorder:
-        for index, data in enumerate(batches):
-            adapter.predict(data)
-            recorder.images += adapter.count_images(data)
-            recorder.passes += 1
-            logger.info('Calibration: batch %d/%d, %d images', index + 1,
-                        len(batches), recorder.images)
+        recorder.run(adapter, batches if data_aware else batches[:1])
     statistics = recorder.finish()
     selection = selection.without({
         name: UNUSED

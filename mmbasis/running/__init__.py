@@ -1,7 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """How a model is run, which nothing else in the package needs to know."""
-from .adapter import (Adapter, CannotRunError, ModuleAdapter,
-                      UnknownLossError, adapter_of)
+from .adapter import (
+                      Adapter,
+                      CannotRunError,
+                      ModuleAdapter,
+                      UnknownLossError,
+                      adapter_of,
+)
 from .batch import Batch, tensors
 from .complexity import model_complexity
 from .engine import MMEngineAdapter
@@ -14,5 +19,6 @@ __all__ = [
     'Adapter', 'CannotRunError', 'ModuleAdapter', 'UnknownLossError',
     'adapter_of', 'Batch', 'tensors', 'model_complexity', 'MMEngineAdapter',
     'classifies', 'fisher_loss', 'Pass', 'Sum', 'SumWatch', 'current_pass',
-    'evaluation', 'train_deterministically', 'undisturbed'
+    'evaluation', 'train_deterministically', 'undisturbed', 'Targets',
+    'trace_targets'
 ]

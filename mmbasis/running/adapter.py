@@ -185,7 +185,7 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
     if isinstance(model, Adapter):
         return model
     while is_model_wrapper(model):
-        model = model.module
+        model = model.get_submodule('module')
     users: List[Type[Adapter]] = []
     ours: List[Type[Adapter]] = []
     for cls in ADAPTERS.module_dict.values():

@@ -77,12 +77,7 @@ def model_complexity(model: Union[nn.Module, Adapter],
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
         analyzer.tracer_warnings('none')
-        macs = analyzer.total()
-        uncounted = analyzer.unsupported_ops()
-    return dict(
-        macs=int(macs),
-        params=sum(p.numel() for p in adapter.model.parameters()),
-        uncounted={
-            k: int(v)
-            for k, v in uncounted.items()
-        })
+        macs = int(analyzer.total())
+        uncounted = {k: int(v) for k, v in analyzer.unsupported_ops().items()}
+    params = sum(p.numel() for p in adapter.model.parameters())
+    return dict(macs=macs, params=params, uncounted=uncounted)

@@ -13,8 +13,13 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .adapter import (Adapter, CannotRunError, ModuleAdapter,
-                      UnknownLossError, as_logits)
+from .adapter import (
+    Adapter,
+    CannotRunError,
+    ModuleAdapter,
+    UnknownLossError,
+    as_logits,
+)
 from .batch import Batch, bind, leaf, map_tensors, parameters_of, tensors
 from .passes import current_pass
 from .states import Unchanged, fixed_random
@@ -151,8 +156,9 @@ class MMEngineAdapter(Adapter):
                 result = self._in_way(purpose, way, batch)
             except Exception as error:
                 # backbones cannot take the views of a self-supervised model
-                if not (_refuses(error, way) or way == 'tensor'
-                        and purpose == 'outputs' and self._lacks_predict(batch)):
+                if not (_refuses(error, way)
+                        or way == 'tensor' and purpose == 'outputs'
+                        and self._lacks_predict(batch)):
                     raise
                 failed.append((way, f'{type(error).__name__}: {error}'))
                 continue

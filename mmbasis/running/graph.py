@@ -3,8 +3,20 @@
 import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
-from typing import (AbstractSet, Any, Callable, Dict, Iterable, Iterator, List,
-                    Mapping, NamedTuple, Optional, Set, Tuple)
+from typing import (
+    AbstractSet,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 import torch
 import torch.nn as nn
@@ -33,20 +45,7 @@ SAMPLERS = (
 class Targets(NamedTuple):
     """Names of layers that stay dense by default.
 
-    Args:
-        predictions (set[str]): Layers that make predictions.
-        offsets (set[str]): Layers that decide where others sample.
-    """
-    predictions: AbstractSet[str]
-    offsets: AbstractSet[str]
-
-
-def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
-                  run: Callable[[], Any]) -> Targets:
-    """Find the layers that make predictions and those that decide where
-    others sample.
-
-    A layer makes predictions if its output reaches an output of ``run``
+    A layer makes predictions if its output reaches an output of the model
     without another product by a weight matrix in between: scales, activations,
     normalisations, sums and losses do not count. So does a layer whose output
     reaches neither an output nor another layer: proposals, for example, are
@@ -60,6 +59,19 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
     A layer decides where others sample if its output reaches the sampling
     positions, or the weights of the samples, of one of :data:`SAMPLERS` in the
     same way.
+
+    Args:
+        predictions (set[str]): Layers that make predictions.
+        offsets (set[str]): Layers that decide where others sample.
+    """
+    predictions: AbstractSet[str]
+    offsets: AbstractSet[str]
+
+
+def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
+                  run: Callable[[], Any]) -> Targets:
+    """Find the layers that make predictions and those that decide where
+    others sample.
 
     The graph holds no activations, so a trace takes as much memory as
     inference. Nothing is kept.

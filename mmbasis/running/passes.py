@@ -63,6 +63,11 @@ class Pass:
         watch (SumWatch, optional): Sees the sums of this pass.
     """
 
+    #: what the layer takes or returns, while the pass stands at it
+    tensor: Tensor
+    #: the sum, while the pass stands at one
+    sum: Sum
+
     def __init__(self,
                  adapter: 'Adapter',
                  data: Any,
@@ -72,8 +77,6 @@ class Pass:
         self.inputs: Dict[str, Tensor] = {}
         #: where the pass stands; None at its end
         self.name: Optional[str] = None
-        self.tensor: Optional[Tensor] = None
-        self.sum: Optional[Sum] = None
         self._goes_on = threading.Semaphore(0)
         self._stands = threading.Semaphore(0)
         self._error: Optional[BaseException] = None
@@ -97,7 +100,9 @@ class Pass:
         Raises:
             Exception: What the model raised on the way.
         """
-        self.name = self.tensor = self.sum = None
+        self.name = None
+        for key in ('tensor', 'sum'):  # not kept for longer than needed
+            vars(self).pop(key, None)
         if self._thread.ident is None:
             self._thread.start()
         outside = get_random(self._devices)
@@ -111,10 +116,12 @@ class Pass:
 
     def stop(self,
              name: str,
-             tensor: Optional[Tensor],
+             tensor: Tensor,
              into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
-        self.name, self.tensor, self.sum = name, tensor, into
+        self.name, self.tensor = name, tensor
+        if into is not None:
+            self.sum = into
         self._stands.release()
         self._wait()
 
@@ -233,7 +240,7 @@ class SumWatch(TorchFunctionMode):
             return
         current = current_pass()
         if current is not None:
-            current.stop(name, current.inputs.pop(name, None),
+            current.stop(name, current.inputs.pop(name, branch),
                          Sum(branch, other, scale))
 
 

@@ -150,8 +150,9 @@ class Unchanged:
             if isinstance(module, BaseAveragedModel):
                 module.update_parameters = lambda *_, **__: None
                 self._averaged.append(module)
-            kept = [] if isinstance(module, _NormBase) else [module._buffers]
-            kept += [module._parameters] if parameters else []
+            kept: List[Dict[str, Any]] = [module._parameters] * parameters
+            if not isinstance(module, _NormBase):
+                kept.append(module._buffers)
             self._values += [(table, key, x, x.detach().clone())
                              for table in kept for key, x in table.items()
                              if x is not None]

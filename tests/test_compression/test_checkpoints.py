@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,9 +126,8 @@ def test_same_keys_through_the_wrapper(compressed, dense, batches):
 
 @pytest.mark.parametrize('size', [0, 100, 2000, -100])
 def test_truncated_file(path, size):
-    content = open(path, 'rb').read()
-    with open(path, 'wb') as file:
-        file.write(content[:size])
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:size])
     with pytest.raises(
             ValueError,
             match='compressed.pth cannot be read, it '
@@ -143,7 +143,7 @@ def test_other_files(path, tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match='holds a list, not weights'):
         read_checkpoint(path)
-    open(path, 'w').write('no checkpoint')
+    Path(path).write_text('no checkpoint')
     with pytest.raises(ValueError, match='cannot be read'):
         read_checkpoint(path)
 

@@ -225,7 +225,7 @@ def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches):
         sums = []
         for net in (model, small):
             net.conv3.register_forward_pre_hook(
-                lambda _, args: sums.append(args[0]))
+                lambda _, args, sums=sums: sums.append(args[0]))
             with torch.no_grad():
                 net(unseen)
         errors.append((sums[-1] - sums[-2]).norm())
@@ -343,11 +343,11 @@ def test_regression_against_brute_force():
             cross[None], second[None], prior[None], 3, weight[None], 1e-12)
         mapping = (coefficients @ basis)[0]
 
-        def error(m,
-                  weight=weight +
-                  1e-3 * torch.linalg.norm(weight, 2) * torch.eye(9)):
+        metric = weight + 1e-3 * torch.linalg.norm(weight, 2) * torch.eye(9)
+
+        def error(m, metric=metric):
             e = y - r @ m.T
-            return (e @ weight * e).sum()
+            return (e @ metric * e).sum()
 
         for _ in range(20):
             u, s, v = torch.linalg.svd(mapping + .01 * torch.randn(9, 6))

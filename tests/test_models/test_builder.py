@@ -10,8 +10,12 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmbasis import CompressionPlan, compress
 from mmbasis.compression import basis_layers
 from mmbasis.hooks import BasisCompressionHook
-from mmbasis.models import (BasisModel, build_compressed, dense_architecture,
-                            standalone_config)
+from mmbasis.models import (
+    BasisModel,
+    build_compressed,
+    dense_architecture,
+    standalone_config,
+)
 from mmbasis.utils import load_config
 from tests.toy import ToyNet
 

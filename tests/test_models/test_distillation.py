@@ -283,3 +283,32 @@ def test_calls_of_forward_itself_are_seen():
 def test_bad_terms(dense, terms, message):
     with pytest.raises(ValueError, match=message):
         model(dense, terms=terms)
+
+
+def test_forward_of_the_instance_s_own_stays(dense, batch):
+    """As activation checkpointing sets it; and a layer of two names is
+    compared under both."""
+    net = ToyNet()
+    net.load_state_dict(torch.load(dense)['state_dict'])
+    net.alias = net.conv2
+    calls = []
+    original = net.conv2.forward
+
+    def forward(x):
+        calls.append(1)
+        return original(x)
+
+    net.conv2.forward = forward
+    terms = [dict(module='conv2|alias', type='mse'), TERMS[0]]
+    wrapper = BasisModel(net, distillation=dict(terms=terms))
+    wrapper.distillation.take(net, None)
+    wrapper.fc.weight.data *= 2
+    for count in (1, 2):
+        losses = wrapper.eval()(*batch, mode='loss')
+        assert losses['loss_distill_fc'] > 0
+        assert net.conv2.forward is forward
+        assert len(calls) >= count
+    assert 'forward' not in vars(net.fc)
+    with pytest.raises(RuntimeError, match='size of tensor|channels'):
+        wrapper(batch[0][:, :2], batch[1], mode='loss')
+    assert net.conv2.forward is forward and 'forward' not in vars(net.fc)

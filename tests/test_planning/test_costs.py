@@ -7,7 +7,7 @@ from mmengine.analysis import FlopAnalyzer
 
 from mmbasis.layers import BasisLayer
 from mmbasis.planning import Costs, Form, LayerStatistics, find_layers
-from mmbasis.planning.costs import MacsCost, ParamsCost, ranks_that_pay
+from mmbasis.planning.costs import Cost
 from tests.analyses import costs_of, measured, random_layers
 
 
@@ -70,13 +70,14 @@ def test_break_even_is_the_last_rank_that_pays(seed, extras):
         assert costs.break_even == max(cheaper, default=0)
 
 
-@pytest.mark.parametrize('cost', [MacsCost(), ParamsCost()], ids=str)
-def test_ranks_that_pay(cost):
+@pytest.mark.parametrize('metric', ['macs', 'params'])
+def test_ranks_that_pay(metric):
+    cost = Cost(metric)
     layer, = find_layers(nn.Conv2d(16, 16, 3))
     costs = Costs(layer, LayerStatistics(10, 10))
-    assert ranks_that_pay(costs, cost, 1) == tuple(range(1, 15))
-    assert ranks_that_pay(costs, cost, 4) == (4, 8, 12)
-    assert ranks_that_pay(costs, cost, 16) == ()
+    assert cost.ranks(costs, 1) == tuple(range(1, 15))
+    assert cost.ranks(costs, 4) == (4, 8, 12)
+    assert cost.ranks(costs, 16) == ()
     assert 'multiples of 16' in cost.why_not(costs, 16)
     assert cost.budget(.5, [costs] * 3) == 1.5 * cost.of(costs, None)
 

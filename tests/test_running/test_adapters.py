@@ -7,13 +7,24 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmengine.model import (BaseDataPreprocessor, BaseModel,
-                            MMDistributedDataParallel)
+from mmengine.model import (
+    BaseDataPreprocessor,
+    BaseModel,
+    MMDistributedDataParallel,
+)
 
 from mmbasis.registry import ADAPTERS
-from mmbasis.running import (Adapter, CannotRunError, MMEngineAdapter,
-                             ModuleAdapter, UnknownLossError, adapter_of,
-                             evaluation, model_complexity, tensors)
+from mmbasis.running import (
+    Adapter,
+    CannotRunError,
+    MMEngineAdapter,
+    ModuleAdapter,
+    UnknownLossError,
+    adapter_of,
+    evaluation,
+    model_complexity,
+    tensors,
+)
 from tests.toy import ToyNet
 
 X = torch.rand(4, 3, 8, 8)

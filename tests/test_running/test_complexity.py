@@ -8,8 +8,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 
 import mmbasis
-from mmbasis.running import model_complexity
 from mmbasis.planning import BudgetPlanner, FixedPlanner
+from mmbasis.running import model_complexity
 
 
 class Deformable(BaseModel):

@@ -6,9 +6,16 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
-from mmbasis.running import (Pass, adapter_of, current_pass, evaluation,
-                             fisher_loss, model_complexity,
-                             train_deterministically, undisturbed)
+from mmbasis.running import (
+    Pass,
+    adapter_of,
+    current_pass,
+    evaluation,
+    fisher_loss,
+    model_complexity,
+    train_deterministically,
+    undisturbed,
+)
 
 RESNET = dict(
     type='ResNet', depth=18, stem_channels=8, base_channels=8)
@@ -113,7 +120,7 @@ def model_and_data(request):
     with torch.no_grad():
         for parameter in model.backbone.parameters():
             parameter.add_(.1 * torch.randn_like(parameter))
-        if request.param == 'swav':  # each pass does that; also of trained ones
+        if request.param == 'swav':  # each pass normalises its prototypes
             weight = model.head.loss_module.prototypes.weight
             weight.copy_(torch.nn.functional.normalize(weight))
     yield model, batch(request.param)

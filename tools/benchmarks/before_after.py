@@ -1,0 +1,111 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What compressing ResNet-50 costs, in two checkouts of mmbasis.
+
+224x224, random weights and images, everything that ``mmbasis.compress`` does
+by default. Each run is a process of its own; the two checkouts take turns, so
+that both meet the same machine:
+
+    python tools/benchmarks/before_after.py OTHER_CHECKOUT \
+        --out docs/results/compression_cost.json
+"""
+import argparse
+import json
+import os
+import os.path as osp
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from statistics import median
+
+HERE = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
+PROGRAM = """
+import json, resource, sys, time
+import torch
+from mmengine.registry import MODELS, init_default_scope
+import mmbasis
+images, size = int(sys.argv[1]), int(sys.argv[2])
+init_default_scope('mmpretrain')
+torch.manual_seed(0)
+from mmpretrain.structures import DataSample
+model = MODELS.build(dict(
+    type='ImageClassifier', backbone=dict(type='ResNet', depth=50),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=1000, in_channels=2048)))
+model.init_weights()
+model.eval()
+batches = [
+    dict(inputs=torch.randint(0, 256, (size, 3, 224, 224)),
+         data_samples=[DataSample().set_gt_label(i) for i in range(size)])
+    for _ in range(images // size)]
+start, cpu = time.perf_counter(), time.process_time()
+plan = mmbasis.compress(model, dict(type='BudgetPlanner', macs=.5), batches)
+print('RESULT', json.dumps(dict(
+    file=mmbasis.__file__,
+    seconds=time.perf_counter() - start,
+    cpu_seconds=time.process_time() - cpu,
+    peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    macs=plan.totals()['macs'])))
+"""
+
+
+def run(checkout: str, images: int, batch_size: int) -> dict:
+    """Compress once with the code of a checkout."""
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM,
+         str(images), str(batch_size)],
+        env=dict(os.environ, PYTHONPATH=checkout),
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True)
+    lines = [x for x in done.stdout.splitlines() if x.startswith('RESULT')]
+    result = json.loads(lines[-1][len('RESULT'):])
+    found = osp.dirname(osp.dirname(osp.abspath(result.pop('file'))))
+    if not osp.samefile(found, checkout):
+        raise RuntimeError(f'{checkout} was asked for, but {found} ran')
+    return result
+
+
+def main() -> None:
+    """Run both in turns, and compare medians."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('before', help='folder of the other checkout')
+    parser.add_argument('--images', type=int, default=64)
+    parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--out', required=True, help='JSON to write')
+    args = parser.parse_args()
+    runs = dict(before=[], after=[])
+    for _ in range(args.repeats):
+        for name, checkout in (('before', args.before), ('after', HERE)):
+            runs[name].append(run(checkout, args.images, args.batch_size))
+            print(name, runs[name][-1])
+    revisions = {
+        name: subprocess.check_output(
+            ['git', 'rev-parse', '--short', 'HEAD'], cwd=checkout,
+            text=True).strip()
+        for name, checkout in (('before', args.before), ('after', HERE))
+    }
+    ratios = {
+        key: median(x[key] for x in runs['after']) /
+        median(x[key] for x in runs['before'])
+        for key in ('seconds', 'cpu_seconds', 'peak_rss_mb')
+    }
+    result = dict(
+        date=datetime.now().isoformat(timespec='seconds'),
+        machine=f'{platform.machine()}, {os.cpu_count()} cores',
+        python=platform.python_version(),
+        images=args.images,
+        revisions=revisions,
+        after_over_before=ratios,
+        runs=runs)
+    with open(args.out, 'w', encoding='utf-8') as file:
+        file.write(json.dumps(result, indent=1) + '\n')
+    print(json.dumps(ratios))
+
+
+if __name__ == '__main__':
+    main()
