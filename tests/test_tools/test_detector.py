@@ -54,7 +54,8 @@ custom_hooks = [
 ]
 optim_wrapper = dict(
     _delete_=True, type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+    # random weights and their distillation diverge at more
+    optimizer=dict(type='SGD', lr=0.001, momentum=0.9))
 param_scheduler = dict(_delete_=True, type='ConstantLR', factor=1.)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=5),
                      logger=dict(interval=1))
@@ -72,6 +73,7 @@ model = dict(
         feat_channels=16, stacked_convs=2, strides=[8, 16, 32],
         regress_ranges=((-1, 64), (64, 128), (128, 1e8)),
         norm_cfg={{_base_.norm_cfg}}))
+optim_wrapper = dict(optimizer=dict(lr=0.01))
 load_from = '{{$MMBASIS_DATA:data}}/fcos.pth'
 """
 
@@ -194,7 +196,7 @@ def test_killed_and_resumed_is_uninterrupted(whole, start, place, tmp_path):
     a, b = saved(whole[0])['state_dict'], saved(tmp_path)['state_dict']
     assert list(a) == list(b)
     for key in a:
-        assert torch.equal(a[key], b[key]), key
+        assert a[key].isfinite().all() and torch.equal(a[key], b[key]), key
 
 
 def test_two_processes_are_one(start, place, tmp_path):
