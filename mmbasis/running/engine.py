@@ -99,11 +99,7 @@ class MMEngineAdapter(Adapter):
 
     # ---------------------------------------------------------------- ways
     def predict(self, data: Any) -> Any:
-        if self._has_own_test_step():
-            ways = ['test_step', 'predict', 'loss', 'tensor']
-        else:
-            ways = ['predict', 'loss', 'tensor']
-        return self._run('predict', data, ways)
+        return self._run('predict', data, ['predict', 'loss', 'tensor'])
 
     def raw(self, data: Any) -> Any:
         return self._run('outputs', data, ['tensor', 'predict', 'loss'])
@@ -111,7 +107,9 @@ class MMEngineAdapter(Adapter):
     def logits(self, data: Any) -> Optional[Tensor]:
         batch = self.prepare(data)
         logits = as_logits(self.raw(batch))
-        if logits is None or self._ways['outputs'] not in ('tensor', 'call'):
+        if logits is None or not self._has_mode:
+            return logits
+        if self._ways['outputs'] != 'tensor':
             return None
         # features of a self-supervised model look like logits
         return None if self._lacks_predict(batch) else logits
@@ -138,27 +136,30 @@ class MMEngineAdapter(Adapter):
         return step is not None and getattr(
             step, '__func__', step) is not BaseModel.test_step
 
-    def _lacks_predict(self, batch: Batch) -> bool:
+    def _lacks_predict(self, data: Any) -> bool:
         if 'predict' not in self._ways:
-            self.predict(batch)
+            self.predict(data)
         return self._ways['predict'] in ('loss', 'tensor')
 
     def _run(self, purpose: str, data: Any, ways: List[str]) -> Any:
         """Run the model in the first way that works."""
-        batch = self.prepare(data)
         if not self._has_mode:
-            ways = [x for x in ways if x == 'test_step'] + ['call']
+            ways = ['call']
+        if purpose != 'loss' and self._has_own_test_step():
+            # instead of the mode predict, which it may not have
+            ways.insert(
+                ways.index('predict') if self._has_mode else 0, 'test_step')
         if purpose in self._ways:
-            return self._in_way(purpose, self._ways[purpose], batch)
+            return self._in_way(purpose, self._ways[purpose], data)
         failed: List[Tuple[str, str]] = []
         for way in ways:
             try:
-                result = self._in_way(purpose, way, batch)
+                result = self._in_way(purpose, way, data)
             except Exception as error:
                 # backbones cannot take the views of a self-supervised model
                 if not (_refuses(error, way)
                         or way == 'tensor' and purpose == 'outputs'
-                        and self._lacks_predict(batch)):
+                        and self._lacks_predict(data)):
                     raise
                 failed.append((way, f'{type(error).__name__}: {error}'))
                 continue
@@ -171,9 +172,11 @@ class MMEngineAdapter(Adapter):
                              f'at its {purpose}, tried {tried}: '
                              f'{_advice(purpose)}')
 
-    def _in_way(self, purpose: str, way: str, batch: Batch) -> Any:
+    def _in_way(self, purpose: str, way: str, data: Any) -> Any:
         if way == 'test_step':
-            return self.model.test_step(batch.raw)
+            raw = data.raw if isinstance(data, Batch) else data
+            return self.model.test_step(raw)
+        batch = self.prepare(data)
         if way == 'call':
             return self.call(batch)
         if way != 'loss':

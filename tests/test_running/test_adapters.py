@@ -380,10 +380,13 @@ def test_own_test_step():
     assert predict(Model(), dict(image=X)).shape == (4, 16, 8, 8)
 
 
-def test_module_that_is_tested_by_steps():
+@pytest.mark.parametrize('cls', [Plain, Two])
+def test_module_that_is_tested_by_steps(cls):
     model = Plain()
-    model.test_step = lambda data: model(data['picture'])
+    model.__class__ = type('Stepping', (cls, ), {})
+    model.test_step = lambda data: Plain.forward(model, data['picture'])
     assert predict(model, dict(picture=X)).shape == (4, 5)
+    assert adapter_of(model).outputs(dict(picture=X))[0].shape == (4, 5)
 
 
 def test_batches_that_are_unlike():
