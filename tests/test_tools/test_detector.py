@@ -184,7 +184,8 @@ def test_killed_and_resumed_is_uninterrupted(whole, start, place, tmp_path):
     killed = start('tools/train.py', place / 'basis.py', '--work-dir',
                    tmp_path)
     mark, end = tmp_path / 'last_checkpoint', time.time() + 240
-    while not mark.exists() and time.time() < end:
+    # MMEngine creates the file, then writes it
+    while not (mark.exists() and mark.read_text()) and time.time() < end:
         time.sleep(.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

@@ -76,7 +76,8 @@ def test_killed_and_resumed_is_uninterrupted(data, tmp_path, repo_root):
 
     killed = train(repo_root, tmp_path / 'killed')
     mark, end = tmp_path / 'killed' / 'last_checkpoint', time.time() + 240
-    while not mark.exists() and time.time() < end:
+    # MMEngine creates the file, then writes it
+    while not (mark.exists() and mark.read_text()) and time.time() < end:
         time.sleep(.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
