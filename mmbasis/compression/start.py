@@ -138,9 +138,9 @@ def _go_on(run: Run, recipe: Recipe, checkpoint: Optional[Source],
                 'checkpoint of work_dir, resume without load_from')
         if checkpoint is not None or model is None:
             raise RuntimeError(
-                'the checkpoint under test is dense, but this config '
-                'compresses: give a checkpoint that mmbasis wrote, or test '
-                'the dense one with its own config')
+                'the checkpoint under test is dense, but this config is of a '
+                'compressed model: give a checkpoint that mmbasis wrote, or '
+                'test the dense one with its own config')
         return Start(Action.KEEP, model)
     asked = model or recipe.plan
     differs = (

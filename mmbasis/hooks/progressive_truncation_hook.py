@@ -15,10 +15,10 @@ class ProgressiveTruncationHook(Hook):
     little, tune, compress more.
 
     Before the epochs that are named, the model as it is then is planned and
-    truncated anew, by what :class:`BasisCompressionHook` does at the start of
+    truncated again, by what :class:`BasisCompressionHook` does at the start of
     the run and with its calibration images. The optimizer's state is carried
     over to the new factors and the schedules go on; EMA's average starts
-    anew. A stage changes nothing but the checkpoints after it, so that
+    afresh. A stage changes nothing but the checkpoints after it, so that
     resuming is exact.
 
     Examples:

@@ -24,7 +24,7 @@ from mmbasis.planning import BasePlanner
 
 
 class Net(nn.Module):
-    """With all that hangs on layers: hooks, sharing, an average."""
+    """With all that is attached to layers: hooks, sharing, an average."""
 
     def __init__(self):
         super().__init__()

@@ -41,8 +41,8 @@ def resume(cfg, tmp_path, runner, epoch, **options):
 
 
 def test_trains_the_factors(tmp_path, dense):
-    """The factors are in the optimizer, they move, and the model is half as
-    dear."""
+    """The factors are in the optimizer, they move, and the model costs half
+    as much."""
     runner = run(toy_cfg(tmp_path / 'run', dense))
     layers = dict(basis_layers(runner.model))
     assert set(layers) <= {'conv1', 'conv2', 'conv3', 'fc'} and layers

@@ -127,7 +127,7 @@ def test_weight_is_that_of_the_dense_layer(name):
 
 @every_layer
 def test_geometry_is_that_of_the_dense_layer(name):
-    """DINO asks its head how many classes it puts out."""
+    """DINO asks its head how many classes it predicts."""
     dense, _ = build(name)
     layer, asked = represent(dense, 1), 0
     for key in ('in_channels', 'out_channels', 'kernel_size', 'stride',

@@ -63,7 +63,7 @@ def build(config, field):
 
 
 def outputs_of(name, head, channels, levels):
-    """What a head puts out for random features."""
+    """What a head returns for random features."""
     if levels:
         if isinstance(channels, int):
             channels = [channels] * levels
