@@ -174,11 +174,12 @@ def load_libraries() -> None:
     gc.freeze()  # what is there by now is not looked at again and again
 
 
-def check_all(entries: Sequence[Entry],
-              jobs: int = 1,
-              memory_gb: float = 6,
-              seconds: float = 600,
-              work: Callable = check) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
+def check_all(
+        entries: Sequence[Entry],
+        jobs: int = 1,
+        memory_gb: float = 6,
+        seconds: float = 600,
+        work: Callable = check) -> Iterator[Tuple[Entry, Dict[str, Any]]]:
     """Check models in processes of their own.
 
     Args:
