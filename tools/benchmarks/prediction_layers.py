@@ -46,7 +46,6 @@ from mmbasis.running import (  # noqa: E402
 REVISION = '5b48767'
 CATALOGUE = osp.join(ROOT, 'docs', 'results', 'catalogue.json')
 
-
 MODES = ('loss', 'tensor', 'predict')
 #: library, sign, pattern of a layer's name, and why the two differ there
 REASONS = (
@@ -58,6 +57,9 @@ REASONS = (
     ('mmdet::yolo/yolov3_mobilenetv2', '+', r'backbone\.conv2',
      'computed, but used by nobody: where an output goes that no layer takes '
      'cannot be seen, and detached predictions look the same'),
+    ('mmpretrain::cae/', '+', r'^neck\.regressors',
+     'its loss takes the features of a residual stream, and all branches of '
+     'that count; mmbasis refuses the model'),
     ('mmpretrain', '+', r'^(neck|head|decode|img_head)\b',
      'pretext tasks: what the loss takes is the output of a projector, '
      'predictor or decoder, whose names were not listed'),
@@ -187,8 +189,7 @@ def sweep(args: argparse.Namespace, path: str) -> None:
 
     todo = [x for _, x in order][:args.limit]
     with open(path, 'a') as file:
-        for entry, result in check_all(
-                todo, memory_gb=args.memory, work=work):
+        for entry, result in check_all(todo, memory_gb=args.memory, work=work):
             result['name'] = entry.name
             file.write(json.dumps(result) + '\n')
             file.flush()
@@ -212,9 +213,10 @@ def chosen(row: dict) -> Tuple[str, dict, dict]:
     old.update(dict.fromkeys(row.get('old_off', ()), 'offsets'))
     new = dict.fromkeys(found['off'], 'offsets')
     new.update(dict.fromkeys(found['pred'], 'prediction'))
-    return mode, *({k: v
-                    for k, v in x.items() if k not in out}
-                   for x in (old, new))
+    return mode, *({
+        k: v
+        for k, v in x.items() if k not in out
+    } for x in (old, new))
 
 
 def explain(library: str, sign: str, name: str) -> str:
@@ -230,8 +232,8 @@ def differences(row: dict) -> List[Tuple[str, str, str, str]]:
     _, old, new = chosen(row)
     found = [('-', old[x], x) for x in old.keys() - new.keys()]
     found += [('+', new[x], x) for x in new.keys() - old.keys()]
-    return sorted({(sign, kind, re.sub(r'\d+', '#', name),
-                    explain(row['name'], sign, name))
+    return sorted({(sign, kind, re.sub(r'\d+', '#',
+                                       name), explain(row['name'], sign, name))
                    for sign, kind, name in found})
 
 
@@ -248,88 +250,107 @@ def without_annotations(row: dict) -> List[Tuple[str, str]]:
                    for name in names})
 
 
-def table(groups: Dict[tuple, List[str]], head: str) -> List[str]:
-    lines = [head, re.sub(r'[^|]+', '-', head)]
-    for key, names in sorted(groups.items(), key=lambda x: -len(x[1])):
-        cells = [f'`{x}`' if '#' in x or '.' in x[:-1] and ' ' not in x else x
-                 for x in key]
-        example = names[0].split('::')[1]
-        lines.append(f'| {" | ".join(cells)} | {len(names)} | {example} |')
+def listing(groups: Dict[tuple, List[str]]) -> List[str]:
+    """A paragraph for each explanation, with the layers it is for."""
+    by_reason = defaultdict(dict)
+    for (sign, kind, layer, reason), names in groups.items():
+        by_reason[sign, kind, reason][layer] = names
+    lines = []
+    for (sign, kind, reason), layers in by_reason.items():
+        models = sorted({x for names in layers.values() for x in names})
+        counts = ', '.join(
+            f'`{k}` ({len(v)})'
+            for k, v in sorted(layers.items(), key=lambda x: -len(x[1])))
+        lines.append(f'- `{sign}` {kind}, {len(models)} models: {reason}. '
+                     f'{counts}; for example {models[0]}')
     return lines
+
+
+def cpu() -> str:
+    with open('/proc/cpuinfo') as file:
+        names = re.findall(r'model name\s*: (.*)', file.read())
+    return f'{names[0]}, {len(names)} cores, of which one was used'
+
+
+def figures(rows: List[dict], failed: List[dict], built: int) -> dict:
+    """All that is reported but the differences themselves."""
+    both = [
+        x for x in rows
+        if 'pred' in x.get('loss', {}) and 'pred' in x.get('tensor', {})
+    ]
+    modes = {x['name']: chosen(x)[0] for x in rows}
+    seconds = {x['name']: x[modes[x['name']]]['seconds'] for x in rows}
+    return dict(
+        date=f'{datetime.now():%Y-%m-%d %H:%M}',
+        machine=f'{cpu()}, shared with other work',
+        versions=dict(VERSIONS, python=platform.python_version()),
+        names_of=REVISION,
+        command=' '.join(['python', *sys.argv]),
+        built=built,
+        looked_at=len(rows),
+        same=sum(not differences(x) for x in rows),
+        modes=dict(Counter(modes.values())),
+        both=len(both),
+        agree=sum(not without_annotations(x) for x in both),
+        failed={x['name']: x['error']
+                for x in failed},
+        median_seconds=sorted(seconds.values())[len(rows) // 2],
+        most_seconds=max(seconds.values()),
+        models={k: [modes[k], seconds[k]]
+                for k in sorted(modes)})
 
 
 def report(rows: List[dict], built: int, out: str) -> None:
     """Write what differs, by kind of difference."""
-    failed = [x for x in rows if 'error' in x]
-    rows = [x for x in rows if 'error' not in x]
-    modes = Counter(chosen(x)[0] for x in rows)
+    failed = [x for x in rows if 'error' in x or not chosen(x)[0]]
+    rows = [x for x in rows if x not in failed]
     kinds, raw = defaultdict(list), defaultdict(list)
     for row in rows:
         for difference in differences(row):
             kinds[difference].append(row['name'])
         for item in without_annotations(row):
             raw[item].append(row['name'])
-    same = sum(not differences(x) for x in rows)
-    agree = sum(not without_annotations(x) for x in rows
-                if 'pred' in x.get('loss', {}) and 'pred' in x['tensor'])
-    both = sum('pred' in x.get('loss', {}) and 'pred' in x['tensor']
-               for x in rows)
-    seconds = sorted(x[chosen(x)[0]]['seconds'] for x in rows
-                     if chosen(x)[0])
-    causes = Counter(x['error'].split(' (')[0] for x in failed)
-    facts = dict(
-        date=f'{datetime.now():%Y-%m-%d %H:%M}',
-        machine=f'{platform.machine()}, 1 thread',
-        python=platform.python_version(),
-        versions=VERSIONS,
-        compared_with=REVISION,
-        command=' '.join(['python', *sys.argv]),
-        built=built,
-        models=len(rows),
-        same=same,
-        modes=dict(modes),
-        failed=dict(causes),
-        median_seconds=seconds[len(seconds) // 2],
-        slowest_seconds=seconds[-1])
-    lines = [
-        '# Layers that stay dense by default: the graph against names', '',
-        'Written by `tools/benchmarks/prediction_layers.py`, which says what '
-        f'is compared. {facts["date"]}, {facts["machine"]}, Python '
-        f'{facts["python"]}, ' + ', '.join(f'{k} {v}'
-                                           for k, v in VERSIONS.items()) +
-        f'; names of revision {REVISION}.', '',
-        f'- {len(rows)} of {built} models of the catalogue that can be built '
-        f'were looked at: {modes["loss"]} by their losses, '
-        f'{modes["tensor"] + modes["predict"]} by what they output, having no '
-        'losses',
-        f'- {same} choose the same layers, {len(rows) - same} others',
-        f'- {agree} of {both} choose the same by their raw outputs, without '
-        'annotations, as by their losses',
-        f'- a trace takes {facts["median_seconds"]} s (median), '
-        f'{facts["slowest_seconds"]} s at most, on a busy machine'
-    ]
-    lines += [
-        f'- {count} more were not built: {cause}'
-        for cause, count in causes.most_common()
-    ]
-    lines += ['', '## Differences', '',
-              '`-`: only the names kept it dense. `+`: only the graph does.',
-              '']
-    lines += table(kinds, '| | for | layer | why | models | for example |')
-    lines += ['', '## Without annotations', '',
-              'What raw outputs say (`+`) that losses do not, and the other '
-              'way round (`-`).', '']
-    lines += table(raw, '| | layer | models | for example |')
-    with open(f'{out}.md', 'w') as file:
-        file.write('\n'.join(lines) + '\n')
+    facts = figures(rows, failed, built)
     facts['differences'] = [
-        dict(sign=a, kind=b, layer=c, reason=d, models=names)
-        for (a, b, c, d), names in kinds.items()
+        dict(zip(('sign', 'kind', 'layer', 'reason'), key), models=names)
+        for key, names in kinds.items()
     ]
     facts['without_annotations'] = [
         dict(sign=a, layer=b, models=names) for (a, b), names in raw.items()
     ]
-    facts['looked_at'] = sorted(x['name'] for x in rows)
+    versions = ', '.join(f'{k} {v}' for k, v in facts['versions'].items())
+    losses = facts['modes'].get('loss', 0)
+    lines = [
+        '# Layers that stay dense by default: the graph against names', '',
+        'Written by `tools/benchmarks/prediction_layers.py`, which says what '
+        f'is compared, on {facts["date"]}. {facts["machine"]}; {versions}; '
+        f'names of revision {REVISION}.', '',
+        f'- Of {built} models of the catalogue that can be built, '
+        f'{len(rows)} were looked at: of each family first one, then the '
+        f'next, those with fewer than 300 M parameters. {losses} by their '
+        f'losses, {len(rows) - losses} by their outputs, where a loss is '
+        f'missing. {len(failed)} could not be built here or run: packages '
+        'are missing (see the JSON file)',
+        f'- {facts["same"]} choose the same layers both ways, '
+        f'{len(rows) - facts["same"]} do not',
+        f'- {facts["agree"]} of {facts["both"]} choose the same by raw '
+        'outputs, for which no annotations are needed, as by losses',
+        f'- A trace took {facts["median_seconds"]} s (median), at most '
+        f'{facts["most_seconds"]} s, most of it the forward pass', '',
+        '## Differences', '',
+        '`-`: names kept it dense, the graph does not. `+`: the other way '
+        'round. In brackets: models. Numbers in names are `#`.', '',
+        *listing(kinds), '', '## Outputs instead of losses', '',
+        'Layers that both modes call: found by outputs only (`+`), or by '
+        'losses only (`-`). Features among the outputs count as predictions '
+        'of their last layers.', ''
+    ]
+    lines += [
+        f'- `{sign}` `{layer}` ({len(names)}), for example {names[0]}'
+        for (sign, layer), names in raw.items()
+    ]
+    with open(f'{out}.md', 'w') as file:
+        file.write('\n'.join(lines) + '\n')
     with open(f'{out}.json', 'w') as file:
         json.dump(facts, file, indent=1)
         file.write('\n')
