@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
+from mmengine.dist import broadcast_object_list
 from mmengine.logging import MMLogger
 
 from ..layers import copy_module
@@ -30,6 +31,7 @@ from ..running import (
     adapter_of,
     evaluation,
     trace_targets,
+    train_deterministically,
     undisturbed,
 )
 from .recalibration import output_error, recalibrate, recalibrate_if_better
@@ -168,25 +170,37 @@ def _select(adapter: Adapter, recipe: Recipe, layers: Sequence[Layer],
 def find_targets(adapter: Adapter, layers: Sequence[Layer],
                  data: Any) -> Targets:
     """Find the layers that make predictions, and those that say where others
-    sample.
+    sample: from the training loss, which all predictions reach, or from the
+    outputs where there is no loss.
 
     Args:
         adapter (Adapter): Runs the dense model.
         layers (Sequence[Layer]): Its layers.
-        data (Any): A batch.
+        data (Any): A batch, with annotations if there are any.
+
+    Returns:
+        Targets: The same in all processes.
     """
-    model = adapter.model
+    model, logger = adapter.model, MMLogger.get_current_instance()
+    modules = {x.name: x.module for x in layers}
     with undisturbed(model), evaluation(model):
-        found = trace_targets(model, {x.name: x.module
-                                      for x in layers},
-                              lambda: adapter.outputs(data))
+        try:
+            train_deterministically(model)
+            found = trace_targets(model, modules, lambda: adapter.loss(data))
+        except Exception as error:  # of missing annotations, for example
+            logger.info('No loss shows the prediction layers: %s', error)
+            model.eval()
+            found = trace_targets(model, modules,
+                                  lambda: adapter.outputs(data))
     if layers and not found.predictions:
-        MMLogger.get_current_instance().warning(
+        logger.warning(
             'No layer could be traced to the outputs of %s, so none stays '
             'dense as a prediction layer: does it run without gradients? '
             'Name its prediction layers in exclude',
             type(model).__name__)
-    return found
+    shared = [found]
+    broadcast_object_list(shared)
+    return shared[0]
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:

@@ -90,13 +90,15 @@ def train_deterministically(model: nn.Module) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients of weights are computed, and attributes of modules are as
     before afterwards, as are the entries of those that are dictionaries or
-    lists.
+    lists, and buffers; moving averages stand still.
 
     To ask for the gradients of the inputs alone would spare the weights, too,
     but not in models that checkpoint activations. Heads may keep outputs for
     their loss (CondInst), and a model with such graphs cannot be copied; or
     hang modules elsewhere (DDQ).
     """
+    unchanged = Unchanged(model)
+    unchanged.enter(parameters=False)
     parameters = [x for x in model.parameters() if x.requires_grad]
     own, before = vars(nn.Module()), []
     for module in model.modules():
@@ -120,6 +122,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 value.clear()
                 (value.update if isinstance(value, dict) else value.extend)(
                     old)
+        unchanged.leave()
 
 
 class Unchanged:
@@ -147,7 +150,8 @@ class Unchanged:
             return
         self._values.clear()
         for module in self.model.modules():
-            if isinstance(module, BaseAveragedModel):
+            if isinstance(module, BaseAveragedModel) and (
+                    'update_parameters' not in vars(module)):
                 module.update_parameters = lambda *_, **__: None
                 self._averaged.append(module)
             kept: List[Dict[str, Any]] = [module._parameters] * parameters
