@@ -5,8 +5,9 @@
 VENV ?= .venv
 VENV_MODERN ?= .venv-modern
 # what depends on torch; the rest of the tests is the same on both sets
-MODERN_TESTS = tests/test_factorization tests/test_layers \
-	tests/test_planning tests/test_models tests/test_hooks
+MODERN_TESTS = tests/test_factorization tests/test_layers tests/test_running \
+	tests/test_planning tests/test_compression tests/test_models \
+	tests/test_hooks
 SOURCES = mmbasis tools tests configs setup.py
 # two processes with one thread each are faster than one with two
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
