@@ -2,7 +2,6 @@
 """What layers do in a model, read from the autograd graph of one run."""
 import re
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from typing import (
     AbstractSet,
     Any,
@@ -24,6 +23,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from ..quirks import OFFSET_LAYERS
+from .batch import tensors
 
 #: Names of nodes that may multiply by a matrix of weights. Additions and
 #: products by element take parameters, too: positions, scales.
@@ -97,7 +97,7 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
         for name, module in layers.items():
             handle = module.register_forward_hook(graph.recorder(name))
             stack.callback(handle.remove)
-        outputs = [x for x in _tensors(run()) if x.grad_fn is not None]
+        outputs = [x for x in tensors(run()) if x.grad_fn is not None]
     return Targets(
         graph.predictions(outputs),
         graph.offsets(outputs) | _named(model, layers))
@@ -135,7 +135,7 @@ class _Graph:
         """A forward hook that notes the nodes of a layer's outputs."""
 
         def hook(module: nn.Module, args: Any, outputs: Any) -> None:
-            for x in _tensors(outputs):
+            for x in tensors(outputs):
                 # an in-place operation replaces the node of a view
                 x = x if x._base is None else x._base
                 if x.grad_fn is not None:
@@ -258,19 +258,6 @@ def _sampling_operands(node: Any) -> Tuple[int, ...]:
         if name in node.name():
             return operands
     return ()
-
-
-def _tensors(value: Any) -> List[Tensor]:
-    """All tensors in nested outputs."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, x.name) for x in fields(value)]
-    if isinstance(value, (tuple, list)):
-        return [x for item in value for x in _tensors(item)]
-    return []
 
 
 @contextmanager
