@@ -35,7 +35,7 @@ from ..running import (
     undisturbed,
 )
 from .recalibration import output_error, recalibrate, recalibrate_if_better
-from .recipe import PlannerLike, Recipe
+from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
 
@@ -80,8 +80,10 @@ def compress(model: nn.Module,
         ValueError: If the request cannot be met. Whatever is raised, the
             model is as before.
     """
-    key = 'plan' if isinstance(planner, CompressionPlan) else 'planner'
-    made = Recipe.of(**{key: planner}, **recipe)
+    if isinstance(planner, CompressionPlan):
+        made = Recipe.of(plan=planner, **recipe)
+    else:
+        made = Recipe.of(planner=as_planner(planner), **recipe)
     batches, held_out = take_batches(dataloader, num_batches)
     return run_recipe(model, made, batches, held_out).plan
 

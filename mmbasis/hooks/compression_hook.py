@@ -79,8 +79,10 @@ class BasisCompressionHook(Hook):
         """Wrap the model, before EMA copies it and weights are loaded."""
         self._source = self._start = None
         model = bare_model(runner)
-        if isinstance(model, BasisModel):
-            self.recipe = _merged(model.recipe, self.recipe)
+        # after training, the model under test is the one that was trained
+        if isinstance(model, BasisModel) and model.recipe is not self.recipe:
+            model.recipe = _merged(model.recipe, self.recipe)
+            self.recipe = model.recipe
         self._run = Run.TEST
         # MMEngine builds the loop of what it is about to do
         if not isinstance(runner._train_loop, BaseLoop):
@@ -90,6 +92,7 @@ class BasisCompressionHook(Hook):
         self._run = Run.RESUME if resumes else Run.TRAIN
         if not isinstance(model, BasisModel):
             model = BasisModel(model, **self.recipe.config)
+            self.recipe = model.recipe
             Managed(runner).set_model(model)
         if runner._load_from is not None or resumes:
             model.has_weights = True

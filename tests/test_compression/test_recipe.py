@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import mmbasis
 from mmbasis.compression import Calibration, Recipe, Teaching, Term
 from mmbasis.planning import BasePlanner
 from mmbasis.registry import PLANNERS
@@ -111,3 +112,9 @@ def test_planners_of_a_user():
     assert json.loads(json.dumps(recipe.planner.describe())) == dict(
         expected, data_aware=True, loss_aware=False)
     assert copy.deepcopy(recipe.planner).config == expected
+
+
+@pytest.mark.parametrize('planner', [None, 'BudgetPlanner', 3])
+def test_compress_takes_a_planner_or_a_plan(planner):
+    with pytest.raises(TypeError, match='planner must be a config'):
+        mmbasis.compress(torch.nn.Linear(3, 3), planner, [torch.rand(1, 3)])

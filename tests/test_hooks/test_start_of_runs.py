@@ -222,3 +222,26 @@ def test_custom_keys_keep_their_meaning(tmp_path, dense, key, parts):
         assert own <= meant or not own & meant
         assert group['lr'] == pytest.approx(.005 if own & meant else .05)
         assert group['weight_decay'] == (0. if own & meant else .01)
+
+
+@pytest.mark.parametrize('door', ['hook', 'wrapper'])
+def test_one_runner_trains_and_tests(tmp_path, dense, door):
+    cfg = toy_cfg(tmp_path / 'run', dense, budget(.5), epochs=1)
+    if door == 'wrapper':
+        cfg.model = dict(
+            type='mmbasis.BasisModel',
+            architecture=cfg.model,
+            checkpoint=dense,
+            **budget(.5))
+        cfg.custom_hooks = [
+            dict(
+                type='mmbasis.BasisCompressionHook',
+                calibration=dict(num_batches=2))
+        ]
+        cfg.load_from = None
+    runner = run(cfg)
+    plan = runner.model.plan
+    for metrics in (runner.test(), runner.val()):
+        assert metrics['accuracy'] == runner.message_hub.get_scalar(
+            'val/accuracy').current()
+    assert runner.model.plan is plan
