@@ -7,6 +7,7 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 import torch.nn as nn
 from mmengine.dist import broadcast_object_list
 from mmengine.logging import MMLogger
+from torch import Tensor
 
 from ..layers import copy_module
 from ..planning import (
@@ -193,7 +194,7 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
             logger.info('No loss shows the prediction layers: %s', error)
             model.eval()
             found = trace_targets(model, modules,
-                                  lambda: adapter.outputs(data))
+                                  lambda: _outputs(adapter, data))
     if layers and not found.predictions:
         logger.warning(
             'No layer could be traced to the outputs of %s, so none stays '
@@ -203,6 +204,18 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
     shared = [found]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def _outputs(adapter: Adapter, data: Any) -> Sequence[Tensor]:
+    """The outputs of a model; none of one that does not run with gradients.
+    Its layers are known up to there, and what nothing takes is a
+    prediction."""
+    try:
+        return adapter.outputs(data)
+    except RuntimeError as error:
+        if 'requires grad' not in str(error):
+            raise
+        return []
 
 
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:

@@ -238,6 +238,24 @@ def test_model_without_gradients():
     assert 'without gradients' in warning.call_args[0][0]
 
 
+class Tracker(nn.Module):
+    """Its post-processing leaves PyTorch, as that of DeepSORT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 8, 3)
+        self.scores = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return torch.from_numpy(self.scores(self.backbone(x)).numpy())
+
+
+def test_outputs_that_leave_pytorch():
+    init_default_scope('mmengine')
+    found = targets_of(Tracker(), torch.rand(2, 3, 8, 8))
+    assert found.predictions == {'scores'}
+
+
 def test_model_is_as_before():
     init_default_scope('mmengine')
     model = resnet18().train().requires_grad_(False)
