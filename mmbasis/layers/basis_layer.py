@@ -15,7 +15,6 @@ from ..factorization import (
 )
 from .inheritance import (
     fresh_hooks,
-    inner_modules,
     is_own_method,
     move_hooks,
     own_attributes,
@@ -120,15 +119,25 @@ class BasisLayer(nn.Module):
                 :func:`why_not`.
         """
         rebound = rebound_attributes(dense, self)
-        for pair in ((dense, self), *inner_modules(dense, self.basis)):
-            move_hooks(*pair)
+        for own, other in self._counterparts(dense):
+            move_hooks(other, own)
         vars(self).update(rebound)
 
     def hand_back(self, dense: nn.Module) -> None:
         """Give up the hooks of this layer to the dense one that replaces
         it."""
-        for pair in ((self, dense), *inner_modules(self.basis, dense)):
-            move_hooks(*pair)
+        for own, other in self._counterparts(dense):
+            move_hooks(own, other)
+
+    def _counterparts(
+            self,
+            dense: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
+        """This layer and the modules inside (an offset branch), each with
+        that of the dense layer."""
+        yield self, dense
+        for name, module in dense.named_modules():
+            if name:
+                yield self.basis.get_submodule(name), module
 
     # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:
@@ -303,8 +312,8 @@ class BasisLayer(nn.Module):
                 bias.to(dense.weight).clone(), dense.weight.requires_grad
                 if own is None else own.requires_grad)
             vars(dense.bias).update({} if own is None else vars(own))
-        for pair in ((self, dense), *inner_modules(self.basis, dense)):
-            share_hooks(*pair)
+        for own, other in self._counterparts(dense):
+            share_hooks(own, other)
         vars(dense).update(rebound_attributes(self, dense))
         return dense
 

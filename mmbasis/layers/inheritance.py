@@ -6,7 +6,7 @@ import gc
 import weakref
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -51,7 +51,7 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
                 and hasattr(type(module), name)):
             return f'its {name} was replaced on the instance'
     try:
-        rebound_attributes(module, module)
+        rebound_attributes(module, nn.Module())
     except CannotRebind as error:
         return f'its forward was replaced on the instance ({error})'
     return None
@@ -64,8 +64,8 @@ def fresh_hooks() -> Dict[str, Any]:
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module the hooks of another one. Both hold the same dictionaries
-    afterwards, so that the handles of the hooks stay valid."""
+    """Let two modules have the same hooks, in the same dictionaries, so that
+    the handles of the hooks stay valid."""
     vars(new).update({k: vars(old)[k] for k in _HOOKS if k in vars(old)})
 
 
@@ -75,25 +75,9 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     vars(old).update(fresh_hooks())
 
 
-def inner_modules(old: nn.Module,
-                  new: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
-    """Pairs of the modules inside two modules (an offset branch)."""
-    for name, module in old.named_modules():
-        if name:
-            yield module, new.get_submodule(name)
-
-
-def rebound_attributes(old: nn.Module,
-                       new: nn.Module,
-                       inner: Optional[Callable] = None) -> Dict[str, Any]:
+def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
     """Callable attributes of a layer, its own ``forward`` above all, for the
     layer that replaces it.
-
-    Args:
-        old (nn.Module): The layer to replace.
-        new (nn.Module): Its replacement.
-        inner (Callable, optional): What takes the place of the ``forward`` of
-            the class. Defaults to that of the class of ``new``.
 
     Returns:
         dict[str, Any]: The attributes to set, by name: those that depended on
@@ -103,15 +87,28 @@ def rebound_attributes(old: nn.Module,
         CannotRebind: If ``old`` has a ``forward`` of its own that does not
             end in the class's, or that holds on to ``old`` out of reach.
     """
+    rebound = _rebound(old, new, MethodType(type(new).forward, new))
+    _check_independent(rebound.values(), old)
+    if 'forward' in rebound:
+        rebound['forward'] = _OwnForward(rebound['forward'], new)
+    return rebound
+
+
+def _rebound(old: nn.Module, new: nn.Module,
+             inner: Callable) -> Dict[str, Any]:
+    """As :func:`rebound_attributes`, with ``inner`` in place of the class's
+    ``forward``, and without a check of what else leads to ``old``."""
     own = own_attributes(old)
     if 'forward' not in own:
         return {}
-    rebind = _Rebind(old, new, inner=inner)
-    rebound = {k: rebind(v) for k, v in own.items() if callable(v)}
+    rebind = _Rebind(old, new, inner)
+    rebound = {
+        k: rebind(v)
+        for k, v in own.items() if callable(v) and not isinstance(v, type)
+    }
     if not rebind.calls_class:
         raise CannotRebind('it does not call the forward of its class')
-    rebound['forward'] = _OwnForward(rebound['forward'], new)
-    return {k: v for k, v in rebound.items() if v is not own[k]}
+    return rebound
 
 
 class observe:
@@ -138,13 +135,16 @@ class observe:
             changed = behind and behind(module, args, kwargs, y)
             return y if changed is None else changed
 
-        self.module, self.before = module, own_attributes(module)
+        own = own_attributes(module)
+        new = dict(forward=forward)
         try:
-            new = rebound_attributes(module, module, forward)
+            rebound_attributes(module, nn.Module())
+            new.update(_rebound(module, module, forward))
         except CannotRebind:  # it stays dense, and only costs are of interest
-            new, inner = {}, self.before['forward']
-        self.names = set(new) | {'forward'}
-        vars(module).update(new or dict(forward=forward))
+            inner = own['forward']
+        self.module, self.names = module, list(new)
+        self.old = {k: own[k] for k in new if k in own}
+        vars(module).update(new)
         # torch's fast paths of transformers go round layers without hooks
         self.handle = module.register_forward_hook(lambda *_: None)
 
@@ -153,8 +153,7 @@ class observe:
         self.handle.remove()
         for name in self.names:
             del vars(self.module)[name]
-            if name in self.before:
-                vars(self.module)[name] = self.before[name]
+        vars(self.module).update(self.old)
 
 
 def copy_module(module: nn.Module) -> nn.Module:
@@ -170,7 +169,8 @@ def copy_module(module: nn.Module) -> nn.Module:
         call = vars(new).get('forward')
         if call is not None and not isinstance(call, _OwnForward):
             try:
-                call = _Rebind(old, new, copying=True)(call)
+                call = _Rebind(old, new)(call)
+                _check_independent([call], old)
             except CannotRebind as error:
                 raise CannotRebind(
                     f'{name or "the model"} cannot be copied: its forward was '
@@ -191,8 +191,7 @@ class _OwnForward:
 
     def __deepcopy__(self, memo: dict) -> '_OwnForward':
         module = copy.deepcopy(self.module, memo)
-        rebind = _Rebind(self.module, module, copying=True)
-        return _OwnForward(rebind(self.call), module)
+        return _OwnForward(_Rebind(self.module, module)(self.call), module)
 
 
 class _Rebind:
@@ -201,23 +200,21 @@ class _Rebind:
 
     Args:
         old (nn.Module): The layer that is replaced.
-        new (nn.Module): Its replacement.
-        copying (bool): Whether that is a copy, which has all methods of the
-            old layer and not only ``forward``. Defaults to False.
-        inner (Callable, optional): See :func:`rebound_attributes`.
+        new (nn.Module): Its replacement. Only one of the same class, as a
+            copy, has other methods of the old layer than ``forward``.
+        inner (Callable, optional): Takes the place of the ``forward`` of the
+            old layer's class. Defaults to that of the new layer's.
     """
 
     def __init__(self,
                  old: nn.Module,
                  new: nn.Module,
-                 copying: bool = False,
                  inner: Optional[Callable] = None) -> None:
-        self.old, self.new, self.copying = old, new, copying
+        self.old, self.new = old, new
         self.inner = inner or MethodType(type(new).forward, new)
         #: whether the ``forward`` of the old layer's class was met
         self.calls_class = False
         self._done: Dict[int, Any] = {}
-        self._seen: Dict[Tuple[int, int], Any] = {}
 
     def __call__(self, value: Any) -> Any:
         if value is self.old:
@@ -225,109 +222,94 @@ class _Rebind:
         if isinstance(value, _OwnForward):
             return self(value.call)
         if isinstance(value, MethodType) and value.__self__ is self.old:
-            if self.copying:
-                return MethodType(value.__func__, self.new)
-            if value.__func__ is not type(self.old).forward:
-                raise CannotRebind(f'it calls {value.__name__}')
-            self.calls_class = True
-            return self.inner
+            return self._method(value)
         if id(value) not in self._done:
+            self._done[id(value)] = value  # ends circles
             if isinstance(value, partial):
-                self._partial(value)
+                self._done[id(value)] = self._partial(value)
             elif isinstance(value, FunctionType):
-                self._function(value)
-            else:
-                self._refuse(value)
-                self._done[id(value)] = value
+                self._done[id(value)] = self._function(value)
         return self._done[id(value)]
 
-    def _partial(self, value: partial) -> None:
-        self._done[id(value)] = value  # ends circles
+    def _method(self, value: MethodType) -> Callable:
+        if value.__func__ is type(self.old).forward:
+            self.calls_class = True
+            return self.inner
+        if type(self.new) is not type(self.old):
+            raise CannotRebind(f'it calls {value.__name__}')
+        return MethodType(value.__func__, self.new)
+
+    def _partial(self, value: partial) -> partial:
         rebuilt = type(value)(
             self(value.func), *map(self, value.args),
             **self._values(value.keywords))
         vars(rebuilt).update(self._values(vars(value)))
-        self._done[id(value)] = rebuilt
+        return rebuilt
 
-    def _function(self, value: FunctionType) -> None:
-        for name in _global_names(value.__code__):
-            self._refuse(value.__globals__.get(name), value.__globals__)
-        cells = [x for x in value.__closure__ or () if _content(x) is not x]
-        new_cells = {id(x): CellType() for x in cells}
-        defaults = value.__defaults__ or ()
-        rebuilt = FunctionType(
-            value.__code__, value.__globals__, value.__name__, None,
-            value.__closure__ and tuple(
-                new_cells.get(id(x), x) for x in value.__closure__))
-        self._done[id(value)] = rebuilt
-        for cell in cells:
-            new_cells[id(cell)].cell_contents = self(cell.cell_contents)
-        rebuilt.__defaults__ = tuple(map(self, defaults)) or None
-        rebuilt.__kwdefaults__ = self._values(value.__kwdefaults__) or None
-        vars(rebuilt).update(self._values(vars(value)))
-        rebuilt.__qualname__, rebuilt.__doc__ = (value.__qualname__,
-                                                 value.__doc__)
-        if all(x is y or (x is value and y is rebuilt)
-               for x, y in zip(_parts(value), _parts(rebuilt))):
-            self._done[id(value)] = value  # nothing of the layer in it
+    def _function(self, value: FunctionType) -> FunctionType:
+        closure = tuple(map(self._cell, value.__closure__ or ()))
+        defaults = tuple(map(self, value.__defaults__ or ()))
+        keywords = self._values(value.__kwdefaults__ or {})
+        attributes = self._values(vars(value))
+        if (closure, defaults, keywords, attributes) == (
+                value.__closure__ or (), value.__defaults__ or (),
+                value.__kwdefaults__ or {}, vars(value)):
+            return value  # nothing of the layer in it
+        rebuilt = FunctionType(value.__code__, value.__globals__,
+                               value.__name__, defaults or None, closure
+                               or None)
+        rebuilt.__kwdefaults__ = keywords or None
+        vars(rebuilt).update(attributes)
+        return rebuilt
 
-    def _values(self, items: Optional[dict]) -> dict:
-        return {k: self(v) for k, v in (items or {}).items()}
+    def _cell(self, cell: CellType) -> CellType:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # it is empty
+            return cell
+        rebuilt = self(content)
+        return cell if rebuilt is content else CellType(rebuilt)
 
-    def _refuse(self, value: Any, scope: Optional[dict] = None) -> None:
-        """Require that data, or what a global name stands for, do not lead to
-        the old layer; global names are followed in ``scope`` only."""
-        weights = [x for x in self.old._parameters.values() if x is not None]
-        queue = [value]
-        while queue:
-            value = queue.pop()
-            if value is self.old or getattr(value, '__self__',
-                                            None) is self.old:
-                raise CannotRebind('it reaches the layer by a global name or '
-                                   'through data')
-            if any(value is x for x in weights):
-                raise CannotRebind('it holds the weights of the layer')
-            key = id(value), id(scope)
-            if key not in self._seen:
-                self._seen[key] = value  # alive, so that ids are unique
-                queue.extend(_contents(value, scope))
-            if len(self._seen) > _MOST:
-                raise CannotRebind('it holds too much to look through')
+    def _values(self, items: dict) -> dict:
+        return {k: self(v) for k, v in items.items()}
 
 
-def _content(cell: CellType) -> Any:
-    """The content of a cell; the cell itself if it is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return cell
+def _check_independent(callables: Iterable[Any], old: nn.Module) -> None:
+    """Require that rebuilt callables do not lead to the old layer, by data or
+    by a global name. Global names are followed within the file of a function
+    only: beyond that, they lead to everything."""
+    forbidden = {id(old), *map(id, old.parameters(recurse=False))}
+    seen: Dict[Tuple[int, int], Any] = {}
+    queue: list = [(x, None) for x in callables]
+    while queue:
+        value, scope = queue.pop()
+        if id(value) in forbidden:
+            raise CannotRebind('it reaches the layer, or its weights, by a '
+                               'global name or through data')
+        key = id(value), id(scope)
+        if key not in seen:
+            seen[key] = value  # alive, so that ids are unique
+            queue.extend(_contents(value, scope))
+        if len(seen) > _MOST:
+            raise CannotRebind('it holds too much to look through')
 
 
-def _parts(value: FunctionType) -> List[Any]:
-    """What a function holds, apart from global names."""
-    return [
-        *map(_content, value.__closure__ or ()), *(value.__defaults__ or ()),
-        *(value.__kwdefaults__ or {}).values(),
-        *vars(value).values()
-    ]
-
-
-def _global_names(code: CodeType) -> Iterator[str]:
-    """The global names that a function and those inside it may use."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _global_names(constant)
-
-
-def _contents(value: Any, scope: Optional[dict]) -> Iterator[Any]:
-    """What a value leads to."""
+def _contents(value: Any,
+              scope: Optional[dict]) -> Iterator[Tuple[Any, Optional[dict]]]:
+    """What a value leads to, and where global names are looked up there."""
     if isinstance(value, FunctionType):
-        yield from _parts(value)
-        if value.__globals__ is scope:
-            for name in _global_names(value.__code__):
-                yield value.__globals__.get(name)
+        for x in (value.__closure__, value.__defaults__, value.__kwdefaults__,
+                  vars(value)):
+            yield x, scope
+        if scope is None or scope is value.__globals__:
+            yield value.__code__, value.__globals__
+    elif isinstance(value, CodeType):
+        for name in value.co_names:
+            yield (scope or {}).get(name), scope
+        for x in value.co_consts:  # the code of functions inside it
+            yield x, scope
     elif isinstance(value, weakref.ref):
-        yield value()
+        yield value(), scope
     elif not isinstance(value, _OPAQUE):
-        yield from gc.get_referents(value)
+        for x in gc.get_referents(value):
+            yield x, scope
