@@ -13,6 +13,7 @@ from ..factorization import (
     orthonormalize,
     spectrum_of_factor,
 )
+from .dense_kind import channels_attribute
 from .inheritance import (
     fresh_hooks,
     is_own_method,
@@ -80,7 +81,7 @@ class BasisLayer(nn.Module):
                 vars(self)[name] = value
         zeros = dense.weight.new_zeros((groups, rank, in_size))
         self.basis = _clone(dense, kind.from_matrix(zeros, dense),
-                            **kind.channel_attributes(dense, groups * rank))
+                            groups * rank)
         self.norm = kind.build_norm(dense, groups * rank) if norm else None
         self.coefficients = kind.build_coefficients(
             dense, groups * rank, bias or dense.bias is not None)
@@ -300,8 +301,8 @@ class BasisLayer(nn.Module):
                 'or compress with data_aware=False')
         matrix = merge(self.factors[0].double(), coefficients.double())
         weight = self.kind.from_matrix(matrix, self.basis)
-        channels = self.kind.channel_attributes(self.basis, self.out_channels)
-        dense = _clone(self.basis, weight.to(self.basis.weight), **channels)
+        dense = _clone(self.basis, weight.to(self.basis.weight),
+                       self.out_channels)
         dense.weight.requires_grad = (
             self.basis.weight.requires_grad
             or self.coefficients.weight.requires_grad)
@@ -321,7 +322,7 @@ class BasisLayer(nn.Module):
         return f'rank={self.rank}, groups={self.groups}'
 
 
-def _clone(module: nn.Module, weight: Tensor, **attributes) -> nn.Module:
+def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     """Copy a layer with other weights, no bias and no hooks.
 
     Copying keeps whatever the class adds to the plain layer (adaptive padding,
@@ -343,6 +344,5 @@ def _clone(module: nn.Module, weight: Tensor, **attributes) -> nn.Module:
     for name, value in own.items():
         if is_own_method(module, name, value):
             delattr(clone, name)
-    for name, value in attributes.items():
-        setattr(clone, name, value)
+    setattr(clone, channels_attribute(module), channels)
     return clone

@@ -31,24 +31,6 @@ class ConvKind(DenseKind):
                                      Conv2dAdaptivePadding)
 
     @staticmethod
-    def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
-        weight = dense.weight
-        return (dense.groups, weight.shape[0] // dense.groups,
-                weight[0].numel())
-
-    @staticmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
-        return dense.weight.reshape(dense.groups, -1, dense.weight[0].numel())
-
-    @staticmethod
-    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
-        return matrix.reshape(-1, *like.weight.shape[1:])
-
-    @staticmethod
-    def channel_axis(dense: nn.Module) -> int:
-        return 1 - dense.weight.dim()
-
-    @staticmethod
     def sees_patches(dense: nn.Module) -> bool:
         # a subclass may pad in a way of its own
         return type(dense) in (*_CONVS, Conv2d, Conv3d)
@@ -102,12 +84,6 @@ class ConvTransposeKind(ConvKind):
         return False
 
     # weights are (C, P / G, *kernel), the groups being blocks of C
-    @staticmethod
-    def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
-        out_per_group = dense.weight.shape[1]
-        return (dense.groups, out_per_group,
-                dense.weight.numel() // dense.groups // out_per_group)
-
     @staticmethod
     def to_matrix(dense: nn.Module) -> Tensor:
         weight = dense.weight

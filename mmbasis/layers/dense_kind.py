@@ -6,6 +6,11 @@ import torch.nn as nn
 from torch import Tensor
 
 
+def channels_attribute(dense: nn.Module) -> str:
+    """The attribute that states the number of output channels."""
+    return 'out_features' if hasattr(dense, 'out_features') else 'out_channels'
+
+
 class DenseKind:
     """One kind of dense layer. It has no state and is never instantiated.
 
@@ -26,30 +31,34 @@ class DenseKind:
     @staticmethod
     def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
         """``(G, P / G, D)`` of a dense layer."""
-        raise NotImplementedError
+        channels = getattr(dense, channels_attribute(dense))
+        groups = getattr(dense, 'groups', 1)
+        return groups, channels // groups, dense.weight.numel() // channels
 
     @staticmethod
     def to_matrix(dense: nn.Module) -> Tensor:
         """The weights ``H``, shape ``(G, P / G, D)``, of a dense layer, or of
         anything that has its ``weight`` and ``groups``."""
-        raise NotImplementedError
+        weight = dense.weight
+        return weight.reshape(
+            getattr(dense, 'groups', 1), -1, weight[0].numel())
 
     @staticmethod
     def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
         """The inverse of :meth:`to_matrix`, for any number of rows."""
-        raise NotImplementedError
+        return matrix.reshape(-1, *like.weight.shape[1:])
 
     @staticmethod
     def channel_axis(dense: nn.Module) -> int:
         """The axis of inputs and outputs, from the end, that holds the
         channels."""
-        raise NotImplementedError
+        return 1 - dense.weight.dim()
 
     @staticmethod
     def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
         """How often the weights are applied to turn input ``x`` into output
         ``y``: the MACs of the layer over the number of its weights."""
-        return y.numel() // dense.out_channels
+        return y.numel() // getattr(dense, channels_attribute(dense))
 
     @staticmethod
     def sees_patches(dense: nn.Module) -> bool:
@@ -80,12 +89,6 @@ class DenseKind:
     def takes_bias(dense: nn.Module) -> bool:
         """Whether a layer of this class can have a bias."""
         return True
-
-    @staticmethod
-    def channel_attributes(dense: nn.Module, channels: int) -> dict:
-        """The attributes that state the number of output channels, for a
-        layer that has ``channels``."""
-        return dict(out_channels=channels)
 
     @staticmethod
     def build_norm(dense: nn.Module, channels: int) -> nn.Module:

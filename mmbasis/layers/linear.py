@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch.nn as nn
 from mmcv.cnn.bricks import Linear
@@ -21,30 +21,6 @@ class LinearKind(DenseKind):
     """Linear layers: basis and coefficients are linear, too, in one group."""
     name = 'BasisLinear'
     dense_types = (nn.Linear, Linear)
-
-    @staticmethod
-    def matrix_shape(dense: nn.Module) -> Tuple[int, int, int]:
-        return (1, *dense.weight.shape)
-
-    @staticmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
-        return dense.weight.unsqueeze(0)
-
-    @staticmethod
-    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
-        return matrix.squeeze(0)
-
-    @staticmethod
-    def channel_attributes(dense: nn.Module, channels: int) -> dict:
-        return dict(out_features=channels)
-
-    @staticmethod
-    def channel_axis(dense: nn.Module) -> int:
-        return -1
-
-    @staticmethod
-    def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
-        return y.numel() // dense.out_features
 
     @staticmethod
     def sees_patches(dense: nn.Module) -> bool:
