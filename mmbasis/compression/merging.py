@@ -2,15 +2,14 @@
 """Merging for deployment, in models that hold basis layers.
 
 Re-parameterised networks (RepVGG, MobileOne, LeViT, …) have methods that
-merge convolutions with what surrounds them. These read ``weight`` of a layer
-and expect no bias, and they would turn basis layers into dense ones again. So
-a block that holds basis layers is not merged: its middle normalizations are
-folded, and it stays what the plan says. All other blocks are merged.
+merge convolutions with what surrounds them, which would turn basis layers into
+dense ones again. So a block that holds basis layers is not merged: its middle
+normalizations are folded. All other blocks are merged.
 """
 import inspect
 import sys
 from functools import partial, wraps
-from typing import Any, Callable, Iterator, List
+from typing import Any, List
 
 import mmcv.cnn
 import torch.nn as nn
@@ -27,15 +26,12 @@ def keep_structure(model: nn.Module) -> List[str]:
     """Have basis layers survive the merging methods of the modules around
     them. It is what the instances do from now on, and what their copies do.
 
-    Args:
-        model (nn.Module): Compressed.
-
     Returns:
         list[str]: The blocks that are not merged because of basis layers.
     """
     kept = []
     for name, module in model.named_modules():
-        methods = list(_merging_methods(module))
+        methods = _merging_methods(module)
         if methods and _basis_layers(module):
             for method in methods:
                 override_merging(module, method)
@@ -85,25 +81,28 @@ def _merge(module: nn.Module, method: str, *args, **kwargs) -> Any:
     return result
 
 
-def _merging_methods(module: nn.Module) -> Iterator[str]:
-    methods = []
-    for name in MERGING_METHODS:
-        method = getattr(type(module), name, None)
-        # mmdet's FPG has a method ``fuse`` that fuses its arguments
-        if inspect.isfunction(method) and not any(
-                x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD
-                for x in list(inspect.signature(method).parameters.values()
-                              )[1:]):
-            methods.append(name)
+def _merging_methods(module: nn.Module) -> List[str]:
+    methods = [x for x in MERGING_METHODS if _takes_no_arguments(module, x)]
     # beside others, ``reparameterize`` only computes the merged weights
-    yield from (methods[:-1] if len(methods) > 1
-                and methods[-1] == 'reparameterize' else methods)
+    if len(methods) > 1 and methods[-1] == 'reparameterize':
+        methods.pop()
+    return methods
+
+
+def _takes_no_arguments(module: nn.Module, method: str) -> bool:
+    """Whether there is such a method: mmdet's FPG has a ``fuse`` that fuses
+    its arguments."""
+    try:
+        inspect.signature(getattr(type(module), method)).bind(module)
+    except (AttributeError, TypeError):
+        return False
+    return True
 
 
 def _is_merged_by_parts(module: nn.Module) -> bool:
     """Whether a module leaves merging to modules inside it."""
     return any(
-        any(_merging_methods(x)) for x in module.modules() if x is not module)
+        _merging_methods(x) for x in module.modules() if x is not module)
 
 
 def _basis_layers(module: nn.Module) -> List[BasisLayer]:
@@ -113,16 +112,15 @@ def _basis_layers(module: nn.Module) -> List[BasisLayer]:
 def _repair_fuse_conv_bn() -> None:
     """Let MMCV fuse normalizations into basis layers: it would take the
     layer in front of a basis layer for the one to fuse into."""
-    original: Callable = mmcv.cnn.fuse_conv_bn
+    original = mmcv.cnn.fuse_conv_bn
 
     @wraps(original)
     def fuse_conv_bn(module: nn.Module) -> nn.Module:
         places = [(parent, name, child) for parent in module.modules()
                   for name, child in parent._modules.items()
                   if isinstance(child, BasisLayer)]
-        for layer in _basis_layers(module):
-            layer.fold_norm()
         for parent, name, layer in places:
+            layer.fold_norm()
             parent._modules[name] = layer.coefficients
         try:
             return original(module)
@@ -130,10 +128,8 @@ def _repair_fuse_conv_bn() -> None:
             for parent, name, layer in places:
                 parent._modules[name] = layer
 
-    home = sys.modules[original.__module__]
     for module in list(sys.modules.values()):
-        if module is not home and vars(module).get(
-                'fuse_conv_bn') is original:
+        if vars(module).get('fuse_conv_bn') is original:
             vars(module)['fuse_conv_bn'] = fuse_conv_bn
 
 

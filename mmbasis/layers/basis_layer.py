@@ -74,7 +74,6 @@ class BasisLayer(nn.Module):
         self.rank = rank
         self.groups = groups
         self.out_channels = groups * out_per_group
-        self.dense_type = type(dense)
         for name, value in own_attributes(dense).items():
             if not (name in vars(self) or hasattr(type(self), name)
                     or is_own_method(dense, name, value)):
@@ -93,7 +92,10 @@ class BasisLayer(nn.Module):
         weight = dense.weight
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
-        for parameter in self._own_parameters():
+        parts = [self.basis.weight, *self.coefficients.parameters()]
+        if self.norm is not None:
+            parts += self.norm.parameters()
+        for parameter in parts:
             parameter.requires_grad = weight.requires_grad
         vars(self.basis.weight).update(vars(weight))
         vars(self.coefficients.weight).update(vars(weight))
@@ -101,23 +103,12 @@ class BasisLayer(nn.Module):
             self.coefficients.bias.requires_grad = dense.bias.requires_grad
             vars(self.coefficients.bias).update(vars(dense.bias))
 
-    def _own_parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters but those of a branch inside the dense layer."""
-        yield self.basis.weight
-        for module in (self.norm, self.coefficients):
-            if module is not None:
-                yield from module.parameters()
-
     def take_over(self, dense: nn.Module) -> None:
-        """Take the place of the dense layer that this one was built from.
-
-        Its hooks move to this layer, and their handles stay valid; a
-        ``forward`` of its own, as activation checkpointing sets it, is bound
-        to this layer.
+        """Take the hooks and the own ``forward``, if any, of the dense layer
+        that this one was built from.
 
         Raises:
-            CannotRebind: If ``forward`` cannot be bound to this layer, see
-                :func:`why_not`.
+            CannotRebind: If ``forward`` cannot be bound to this layer.
         """
         rebound = rebound_attributes(dense, self)
         for own, other in self._counterparts(dense):
@@ -125,8 +116,7 @@ class BasisLayer(nn.Module):
         vars(self).update(rebound)
 
     def hand_back(self, dense: nn.Module) -> None:
-        """Give up the hooks of this layer to the dense one that replaces
-        it."""
+        """Give the hooks to the dense layer that replaces this one."""
         for own, other in self._counterparts(dense):
             move_hooks(own, other)
 
@@ -135,17 +125,11 @@ class BasisLayer(nn.Module):
             dense: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
         """This layer and the modules inside (an offset branch), each with
         that of the dense layer."""
-        yield self, dense
-        for name, module in dense.named_modules():
-            if name:
-                yield self.basis.get_submodule(name), module
+        return zip((self, *list(self.basis.modules())[1:]), dense.modules())
 
     # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:
-        """Basis filters, the optional normalization, then coefficients.
-
-        The arguments are those of the dense layer.
-        """
+        """Compute the output from the arguments of the dense layer."""
         x = self.basis(*args, **kwargs)
         if self.norm is not None:
             x = self.norm(x)
@@ -296,7 +280,7 @@ class BasisLayer(nn.Module):
         coefficients, bias = self._folded()
         if bias is not None and not self.kind.takes_bias(self.basis):
             raise ValueError(
-                f'a {self.dense_type.__name__} has no bias, so this basis '
+                f'a {type(self.basis).__name__} has no bias, so this basis '
                 'layer, which has one, cannot be merged: keep it as it is, '
                 'or compress with data_aware=False')
         matrix = merge(self.factors[0].double(), coefficients.double())
@@ -332,10 +316,8 @@ def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     """
     own = own_attributes(module)
     fresh = fresh_hooks()
-    memo = {id(x): x for x in own.values()}
-    for name, value in fresh.items():  # hooks may hold anything, even the run
-        if value is not None:
-            memo[id(vars(module)[name])] = value
+    # hooks may hold anything, even the run
+    memo = {id(x): x for x in (*own.values(), *map(vars(module).get, fresh))}
     memo[id(module.weight)] = nn.Parameter(weight)
     if module.bias is not None:
         memo[id(module.bias)] = None

@@ -75,29 +75,19 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     vars(old).update(fresh_hooks())
 
 
-def rebound_attributes(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
+def rebound_attributes(old: nn.Module,
+                       new: nn.Module,
+                       inner: Optional[Callable] = None) -> Dict[str, Any]:
     """Callable attributes of a layer, its own ``forward`` above all, for the
-    layer that replaces it.
+    layer that replaces it, see :class:`_Rebind`.
 
     Returns:
-        dict[str, Any]: The attributes to set, by name: those that depended on
-        ``old`` depend on ``new`` instead.
+        dict[str, Any]: The attributes to set, by name.
 
     Raises:
         CannotRebind: If ``old`` has a ``forward`` of its own that does not
             end in the class's, or that holds on to ``old`` out of reach.
     """
-    rebound = _rebound(old, new, MethodType(type(new).forward, new))
-    _check_independent(rebound.values(), old)
-    if 'forward' in rebound:
-        rebound['forward'] = _OwnForward(rebound['forward'], new)
-    return rebound
-
-
-def _rebound(old: nn.Module, new: nn.Module,
-             inner: Callable) -> Dict[str, Any]:
-    """As :func:`rebound_attributes`, with ``inner`` in place of the class's
-    ``forward``, and without a check of what else leads to ``old``."""
     own = own_attributes(old)
     if 'forward' not in own:
         return {}
@@ -108,6 +98,9 @@ def _rebound(old: nn.Module, new: nn.Module,
     }
     if not rebind.calls_class:
         raise CannotRebind('it does not call the forward of its class')
+    if new is not old:
+        _check_independent(rebound.values(), old)
+    rebound['forward'] = _OwnForward(rebound['forward'], new)
     return rebound
 
 
@@ -139,7 +132,7 @@ class observe:
         new = dict(forward=forward)
         try:
             rebound_attributes(module, nn.Module())
-            new.update(_rebound(module, module, forward))
+            new.update(rebound_attributes(module, module, forward))
         except CannotRebind:  # it stays dense, and only costs are of interest
             inner = own['forward']
         self.module, self.names = module, list(new)
