@@ -34,11 +34,8 @@ class BasisLayer(nn.Module):
     shape ``(G, P / G, D)`` (``G`` groups, ``P`` output channels, ``D``
     weights per output channel), ``H ~ w F`` (Tayyab et al., ICIP 2021).
 
-    Both are ordinary modules, so that hooks, counters, quantisers and
-    exporters know them. A new layer has the structure only, its basis is
-    zero: :meth:`project` or :meth:`set_factors` fills it, or a checkpoint.
-    It has the plain attributes of the dense layer (``kernel_size``,
-    ``in_features``, …); hooks come with :meth:`take_over`.
+    A new layer has the structure and the plain attributes of the dense one
+    (``kernel_size``, …), but its basis is zero, and it has no hooks.
 
     Args:
         dense (nn.Module): The layer to represent. It is not changed.
@@ -127,7 +124,6 @@ class BasisLayer(nn.Module):
         that of the dense layer."""
         return zip((self, *list(self.basis.modules())[1:]), dense.modules())
 
-    # --------------------------------------------------------- factors
     def forward(self, *args, **kwargs) -> Tensor:
         """Compute the output from the arguments of the dense layer."""
         x = self.basis(*args, **kwargs)
@@ -145,17 +141,15 @@ class BasisLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weights of the dense layer that this one stands for, computed:
-        some models read the weights of their layers. With a normalization
-        between the factors, they are those of evaluation mode."""
+        """The weights of the equivalent dense layer, in evaluation mode: some
+        models read the weights of their layers."""
         coefficients = self._folded()[0].to(self.basis.weight)
         matrix = merge(self.factors[0], coefficients)
         return self.kind.from_matrix(matrix, self.basis)
 
     @property
     def bias(self) -> Optional[Tensor]:
-        """The bias of the dense layer that this one stands for, see
-        :attr:`weight`; shape ``(P, )``."""
+        """The bias of the equivalent dense layer, shape ``(P, )``."""
         bias = self._folded()[1]
         return bias if bias is None else bias.to(self.basis.weight.dtype)
 
@@ -208,8 +202,7 @@ class BasisLayer(nn.Module):
             dense (nn.Module): The layer to represent.
             vectors (Tensor, optional): Orthonormal columns ``U`` of shape
                 ``(G, P / G, R)`` with ``R >= rank``, the most important
-                first. Defaults to the left singular vectors of the weights,
-                which makes this the truncated SVD.
+                first. Defaults to the left singular vectors of the weights.
             mean (Tensor, optional): Mean output before the bias, shape
                 ``(G, P / G)``. What the subspace loses of it goes into the
                 bias, if the layer has one. Defaults to zero.
@@ -237,8 +230,7 @@ class BasisLayer(nn.Module):
         """Make the basis orthonormal; the function of the layer stays.
 
         Raises:
-            RuntimeError: If a normalization stands between the factors: it
-                acts on single basis filters, which would be mixed.
+            RuntimeError: If a normalization stands between the factors.
         """
         if self.norm is not None:
             raise RuntimeError('a layer with a normalization between basis '
@@ -246,14 +238,12 @@ class BasisLayer(nn.Module):
                                'fold_norm() first')
         self.set_factors(*orthonormalize(*self.factors))
 
-    # ------------------------------------------------------ deployment
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
-        """Fold the middle batch normalization into the coefficients.
+        """Fold the middle batch normalization, if any, into the coefficients.
 
         Returns:
-            BasisLayer: Self, changed in place; in evaluation mode it is the
-            same function as before.
+            BasisLayer: Self; the same function in evaluation mode.
         """
         if self.norm is None:
             return self
@@ -269,10 +259,8 @@ class BasisLayer(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """The equivalent dense layer, of the class that was represented.
-
-        The middle normalization, if any, is folded in it; this layer is not
-        changed. Hooks and a ``forward`` of the instance's own go along.
+        """The equivalent dense layer in evaluation mode, of the class that was
+        represented, with the hooks and the own ``forward`` of this one.
 
         Raises:
             ValueError: If the layer has a bias, and the dense one cannot.
@@ -307,13 +295,9 @@ class BasisLayer(nn.Module):
 
 
 def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
-    """Copy a layer with other weights, no bias and no hooks.
-
-    Copying keeps whatever the class adds to the plain layer (adaptive padding,
-    an offset branch, …) without a word about it here. Plain attributes are
-    shared, not copied: a model may hang all that it remembers on each of its
-    layers. Methods that were replaced on the instance are left out.
-    """
+    """Copy a layer with other weights, no bias, no hooks and no methods of the
+    instance's own. Plain attributes are shared: a model may hang all that it
+    remembers on each of its layers."""
     own = own_attributes(module)
     fresh = fresh_hooks()
     # hooks may hold anything, even the run

@@ -1,5 +1,4 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from operator import mul
 from typing import List, Sequence, Tuple
 
 import torch
@@ -42,16 +41,20 @@ class ConvKind(DenseKind):
         mode = dense.padding_mode
         x = F.pad(x, dense._reversed_padding_repeated_twice,
                   'constant' if mode == 'zeros' else mode)
-        steps = x.stride()[2:]
-        windows = x.as_strided(
-            (*x.shape[:2], *dense.kernel_size, *out_shape),
-            (*x.stride()[:2], *map(mul, dense.dilation, steps),
-             *map(mul, dense.stride, steps)))
-        at: List[Tensor] = []
+        at = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+        steps: List[Tensor] = []
+        step = positions
         for size in reversed(out_shape):
-            at.insert(0, positions % size)
-            positions = torch.div(positions, size, rounding_mode='floor')
-        return windows[(..., *at)].flatten(1, -2)
+            steps.insert(0, step % size)
+            step = torch.div(step, size, rounding_mode='floor')
+        # flat index of (place in the kernel, position), axis by axis
+        for place, size, kernel, stride, dilation in zip(
+                steps, x.shape[2:], dense.kernel_size, dense.stride,
+                dense.dilation):
+            offsets = dilation * torch.arange(kernel, device=x.device)
+            index = offsets.view(-1, 1) + stride * place
+            at = (at.unsqueeze(1) * size + index).flatten(0, 1)
+        return x.flatten(2)[..., at].flatten(1, 2)
 
     @staticmethod
     def build_norm(dense: nn.Module, channels: int) -> nn.Module:

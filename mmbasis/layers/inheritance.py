@@ -11,12 +11,6 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 import torch.nn as nn
 from torch import Tensor
 
-_HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs',
-          '_forward_hooks_always_called', '_forward_pre_hooks',
-          '_forward_pre_hooks_with_kwargs', '_backward_hooks',
-          '_backward_pre_hooks', '_is_full_backward_hook')
-_STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks',
-                '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 _OPAQUE = (nn.Module, Tensor, ModuleType, type)
 #: objects that are looked through before giving up
 _MOST = 100000
@@ -40,7 +34,8 @@ def is_own_method(module: nn.Module, name: str, value: Any) -> bool:
 
 def why_not_inherited(module: nn.Module) -> Optional[str]:
     """Why a replacement could not behave as a layer does; None if it can."""
-    if any(vars(module).get(name) for name in _STATE_HOOKS):
+    if any(value for name, value in vars(module).items()
+           if 'state_dict' in name and name.endswith('_hooks')):
         return 'hooks on its state dict speak of its own weights'
     if any(getattr(parameter, name, None)
            for parameter in module.parameters(recurse=False)
@@ -59,14 +54,17 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
 
 def fresh_hooks() -> Dict[str, Any]:
     """Where a module keeps its hooks, for one that has none."""
-    new = vars(nn.Module())
-    return {k: new[k] for k in _HOOKS if k in new}
+    return {
+        k: v
+        for k, v in vars(nn.Module()).items()
+        if 'hook' in k and 'state_dict' not in k
+    }
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let two modules have the same hooks, in the same dictionaries, so that
     the handles of the hooks stay valid."""
-    vars(new).update({k: vars(old)[k] for k in _HOOKS if k in vars(old)})
+    vars(new).update({k: vars(old)[k] for k in fresh_hooks()})
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -196,7 +194,7 @@ class _Rebind:
         new (nn.Module): Its replacement. Only one of the same class, as a
             copy, has other methods of the old layer than ``forward``.
         inner (Callable, optional): Takes the place of the ``forward`` of the
-            old layer's class. Defaults to that of the new layer's.
+            old layer's class. Defaults to the one of the new layer's class.
     """
 
     def __init__(self,
