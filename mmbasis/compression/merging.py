@@ -24,7 +24,7 @@ MERGING_METHODS = ('switch_to_deploy', 'fuse', 'merge_kernel', 'local_inject',
 
 def keep_structure(model: nn.Module) -> List[str]:
     """Have basis layers survive the merging methods of the modules around
-    them. It is what the instances do from now on, and what their copies do.
+    them, in this model and its copies.
 
     Returns:
         list[str]: The blocks that are not merged because of basis layers.
@@ -56,15 +56,8 @@ def override_merging(module: nn.Module, method: str) -> None:
 
 
 def _merge(module: nn.Module, method: str, *args, **kwargs) -> Any:
-    """What a merging method does instead of its class's.
-
-    Returns:
-        Any: The module itself where it is kept, since methods such as
-        ``fuse`` return what takes the place of the module.
-
-    Raises:
-        RuntimeError: If the module merges basis layers beside its parts.
-    """
+    """What a merging method does instead of its class's. It returns a module
+    that is kept: ``fuse`` returns what takes the module's place."""
     layers = _basis_layers(module)
     for layer in layers:
         layer.fold_norm()

@@ -266,7 +266,7 @@ class BasisLayer(nn.Module):
             ValueError: If the layer has a bias, and the dense one cannot.
         """
         coefficients, bias = self._folded()
-        if bias is not None and not self.kind.takes_bias(self.basis):
+        if bias is not None and 'bias' not in self.basis._parameters:
             raise ValueError(
                 f'a {type(self.basis).__name__} has no bias, so this basis '
                 'layer, which has one, cannot be merged: keep it as it is, '

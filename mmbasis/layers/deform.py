@@ -1,8 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from typing import Tuple
 
-import torch.nn as nn
-
 from ..registry import LAYER_KINDS
 from .conv import ConvKind
 
@@ -26,14 +24,8 @@ else:
 class DeformConvKind(ConvKind):
     """Deformable convolutions of MMCV (v1 or v2, grouped or not).
 
-    The basis samples where the dense layer does, so the offsets (and masks)
-    are arguments of ``forward`` or, in the ``Pack`` forms, come from
-    ``basis.conv_offset``: the dense layer's offset branch, as it was. The
-    coefficients are a 1x1 convolution.
+    The basis samples where the dense layer does: offsets (and masks) are
+    arguments of ``forward``, or come from its copy of the offset branch.
     """
     name = 'BasisDeformConv'
     dense_types = DEFORM_TYPES
-
-    @staticmethod
-    def takes_bias(dense: nn.Module) -> bool:
-        return 'bias' in dense._parameters  # a DeformConv2d has no place

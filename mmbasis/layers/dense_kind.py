@@ -86,11 +86,6 @@ class DenseKind:
 
     # ------------------------------------------- parts of a basis layer
     @staticmethod
-    def takes_bias(dense: nn.Module) -> bool:
-        """Whether a layer of this class can have a bias."""
-        return True
-
-    @staticmethod
     def build_norm(dense: nn.Module, channels: int) -> nn.Module:
         """A batch normalization of outputs with ``channels`` channels."""
         raise NotImplementedError

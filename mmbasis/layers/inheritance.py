@@ -187,15 +187,8 @@ class _OwnForward:
 
 class _Rebind:
     """Rebuild a callable with one layer in the place of another, wherever it
-    holds that: as the object of a method, in a partial or a closure.
-
-    Args:
-        old (nn.Module): The layer that is replaced.
-        new (nn.Module): Its replacement. Only one of the same class, as a
-            copy, has other methods of the old layer than ``forward``.
-        inner (Callable, optional): Takes the place of the ``forward`` of the
-            old layer's class. Defaults to the one of the new layer's class.
-    """
+    holds that: as the object of a method, in a partial or a closure. ``inner``
+    takes the place of the class's ``forward``: by default, that of ``new``."""
 
     def __init__(self,
                  old: nn.Module,
@@ -266,9 +259,8 @@ class _Rebind:
 
 
 def _check_independent(callables: Iterable[Any], old: nn.Module) -> None:
-    """Require that rebuilt callables do not lead to the old layer, by data or
-    by a global name. Global names are followed within the file of a function
-    only: beyond that, they lead to everything."""
+    """Require that rebuilt callables do not lead to the old layer. Global names
+    are followed within one file only: beyond, they lead to everything."""
     forbidden = {id(old), *map(id, old.parameters(recurse=False))}
     seen: Dict[Tuple[int, int], Any] = {}
     queue: list = [(x, None) for x in callables]

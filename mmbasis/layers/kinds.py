@@ -31,9 +31,6 @@ def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:
 def why_not(module: nn.Module) -> Optional[str]:
     """Why a linear or convolution layer cannot be represented by a basis.
 
-    Args:
-        module (nn.Module): Any module.
-
     Returns:
         str | None: None where it can; an empty string where the module is not
         a linear or convolution layer at all.
@@ -50,8 +47,8 @@ def why_not(module: nn.Module) -> Optional[str]:
         return 'its weight is computed (weight or spectral norm)'
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return 'its weight is not initialised yet (lazy module)'
-    if kind.matrix_shape(module)[1] == 1:
-        if kind.matrix_shape(module)[0] > 1:
-            return 'depthwise: one output channel per group'
-        return 'one output channel'
+    groups, out_per_group, _ = kind.matrix_shape(module)
+    if out_per_group == 1:
+        return ('depthwise: one output channel per group'
+                if groups > 1 else 'one output channel')
     return why_not_inherited(module)
