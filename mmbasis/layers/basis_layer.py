@@ -16,7 +16,6 @@ from ..factorization import (
 from .dense_kind import channels_attribute
 from .inheritance import (
     fresh_hooks,
-    is_own_method,
     move_hooks,
     own_attributes,
     rebound_attributes,
@@ -72,8 +71,7 @@ class BasisLayer(nn.Module):
         self.groups = groups
         self.out_channels = groups * out_per_group
         for name, value in own_attributes(dense).items():
-            if not (name in vars(self) or hasattr(type(self), name)
-                    or is_own_method(dense, name, value)):
+            if not (name in vars(self) or hasattr(type(self), name)):
                 vars(self)[name] = value
         zeros = dense.weight.new_zeros((groups, rank, in_size))
         self.basis = _clone(dense, kind.from_matrix(zeros, dense),
@@ -252,8 +250,7 @@ class BasisLayer(nn.Module):
             coefficients.bias = nn.Parameter(
                 coefficients.weight.new_zeros(self.out_channels),
                 requires_grad=coefficients.weight.requires_grad)
-        coefficients.weight.copy_(weight.reshape(coefficients.weight.shape))
-        coefficients.bias.copy_(bias)
+        self.set_factors(self.factors[0], weight, bias)
         self.norm = None
         return self
 
@@ -308,7 +305,8 @@ def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     clone = copy.deepcopy(module, memo)
     vars(clone).update(fresh)
     for name, value in own.items():
-        if is_own_method(module, name, value):
+        if callable(value) and (hasattr(type(module), name) or getattr(
+                value, '__self__', None) is module):
             delattr(clone, name)
     setattr(clone, channels_attribute(module), channels)
     return clone

@@ -21,11 +21,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @LAYER_KINDS.register_module()
 class ConvKind(DenseKind):
-    """Convolutions (1d, 2d or 3d, grouped or not).
-
-    The basis keeps kernel, stride, padding, ``padding_mode``, dilation and
-    groups; the coefficients are a 1x1 convolution.
-    """
+    """Convolutions (1d, 2d or 3d, grouped or not), of which the basis keeps
+    the geometry; the coefficients are a 1x1 convolution."""
     name = 'BasisConv'
     dense_types: Tuple[type, ...] = (*_CONVS, Conv2d, Conv3d,
                                      Conv2dAdaptivePadding)
@@ -70,11 +67,8 @@ class ConvKind(DenseKind):
 
 @LAYER_KINDS.register_module()
 class ConvTransposeKind(ConvKind):
-    """Transposed convolutions (1d, 2d or 3d, grouped or not).
-
-    The basis is a transposed convolution of the same geometry, the
-    coefficients are a 1x1 convolution at the output's resolution.
-    """
+    """Transposed convolutions (1d, 2d or 3d, grouped or not); the coefficients
+    are a 1x1 convolution at the output's resolution."""
     name = 'BasisConvTranspose'
     dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
                    ConvTranspose2d, ConvTranspose3d)

@@ -26,12 +26,6 @@ def own_attributes(module: nn.Module) -> Dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in plain}
 
 
-def is_own_method(module: nn.Module, name: str, value: Any) -> bool:
-    """Whether an attribute replaces or keeps a method of its instance."""
-    return callable(value) and (hasattr(type(module), name) or getattr(
-        value, '__self__', None) is module)
-
-
 def why_not_inherited(module: nn.Module) -> Optional[str]:
     """Why a replacement could not behave as a layer does; None if it can."""
     if any(value for name, value in vars(module).items()
