@@ -1,7 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from .basis_layer import BasisLayer
-from .conv import ConvKind, ConvTransposeKind
-from .deform import DeformConvKind
+from .conv import ConvKind, ConvTransposeKind, DeformConvKind
 from .dense_kind import DenseKind
 from .inheritance import copy_module, observe
 from .kinds import kind_of, why_not

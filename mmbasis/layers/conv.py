@@ -15,6 +15,21 @@ from torch import Tensor
 from ..registry import LAYER_KINDS
 from .dense_kind import DenseKind
 
+try:
+    from mmcv.ops import (
+        DeformConv2d,
+        DeformConv2dPack,
+        ModulatedDeformConv2d,
+        ModulatedDeformConv2dPack,
+    )
+except ImportError:  # mmcv-lite has no operators, so no such layers
+    DEFORM_TYPES: Tuple[type, ...] = ()
+else:
+    DEFORM_TYPES = (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d,
+                    ModulatedDeformConv2dPack)
+    # a layer without bias says so everywhere else: here there is no attribute
+    DeformConv2d.bias = None
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -94,3 +109,14 @@ class ConvTransposeKind(ConvKind):
     @staticmethod
     def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
         return x.numel() // dense.in_channels
+
+
+@LAYER_KINDS.register_module()
+class DeformConvKind(ConvKind):
+    """Deformable convolutions of MMCV (v1 or v2, grouped or not).
+
+    The basis samples where the dense layer does: offsets (and masks) are
+    arguments of ``forward``, or come from its copy of the offset branch.
+    """
+    name = 'BasisDeformConv'
+    dense_types = DEFORM_TYPES

@@ -75,8 +75,7 @@ class DenseKind:
             dense (nn.Module): A layer for which :meth:`sees_patches` holds.
             x (Tensor): Its input.
             out_shape (Sequence[int]): Spatial shape of its output.
-            positions (Tensor): Indices of positions of the flattened output,
-                shape ``(positions, )``.
+            positions (Tensor): Flat indices, shape ``(positions, )``.
 
         Returns:
             Tensor: Shape ``(N, G * D, positions)``: ``H`` times its blocks of

@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..registry import LAYER_KINDS
-from .deform import DEFORM_TYPES
+from .conv import DEFORM_TYPES
 from .dense_kind import DenseKind
 from .inheritance import why_not_inherited
 
