@@ -63,7 +63,7 @@ def model_complexity(model: Union[nn.Module, Adapter],
         operators that the analysis knows nothing of, with their number).
     """
     adapter = adapter_of(model)
-    with evaluation(adapter.model), Unchanged(adapter.model):
+    with evaluation(adapter.model), Unchanged(adapter.model).during():
         batch = adapter.prepare(data)
         # a trace does not survive that a way to run the model is looked for
         adapter.outputs(batch)

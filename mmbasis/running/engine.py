@@ -3,13 +3,14 @@
 import inspect
 import os.path as osp
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ..registry import ADAPTERS
@@ -22,7 +23,7 @@ from .adapter import (
 )
 from .batch import Batch, bind, leaf, map_tensors, parameters_of, tensors
 from .passes import current_pass
-from .states import Unchanged, fixed_random
+from .states import Unchanged, kept_random
 
 _TORCH = osp.dirname(torch.__file__)
 
@@ -184,25 +185,20 @@ class MMEngineAdapter(Adapter):
         if purpose == 'loss':
             with self._kept(self._ways.get('predict') == 'loss'):
                 return self.call(batch, mode=way)
-        with self._kept(True), fixed_random(self.model):
+        with self._kept(True), kept_random():
+            set_random_seed(0)
             if purpose == 'predict':
                 return self.call(batch, mode=way)
             with _children(self.model) as found:
                 losses = self.call(batch, mode=way)
             return found or losses
 
-    @contextmanager
-    def _kept(self, parameters: bool) -> Iterator[None]:
+    def _kept(self, parameters: bool) -> ContextManager[None]:
         """Nothing changes; in a pass that stops parameters may, since others
         write weights meanwhile."""
         if torch.jit.is_tracing():
-            yield  # who traces a model takes care of its state
-            return
-        self._unchanged.enter(parameters and current_pass() is None)
-        try:
-            yield
-        finally:
-            self._unchanged.leave()
+            return nullcontext()  # who traces a model takes care of its state
+        return self._unchanged.during(parameters and current_pass() is None)
 
 
 @contextmanager
