@@ -66,11 +66,8 @@ class Targets(NamedTuple):
 
 def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
                   run: Callable[[], Any]) -> Targets:
-    """Find the layers that make predictions and those that decide where
-    others sample.
-
-    The graph holds no activations, so a trace takes as much memory as
-    inference. Nothing is kept.
+    """Find the layers that make predictions, and those that decide where
+    others sample. That takes as much memory as inference.
 
     Args:
         model (nn.Module): The model.
@@ -87,7 +84,7 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
         stack.enter_context(torch.enable_grad())
         # so that frozen layers are seen
         stack.enter_context(requiring_gradients(model, True))
-        # reentrant checkpoints hide their layers; there is nothing to save
+        # reentrant checkpoints hide their layers
         stack.enter_context(
             patch.object(torch.utils.checkpoint, 'CheckpointFunction',
                          _NoCheckpoint))

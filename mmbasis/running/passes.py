@@ -44,17 +44,14 @@ class Sum:
 class Pass:
     """The forward pass of one batch, which stops at layers.
 
-    A hook of the layer hands control back to who advanced the pass, in the
-    middle of whatever the model's ``forward`` does; it goes on when it is
-    advanced again. So all batches go through the model side by side and
-    once, without anybody knowing how the model is built.
+    A hook of the layer calls :meth:`stop`, and the model goes on when
+    somebody calls :meth:`advance`. So all batches go through a model side by
+    side and once, however it is built.
 
-    Each pass is a thread, of which one runs at a time, and not a coroutine:
-    PyTorch keeps the states of gradients, autocast, modes and warnings by
-    thread, and they have to stay those of the pass where it stopped. It can
-    be left at any time: as a context manager, it is ended on exit. It has
-    random numbers of its own, so that passes of two models that were made
-    together draw the same ones.
+    Each pass is a thread, of which one runs at a time: PyTorch keeps the
+    states of gradients, autocast, modes and warnings by thread. It runs in a
+    ``with`` block, whose end ends it. It has random numbers of its own, so
+    that passes of two models that were made together draw the same ones.
 
     Args:
         adapter (Adapter): The model.
@@ -91,11 +88,8 @@ class Pass:
         self._thread.join()
 
     def advance(self) -> None:
-        """Go on to the next layer, or to the end of the pass.
-
-        Raises:
-            Exception: What the model raised on the way.
-        """
+        """Go on to the next layer, or to the end of the pass; raises what the
+        model raises on the way."""
         # not kept for longer than needed
         self.name = self.tensor = self.sum = None
         with kept_random():
@@ -106,10 +100,7 @@ class Pass:
         if self._error is not None:
             raise self._error
 
-    def stop(self,
-             name: str,
-             tensor: Tensor,
-             into: Optional[Sum] = None) -> None:
+    def stop(self, name: str, tensor: Any, into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
         self.name, self.tensor, self.sum = name, tensor, into
         self._stands.release()
@@ -118,7 +109,7 @@ class Pass:
     def _wait(self) -> None:
         self._goes_on.acquire()
         if self._left:
-            raise _PassLeft
+            raise SystemExit  # ends the thread
 
     def _run(self) -> None:
         _CURRENT.value = self
@@ -129,16 +120,11 @@ class Pass:
                 torch.cuda.set_device(weight.device)  # by thread, too
             with torch.no_grad(), self.watch or nullcontext():
                 self.adapter.predict(self.data)
-        except _PassLeft:
-            pass
         except BaseException as error:
-            self._error = error
+            if not self._left:
+                self._error = error
         finally:
             self._stands.release()
-
-
-class _PassLeft(BaseException):
-    """Ends the thread of a pass that nobody advances any more."""
 
 
 _CURRENT = threading.local()
@@ -153,9 +139,8 @@ class SumWatch(TorchFunctionMode):
     """Sees into which sums the outputs of layers go.
 
     Where ``x + norm(layer(z))`` is computed, the layer can make up for what
-    is wrong with ``x`` as well. Which layers stand so is found by running the
-    model once on data, under :meth:`probe`. Later passes stop at the sum
-    instead of at the layer.
+    is wrong with ``x`` as well. :meth:`probe` finds these layers; later passes
+    stop at the sum instead of at the layer.
     """
 
     def __init__(self) -> None:
@@ -168,13 +153,8 @@ class SumWatch(TorchFunctionMode):
 
     def probe(self, adapter: 'Adapter', layers: Dict[str, nn.Module],
               data: Any) -> None:
-        """Run a model once to find its residual layers.
-
-        Args:
-            adapter (Adapter): The model.
-            layers (dict[str, nn.Module]): The layers to follow, by name.
-            data (Any): A batch.
-        """
+        """Run a model on a batch to find which of its layers, given by name,
+        are residual."""
         with self, ExitStack() as stack:
             for name, module in layers.items():
                 stack.callback(

@@ -59,12 +59,8 @@ def train_deterministically(model: nn.Module) -> None:
     """Put a model in training mode, except what then changes with the batch
     or by chance: normalisations, dropout, stochastic depth.
 
-    A loss, and whatever is compared with a model's outputs in training, needs
-    that mode: some heads return other things in evaluation mode (VFNet,
-    RepPoints), or the same in other units (FCOS).
-
-    Args:
-        model (nn.Module): The model, changed in place.
+    Losses need that mode: some heads return other things in evaluation mode
+    (VFNet, RepPoints), or the same in other units (FCOS).
     """
     model.train()
     for module in model.modules():
@@ -91,14 +87,13 @@ def requiring_gradients(model: nn.Module, value: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights are computed, and attributes of modules are as
-    before afterwards, as are the entries of those that are dictionaries or
-    lists, and buffers; moving averages stand still.
+    """No gradients of weights are computed. Afterwards buffers, attributes of
+    modules, and entries of those that are dictionaries or lists are as before;
+    moving averages stand still.
 
-    To ask for the gradients of the inputs alone would spare the weights, too,
-    but not in models that checkpoint activations. Heads may keep outputs for
-    their loss (CondInst), and a model with such graphs cannot be copied; or
-    hang modules elsewhere (DDQ).
+    Gradients of the inputs alone would not do in models that checkpoint
+    activations. Heads may keep outputs, with graphs that cannot be copied
+    (CondInst), or hang modules elsewhere (DDQ).
     """
     others = vars(nn.Module()).keys() - {'_modules'}
     before = []
@@ -126,15 +121,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class Unchanged:
-    """Has forward passes leave no trace in a model: queues, counters and
-    parameters have their values back after every pass, and averaged copies
-    (momentum encoders) stand still.
+    """Contexts of forward passes that leave no trace in a model: afterwards
+    queues, counters and parameters have their values back; averaged copies
+    (momentum encoders) stand still. One object serves passes that overlap.
 
-    The statistics of normalisations are left alone: recalibration wants them
-    to change. One object serves passes that overlap.
-
-    Args:
-        model (nn.Module): The model.
+    Statistics of normalisations may change, as recalibration wants.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -169,7 +160,7 @@ class Unchanged:
                     'update_parameters' not in vars(module)):
                 module.update_parameters = lambda *_, **__: None
                 self._averaged.append(module)
-            tables = [module._parameters] * parameters
+            tables: List[Any] = [module._parameters] * parameters
             if not isinstance(module, _NormBase):
                 tables.append(module._buffers)
             self._values += [(table, key, x, x.detach().clone())
