@@ -15,12 +15,7 @@ from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .adapter import (
-    Adapter,
-    CannotRunError,
-    UnknownLossError,
-    as_logits,
-)
+from .adapter import Adapter, CannotRunError, UnknownLossError, as_logits
 from .batch import Batch, bind, leaf, map_tensors, parameters_of, tensors
 from .passes import current_pass
 from .states import Unchanged, kept_random
@@ -88,15 +83,15 @@ class MMEngineAdapter(Adapter):
         """Only ``inputs`` take gradients, or what comes first: the others may
         be targets."""
         batch = super().prepare(data)
-        if not gradients:
-            return batch
-        if batch.args:
+        if gradients and batch.args:
             first, *others = batch.args
             return replace(batch, args=(map_tensors(first, leaf), *others))
-        kwargs = batch.kwargs
-        key = 'inputs' if 'inputs' in kwargs else next(iter(kwargs))
-        changed = {key: map_tensors(kwargs[key], leaf)}
-        return replace(batch, kwargs={**kwargs, **changed})
+        if gradients:
+            kwargs = dict(batch.kwargs)
+            key = 'inputs' if 'inputs' in kwargs else next(iter(kwargs))
+            kwargs[key] = map_tensors(kwargs[key], leaf)
+            return replace(batch, kwargs=kwargs)
+        return batch
 
     def predict(self, data: Any) -> Any:
         return self._run('predict', data)

@@ -7,6 +7,7 @@ from typing import (
     AbstractSet,
     Any,
     Callable,
+    Container,
     Dict,
     Iterable,
     Iterator,
@@ -159,15 +160,10 @@ class _Graph:
         """Products by weights next to some nodes, and the layers of these
         weights; an empty name for those of no layer (attention's)."""
         found: Dict[Any, str] = {}
-
-        def stop(node: Any) -> bool:
+        for node in _walk(starts, found):
             name = self._layer_of(node)
             if name is not None:
                 found[node] = name
-            return name is not None
-
-        for _ in _walk(starts, stop):
-            pass
         return found
 
     def _layer_of(self, node: Any) -> Optional[str]:
@@ -207,10 +203,10 @@ def _inputs(nodes: Iterable[Any], values: bool = False) -> List[Any]:
 
 
 def _walk(starts: Iterable[Any],
-          stop: Callable[[Any], bool] = lambda node: False,
+          stop: Container[Any] = (),
           values: bool = False) -> Iterator[Any]:
     """Nodes that some nodes are computed from, and these, each once; not
-    beyond where to stop."""
+    beyond those in ``stop``, which may grow on the way."""
     seen, waiting = set(), list(starts)
     while waiting:
         node = waiting.pop()
@@ -218,7 +214,7 @@ def _walk(starts: Iterable[Any],
             continue
         seen.add(node)
         yield node
-        if not stop(node):
+        if node not in stop:
             waiting += _inputs([node], values)
 
 

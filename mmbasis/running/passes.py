@@ -207,9 +207,9 @@ class SumWatch(TorchFunctionMode):
 
 def _is_plain_sum(args: tuple, kwargs: dict) -> bool:
     return (not kwargs and len(args) == 2
-            and all(isinstance(x, Tensor)
-                    for x in args) and args[0].shape == args[1].shape
-            and args[0] is not args[1] and args[0].dtype == args[1].dtype)
+            and all(isinstance(x, Tensor) for x in args)
+            and args[0].shape == args[1].shape and args[0] is not args[1]
+            and args[0].dtype == args[1].dtype)
 
 
 def _norm_scale(x: Tensor,

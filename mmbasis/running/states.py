@@ -95,29 +95,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     activations. Heads may keep outputs, with graphs that cannot be copied
     (CondInst), or hang modules elsewhere (DDQ).
     """
-    others = vars(nn.Module()).keys() - {'_modules'}
     before = []
     for module in model.modules():
-        values = {
-            k: v
-            for k, v in vars(module).items() if k not in others
-        }
-        entries = [(x, copy.copy(x)) for x in values.values()
-                   if isinstance(x, (dict, list))]
-        before.append((module, values, entries))
+        for value in (vars(module), *vars(module).values()):
+            if isinstance(value, (dict, list)):
+                before.append((value, copy.copy(value)))
     with Unchanged(model).during(parameters=False), requiring_gradients(
             model, False):
         try:
             yield
         finally:
-            for module, values, entries in before:
-                for key in vars(module).keys() - others - values.keys():
-                    del vars(module)[key]
-                vars(module).update(values)
-                for value, old in entries:
-                    value.clear()
-                    (value.update if isinstance(value, dict) else
-                     value.extend)(old)
+            for value, old in before:
+                value.clear()
+                (value.update if isinstance(value, dict) else value.extend)(
+                    old)
 
 
 class Unchanged:
