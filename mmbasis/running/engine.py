@@ -206,7 +206,8 @@ def _children(model: nn.Module) -> Iterator[List[Tensor]]:
 def _refuses(error: Exception, mode: str) -> bool:
     """Whether an error says that there is no such mode."""
     mode = 'predict' if mode == 'test_step' else mode
-    text, (*_, (frame, _)) = str(error), walk_tb(error.__traceback__)
+    text = str(error)
+    frame, _ = list(walk_tb(error.__traceback__))[-1]  # where it was raised
     if frame.f_code.co_filename.startswith(_TORCH):
         return False
     if isinstance(error, NotImplementedError):
