@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The contract between mmbasis and a model that it runs."""
-from typing import Any, List, Optional, Type, Union
+from typing import Any, List, Optional, Union
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ class CannotRunError(RuntimeError):
 class Adapter:
     """How a model is run. This class calls it like any module.
 
-    For a model that is run in another way, write a subclass in your package::
+    For a model that is run in another way, register a subclass with what
+    differs in your package::
 
         @ADAPTERS.register_module()
         class MyAdapter(Adapter):
@@ -31,18 +32,11 @@ class Adapter:
             def handles(cls, model):
                 return isinstance(model, MyModel)
 
-            def bind(self, data):
-                return Batch(data, kwargs=data).map(self.move)
-
             def predict(self, data):
                 return self.model.infer(self.prepare(data).kwargs['image'])
 
-            def loss(self, data):
-                return self.model.compute_loss(**self.prepare(data).kwargs)
-
-    Only :meth:`handles` and what differs need to be written. ``data`` is a
-    batch as the dataloader yields it, or what :meth:`prepare` returned.
-    No method sets modes or gradients: that is up to the caller, see
+    ``data`` is a batch as the dataloader yields it, or what :meth:`prepare`
+    returned. The caller sets modes and gradients, see
     :func:`~mmbasis.running.evaluation`.
 
     Args:
@@ -63,13 +57,8 @@ class Adapter:
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:
         """A batch as the model takes it: on its device and, where it is of
-        floating point, in its precision. Prepared data is not changed.
-
-        Args:
-            data (Any): The batch.
-            gradients (bool): Make floating-point inputs detached leaves that
-                require grad. Defaults to False.
-        """
+        floating point, in its precision; prepared data is not changed. With
+        ``gradients``, such inputs are detached leaves that require grad."""
         batch = data if isinstance(data, Batch) else self.bind(data)
         return batch.map(leaf) if gradients else batch
 
@@ -93,14 +82,12 @@ class Adapter:
         return self.model(*batch.args, **batch.kwargs, **kwargs)
 
     def predict(self, data: Any) -> Any:
-        """Run the model as in testing, through every layer that is used
-        then."""
+        """Run the model as in testing, through all layers used then."""
         return self.call(data)
 
     def outputs(self, data: Any) -> List[Tensor]:
-        """The floating-point outputs before any post-processing, in a fixed
-        order: a classifier's logits, a detector's maps; those of the
-        predictions where there is nothing else."""
+        """The floating-point outputs in a fixed order, if possible before
+        any post-processing: a classifier's logits, a detector's maps."""
         return [x for x in tensors(self.raw(data)) if x.is_floating_point()]
 
     def raw(self, data: Any) -> Any:
@@ -114,10 +101,8 @@ class Adapter:
 
     def loss(self, data: Any) -> Tensor:
         """The training loss of a batch, a scalar, averaged over images as the
-        model defines it.
-
-        For a plain module it is the ``loss`` among its outputs, or the cross-
-        entropy of a classifier and the labels of the batch.
+        model defines it. A plain module returns ``loss``, or is a classifier,
+        of which it is the cross-entropy.
 
         Raises:
             UnknownLossError: If there is none.
@@ -144,6 +129,7 @@ class Adapter:
         return count(data.raw if isinstance(data, Batch) else data)
 
 
+@ADAPTERS.register_module()
 class ModuleAdapter(Adapter):
     """Runs any module by calling it; see :func:`~mmbasis.running.batch.bind`
     for what is passed of a batch."""
@@ -157,41 +143,28 @@ def as_logits(outputs: Any) -> Optional[Tensor]:
     """The logits among a classifier's outputs; None of other outputs."""
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
         outputs = outputs[0]
-    found = _entry(outputs, 'logits')
-    outputs = outputs if found is None else found
-    if isinstance(outputs, Tensor) and outputs.dim() == 2 and (
-            outputs.is_floating_point()):
-        return outputs
+    logits = _entry(outputs, 'logits', outputs)
+    if isinstance(logits, Tensor) and logits.dim() == 2 and (
+            logits.is_floating_point()):
+        return logits
     return None
 
 
-def _entry(outputs: Any, key: str) -> Any:
+def _entry(outputs: Any, key: str, default: Any = None) -> Any:
     if isinstance(outputs, dict):
-        return outputs.get(key)
-    return None if isinstance(outputs, Tensor) else getattr(
-        outputs, key, None)
+        return outputs.get(key, default)
+    return getattr(outputs, key, default)
 
 
 def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
-    """How a model is run.
-
-    The class in :data:`~mmbasis.registry.ADAPTERS` that was registered last
-    and handles the model; those of mmbasis come last.
-
-    Args:
-        model (nn.Module | Adapter): A model, with or without a distributed
-            wrapper, or an adapter, which is returned.
-    """
+    """How a model, with or without a distributed wrapper, is run: by the
+    class in :data:`~mmbasis.registry.ADAPTERS` that was registered last and
+    handles it. An adapter is returned as it is."""
     if isinstance(model, Adapter):
         return model
     while is_model_wrapper(model):
         model = model.get_submodule('module')
-    users: List[Type[Adapter]] = []
-    ours: List[Type[Adapter]] = []
-    for cls in ADAPTERS.module_dict.values():
-        own = cls.__module__.startswith(f'{__package__}.')
-        (ours if own else users).append(cls)
-    for cls in users[::-1] + ours:
+    for cls in reversed(ADAPTERS.module_dict.values()):
         if cls.handles(model):
             return cls(model)
     raise CannotRunError(f'no adapter handles {type(model).__name__}')

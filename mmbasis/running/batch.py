@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import torch.nn as nn
 from mmengine.structures import BaseDataElement
@@ -12,37 +12,32 @@ from torch import Tensor
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested outputs, in a fixed order.
-
-    Args:
-        value (Any): A tensor, or a mapping, list, tuple or dataclass of such
-            values. Data samples and whatever else are skipped.
-    """
+    """All tensors in nested mappings, lists, tuples and dataclasses, in a
+    fixed order. Data samples and whatever else are skipped."""
+    items: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
+        items = value.values()
     elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
+        items = value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name))
+        items = (getattr(value, x.name) for x in dataclasses.fields(value))
+    for item in items:
+        yield from tensors(item)
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested inputs with a function applied to each tensor, in the
-    order of :func:`tensors`; what is not nested inputs is passed through."""
+    order of :func:`tensors`; whatever else is passed through."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
         return {k: map_tensors(v, function) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         items = [map_tensors(item, function) for item in value]
-        if hasattr(value, '_fields'):
-            return type(value)(*items)
-        return tuple(items) if isinstance(value, tuple) else items
+        is_named = hasattr(value, '_fields')
+        return type(value)(*items) if is_named else type(value)(items)
     return value
 
 
@@ -77,11 +72,8 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def count(data: Any) -> int:
-    """Number of images in a batch.
-
-    Data samples say it. Otherwise it is the length of the inputs; of a list
-    of batched tensors (views of the same images), that of the first.
-    """
+    """Number of images in a batch: of its data samples, else of its inputs,
+    which may be a list of batched tensors (views of the same images)."""
     if isinstance(data, Mapping):
         samples = data.get('data_samples')
         if isinstance(samples, (tuple, list)) and samples and isinstance(
@@ -95,69 +87,57 @@ def count(data: Any) -> int:
     return len(data[0] if isinstance(data, (tuple, list)) else data)
 
 
-def parameters_of(model: nn.Module) -> Optional[List[inspect.Parameter]]:
-    """The parameters of ``forward``; None where Python cannot tell."""
+def parameters_of(model: nn.Module) -> List[inspect.Parameter]:
+    """The parameters of ``forward``; none where Python cannot tell."""
     try:
         return list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
-        return None
+        return []
 
 
 def bind(model: nn.Module, data: Any) -> Batch:
     """Make a batch the arguments of a plain module.
 
-    Of a tuple or list as many entries are passed as ``forward`` requires;
-    it is passed whole to a model whose only argument is annotated as a list,
-    tuple or sequence. Of a dict the entries that ``forward`` names are
-    passed; it is passed whole to a model that requires one argument of
-    another name, or that names none. Anything else is the only argument.
+    Of a tuple or list it takes as many entries as ``forward`` requires, of a
+    dict those that ``forward`` names. It passes whole what is neither, a list
+    to a model whose only argument is annotated as a sequence, and a dict to a
+    model that requires one argument of another name, or that names none.
 
     Raises:
         TypeError: If ``forward`` requires what the batch does not have.
     """
-    known = parameters_of(model) or []
-    named = [
-        x for x in known
-        if x.kind not in (inspect.Parameter.VAR_POSITIONAL,
-                          inspect.Parameter.VAR_KEYWORD)
-    ]
-    required = [x.name for x in named if x.default is inspect.Parameter.empty]
+    known = parameters_of(model)
+    named = [x for x in known if not x.kind.name.startswith('VAR_')]
+    required = [x.name for x in named if x.default is x.empty]
+    whole = Batch(data, (data, ))
+    if not isinstance(data, (Mapping, tuple, list)):
+        return whole
     if isinstance(data, Mapping):
-        return _bind_mapping(model, data, known, named, required)
-    if not isinstance(data, (tuple, list)):
-        return Batch(data, (data, ))
-    if len(required) == 1 and _takes_sequence(named[0]) and all(
-            isinstance(x, Tensor) for x in data):
-        return Batch(data, (data, ))
-    if len(required) > len(data):
-        raise TypeError(
-            f'{type(model).__name__}.forward requires '
-            f'{", ".join(required)}, but a batch has {len(data)} entries')
-    taken = max(len(required), 1)
-    return Batch(data, tuple(data[:taken]), rest=list(data[taken:]))
-
-
-def _bind_mapping(model: nn.Module, data: Any, known: List[inspect.Parameter],
-                  named: List[inspect.Parameter],
-                  required: List[str]) -> Batch:
-    missing = [name for name in required if name not in data]
-    keywords = not known or known[-1].kind is inspect.Parameter.VAR_KEYWORD
-    if missing and len(required) == 1 or not (named or keywords):
-        return Batch(data, (data, ))
-    if missing:
+        lacks = not data.keys() >= set(required)
+        keywords = not known or known[-1].kind.name == 'VAR_KEYWORD'
+        if lacks and len(required) == 1 or not (named or keywords):
+            return whole
+        names = data.keys() if keywords else {x.name for x in named}
+        batch = Batch(data, (), {k: data[k] for k in data if k in names},
+                      [data[k] for k in data if k not in names])
+        found = ', '.join(map(str, data))
+    else:
+        if len(required) == 1 and _takes_sequence(named[0]) and all(
+                isinstance(x, Tensor) for x in data):
+            return whole
+        taken = max(len(required), 1)
+        batch = Batch(data, tuple(data[:taken]), rest=list(data[taken:]))
+        lacks = len(required) > len(data)
+        found = f'{len(data)} entries'
+    if lacks:
         raise TypeError(
             f'{type(model).__name__}.forward requires {", ".join(required)}, '
-            f'but a batch has {", ".join(map(str, data))}')
-    names = set(data) if keywords else {x.name for x in named}
-    return Batch(
-        data,
-        kwargs={k: v for k, v in data.items() if k in names},
-        rest=[v for k, v in data.items() if k not in names])
+            f'but a batch has {found}')
+    return batch
 
 
 def _takes_sequence(parameter: inspect.Parameter) -> bool:
-    note = parameter.annotation
-    text = note if isinstance(note, str) else getattr(note, '__name__',
-                                                      str(note))
-    return re.match(r'(typing\.)?(list|tuple|sequence)\b', text,
+    # a name may be in quotes, and have its module before it
+    return re.match(r"'?([\w.]+\.)?(list|tuple|sequence)\b",
+                    inspect.formatannotation(parameter.annotation),
                     re.IGNORECASE) is not None

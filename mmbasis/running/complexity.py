@@ -22,11 +22,6 @@ _WEIGHTS = {
 
 def _deform_conv_macs(inputs: List[Any], outputs: List[Any],
                       index: int) -> int:
-    """MACs of a deformable convolution in a trace: its weights at every
-    output position.
-
-    That the samples are interpolated is not counted.
-    """
     batch, _, *positions = outputs[0].type().sizes()
     return batch * prod(positions) * prod(inputs[index].type().sizes())
 
@@ -50,9 +45,8 @@ def model_complexity(model: Union[nn.Module, Adapter],
     """MACs and parameters of a whole model, counted by MMEngine's analysis.
 
     A fused multiply-add counts as one; biases, activations and elementwise
-    sums count as MMEngine counts them (normalisation and activation are
-    ignored there). A deformable convolution counts as a plain one; its offset
-    branch is a layer of its own.
+    sums count as in MMEngine. A deformable convolution counts as a plain one,
+    without interpolation.
 
     Args:
         model (nn.Module | Adapter): The model; its raw outputs are traced.
@@ -60,20 +54,18 @@ def model_complexity(model: Union[nn.Module, Adapter],
 
     Returns:
         dict: ``macs``, ``params`` (numbers) and ``uncounted`` (names of
-        operators that the analysis knows nothing of, with their number).
+        operators that the analysis does not know, with their number).
     """
     adapter = adapter_of(model)
-    with evaluation(adapter.model), Unchanged(adapter.model):
+    with evaluation(adapter.model), Unchanged(adapter.model).during():
         batch = adapter.prepare(data)
-        # a trace does not survive that a way to run the model is looked for
+        # the search for a way to run the model would end the trace
         adapter.outputs(batch)
         inputs = tuple(tensors((batch.args, batch.kwargs)))
         analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
-        analyzer.set_op_handle(
-            **{
-                name: partial(_deform_conv_macs, index=index)
-                for name, index in _WEIGHTS.items()
-            })
+        for name, index in _WEIGHTS.items():
+            analyzer.set_op_handle(name,
+                                   partial(_deform_conv_macs, index=index))
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
         analyzer.tracer_warnings('none')

@@ -21,7 +21,7 @@ def classifies(adapter: Adapter, data: Any) -> bool:
 
 def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
                 classifies: bool) -> Tensor:
-    """The loss of a batch, summed over its images.
+    """The loss of a batch, summed over its images, a scalar.
 
     Classifiers are given labels of their own: that makes the gradients'
     second moment the Fisher information of the model. Any other model gives
@@ -32,9 +32,6 @@ def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
         data (Any): The batch, prepared or not.
         batch_index (int): Seed of the labels.
         classifies (bool): Whether the model returns logits.
-
-    Returns:
-        Tensor: A scalar.
 
     Raises:
         UnknownLossError: If the model has no loss that is known.
@@ -51,16 +48,8 @@ def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
 
 
 def sampled_labels(logits: Tensor, batch: int) -> Tensor:
-    """Draw labels from predictions, the same for an image however images are
-    spread over processes.
-
-    Args:
-        logits (Tensor): Shape ``(N, classes)``.
-        batch (int): Index of the batch, seed of its random numbers.
-
-    Returns:
-        Tensor: Shape ``(N, )``.
-    """
+    """Draw labels from logits of shape ``(N, classes)``, seeded by the batch
+    and the same for an image however images are spread over processes."""
     rank, world = get_rank(), get_world_size()
     generator = torch.Generator().manual_seed(batch)
     uniform = torch.rand(len(logits) * world, 1, generator=generator)

@@ -1,10 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Forward passes that stop at layers, and at the sums that layers go into."""
-import inspect
 import threading
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set
 
 import torch
 import torch.nn as nn
@@ -14,14 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..layers import observe
 from .batch import tensors
-from .states import cuda_devices, get_random, set_random
+from .states import get_random, kept_random, set_random
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)
-_BATCH_NORM = inspect.signature(F.batch_norm)
 #: the attribute that marks a tensor as the output of a layer
 _BRANCH = '_mmbasis_branch'
 
@@ -45,28 +44,20 @@ class Sum:
 class Pass:
     """The forward pass of one batch, which stops at layers.
 
-    A hook of the layer hands control back to who advanced the pass, in the
-    middle of whatever the model's ``forward`` does; it goes on when it is
-    advanced again. So all batches go through the model side by side and
-    once, without anybody knowing how the model is built.
+    A hook of the layer calls :meth:`stop`, and the model goes on when
+    somebody calls :meth:`advance`. So all batches go through a model side by
+    side and once, however it is built.
 
-    Each pass is a thread, of which one runs at a time, and not a coroutine:
-    PyTorch keeps the states of gradients, autocast, modes and warnings by
-    thread, and they have to stay those of the pass where it stopped. It can
-    be left at any time: as a context manager, it is ended on exit. It has
-    random numbers of its own, so that passes of two models that were made
-    together draw the same ones.
+    Each pass is a thread, of which one runs at a time: PyTorch keeps the
+    states of gradients, autocast, modes and warnings by thread. It runs in a
+    ``with`` block, whose end ends it. It has random numbers of its own, so
+    that passes of two models that were made together draw the same ones.
 
     Args:
         adapter (Adapter): The model.
         data (Any): The batch.
         watch (SumWatch, optional): Sees the sums of this pass.
     """
-
-    #: what the layer takes or returns, while the pass stands at it
-    tensor: Tensor
-    #: the sum, while the pass stands at one
-    sum: Sum
 
     def __init__(self,
                  adapter: 'Adapter',
@@ -77,78 +68,63 @@ class Pass:
         self.inputs: Dict[str, Tensor] = {}
         #: where the pass stands; None at its end
         self.name: Optional[str] = None
+        #: what the layer takes or returns, and the sum, if it stands at one
+        self.tensor: Any = None
+        self.sum: Any = None
         self._goes_on = threading.Semaphore(0)
         self._stands = threading.Semaphore(0)
         self._error: Optional[BaseException] = None
         self._left = False
-        self._devices = cuda_devices(adapter.model)
-        self._random = get_random(self._devices)
+        self._random = get_random()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> 'Pass':
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._left = True
-        if self._thread.is_alive():
-            self._goes_on.release()
-            self._thread.join()
+        self._goes_on.release()
+        self._thread.join()
 
     def advance(self) -> None:
-        """Go on to the next layer, or to the end of the pass.
-
-        Raises:
-            Exception: What the model raised on the way.
-        """
-        self.name = None
-        for key in ('tensor', 'sum'):  # not kept for longer than needed
-            vars(self).pop(key, None)
-        if self._thread.ident is None:
-            self._thread.start()
-        outside = get_random(self._devices)
-        set_random(self._devices, self._random)
-        self._goes_on.release()
-        self._stands.acquire()
-        self._random = get_random(self._devices)
-        set_random(self._devices, outside)
+        """Go on to the next layer, or to the end of the pass; raises what the
+        model raises on the way."""
+        # not kept for longer than needed
+        self.name = self.tensor = self.sum = None
+        with kept_random():
+            set_random(self._random)
+            self._goes_on.release()
+            self._stands.acquire()
+            self._random = get_random()
         if self._error is not None:
             raise self._error
 
-    def stop(self,
-             name: str,
-             tensor: Tensor,
-             into: Optional[Sum] = None) -> None:
+    def stop(self, name: str, tensor: Any, into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
-        self.name, self.tensor = name, tensor
-        if into is not None:
-            self.sum = into
+        self.name, self.tensor, self.sum = name, tensor, into
         self._stands.release()
         self._wait()
 
     def _wait(self) -> None:
         self._goes_on.acquire()
         if self._left:
-            raise _PassLeft
+            raise SystemExit  # ends the thread
 
     def _run(self) -> None:
         _CURRENT.value = self
         try:
             self._wait()
-            if self._devices:  # the device is by thread, too
-                torch.cuda.set_device(
-                    next(self.adapter.model.parameters()).device)
+            weight = next(self.adapter.model.parameters(), None)
+            if weight is not None and weight.is_cuda:
+                torch.cuda.set_device(weight.device)  # by thread, too
             with torch.no_grad(), self.watch or nullcontext():
                 self.adapter.predict(self.data)
-        except _PassLeft:
-            pass
         except BaseException as error:
-            self._error = error
+            if not self._left:
+                self._error = error
         finally:
             self._stands.release()
-
-
-class _PassLeft(BaseException):
-    """Ends the thread of a pass that nobody advances any more."""
 
 
 _CURRENT = threading.local()
@@ -163,9 +139,8 @@ class SumWatch(TorchFunctionMode):
     """Sees into which sums the outputs of layers go.
 
     Where ``x + norm(layer(z))`` is computed, the layer can make up for what
-    is wrong with ``x`` as well. Which layers stand so is found by running the
-    model once on data, under :meth:`probe`. Later passes stop at the sum
-    instead of at the layer.
+    is wrong with ``x`` as well. :meth:`probe` finds these layers; later passes
+    stop at the sum instead of at the layer.
     """
 
     def __init__(self) -> None:
@@ -175,36 +150,22 @@ class SumWatch(TorchFunctionMode):
         #: all layers that take one input (not offsets, too), in the order in
         #: which they ran
         self.order: List[str] = []
-        self._probing = False
 
     def probe(self, adapter: 'Adapter', layers: Dict[str, nn.Module],
               data: Any) -> None:
-        """Run a model once to find its residual layers.
+        """Run a model on a batch to find which of its layers, given by name,
+        are residual."""
+        with self, ExitStack() as stack:
+            for name, module in layers.items():
+                stack.callback(
+                    observe(module, partial(self._ran, name)).remove)
+            adapter.predict(data)
 
-        Args:
-            adapter (Adapter): The model.
-            layers (dict[str, nn.Module]): The layers to follow, by name.
-            data (Any): A batch.
-        """
-
-        def hook(name: str, args: tuple, y: Any) -> None:
-            if name not in self.order and len(args) == 1:
-                self.order.append(name)
-                self.mark(name, y)
-
-        handles = [
-            observe(module,
-                    lambda _, args, kwargs, y, name=name: hook(name, args, y))
-            for name, module in layers.items()
-        ]
-        self._probing = True
-        try:
-            with self:
-                adapter.predict(data)
-        finally:
-            self._probing = False
-            for handle in handles:
-                handle.remove()
+    def _ran(self, name: str, module: nn.Module, args: tuple, kwargs: dict,
+             y: Any) -> None:
+        if name not in self.order and len(args) == 1:
+            self.order.append(name)
+            self.mark(name, y)
 
     @staticmethod
     def mark(name: str, y: Tensor) -> None:
@@ -214,58 +175,54 @@ class SumWatch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         marked = [x for x in tensors((args, kwargs)) if hasattr(x, _BRANCH)]
-        if not marked:
-            return func(*args, **kwargs)
-        if func in _SUMS and _is_plain_sum(args, kwargs):
+        if marked and func in _SUMS and _is_plain_sum(args, kwargs):
             self._at_sum(*args)
-            return func(*args, **kwargs)
+            marked = []
         result = func(*args, **kwargs)
-        scale = _norm_scale(func, args, kwargs)
+        if not marked:
+            return result
+        scale = _norm_scale(*args, **kwargs) if func is F.batch_norm else None
         if scale is not None and marked == [args[0]]:
-            name, before = _unmark(args[0])
+            name, before = vars(args[0]).pop(_BRANCH)
             setattr(result, _BRANCH, (name, before * scale))
         elif any(True for _ in tensors(result)):
             for x in marked:  # something else makes use of it
-                _unmark(x)
+                vars(x).pop(_BRANCH, None)
         return result
 
     def _at_sum(self, left: Tensor, right: Tensor) -> None:
         """The layer that ran last takes the sum; both marks end here."""
-        found = [(*_unmark(x), x, y) for x, y in ((left, right), (right, left))
+        found = [(*vars(x).pop(_BRANCH), x, y)
+                 for x, y in ((left, right), (right, left))
                  if hasattr(x, _BRANCH)]
         name, scale, branch, other = max(
             found, key=lambda entry: self.order.index(entry[0]))
-        if self._probing:
-            self.residual.add(name)
-            return
         current = current_pass()
-        if current is not None:
+        if current is None:  # under probe()
+            self.residual.add(name)
+        else:
             current.stop(name, current.inputs.pop(name, branch),
                          Sum(branch, other, scale))
 
 
-def _unmark(tensor: Tensor) -> Tuple[str, Tensor]:
-    mark = getattr(tensor, _BRANCH)
-    delattr(tensor, _BRANCH)
-    return mark
-
-
 def _is_plain_sum(args: tuple, kwargs: dict) -> bool:
     return (not kwargs and len(args) == 2
-            and all(isinstance(x, Tensor)
-                    for x in args) and args[0].shape == args[1].shape
-            and args[0] is not args[1] and args[0].dtype == args[1].dtype)
+            and all(isinstance(x, Tensor) for x in args)
+            and args[0].shape == args[1].shape and args[0] is not args[1]
+            and args[0].dtype == args[1].dtype)
 
 
-def _norm_scale(func: Any, args: tuple, kwargs: dict) -> Optional[Tensor]:
-    """The scale of each channel if a function is a batch normalisation that
-    takes its statistics as they are."""
-    if func is not F.batch_norm:
+def _norm_scale(x: Tensor,
+                running_mean: Tensor,
+                running_var: Tensor,
+                weight: Optional[Tensor] = None,
+                bias: Optional[Tensor] = None,
+                training: bool = False,
+                momentum: float = .1,
+                eps: float = 1e-5) -> Optional[Tensor]:
+    """The scale of each channel in a call of :func:`F.batch_norm`; None if
+    it does not take its statistics as they are."""
+    if training:
         return None
-    bound = _BATCH_NORM.bind(*args, **kwargs)
-    bound.apply_defaults()
-    norm = bound.arguments
-    if norm['training']:
-        return None
-    scale = (norm['running_var'] + norm['eps']).rsqrt()
-    return scale if norm['weight'] is None else scale * norm['weight']
+    scale = (running_var + eps).rsqrt()
+    return scale if weight is None else scale * weight
