@@ -278,8 +278,8 @@ def _check_points(name: str, key: str, before: _Geometry,
             f'and width) but not {key}: calibration needs them in the '
             'coordinates of the image that the network sees')
     scale, size = after.scale, after.size[::-1]
-    if np.shape(scale) != (2, ) or np.abs(
-            np.multiply(before.size[::-1], scale) - size).max() > 1:
+    if np.shape(scale) != (2, ) or not np.allclose(
+            np.multiply(before.size[::-1], scale), size, atol=1, rtol=0):
         return  # scaled by another transform, or cropped or padded as well
     if not np.allclose((old * scale).clip(0, size), new.clip(0, size), atol=1):
         raise ValueError(f'{name} scales the image by {scale}, but {key} go '

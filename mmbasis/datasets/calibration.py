@@ -24,10 +24,9 @@ def calibration_dataloader(source: Union[Config, Runner],
     """A data loader for calibration: training images in an order of its own,
     with the transforms of testing and with annotations.
 
-    What the network will see decides what it must keep: statistics of
-    randomly cropped or mixed images cost accuracy. Wrappers of datasets stay,
-    but transforms of their own (which mix images) do nothing. A dataset
-    without a ``pipeline`` is used as it is.
+    Statistics of randomly cropped or mixed images cost accuracy. Wrappers of
+    datasets stay, but have no transforms of their own (which mix images). A
+    dataset without a ``pipeline`` is used as it is.
 
     Args:
         source (Config | Runner): With a ``train_dataloader`` (config or
