@@ -17,9 +17,6 @@ import torch
 
 Transform = Callable[[Any], Any]
 
-#: coordinates, in pairs of x and y, that must follow the image
-COORDINATES = ('gt_bboxes', 'gt_keypoints')
-
 
 def annotate(testing: List[Transform], training: List[Transform],
              raw: dict) -> None:
@@ -180,8 +177,11 @@ class _Geometry:
         self.image = image.copy() if isinstance(image, np.ndarray) else None
         self.size: Any = None if self.image is None else image.shape[:2]
         self.scale = results.get('scale_factor')
-        points = {key: _points(results.get(key)) for key in COORDINATES}
-        self.points = {k: v for k, v in points.items() if v is not None}
+        self.points: Dict[str, np.ndarray] = {}
+        for key in ('gt_bboxes', 'gt_keypoints'):
+            points = _points(results.get(key))
+            if points is not None:
+                self.points[key] = points
         self.sizes: Dict[str, Tuple[int, ...]] = {}
         masks = results.get('gt_masks', ())
         if hasattr(masks, 'height') and len(masks):

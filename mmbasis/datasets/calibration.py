@@ -15,9 +15,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .annotations import Transform, annotate
 
-#: samples that are looked at to find one with annotations
-TRIES = 16
-
 
 def calibration_dataloader(source: Union[Config, Runner],
                            seed: Optional[int]) -> DataLoader:
@@ -31,7 +28,7 @@ def calibration_dataloader(source: Union[Config, Runner],
     Args:
         source (Config | Runner): With a ``train_dataloader`` (config or
             built), and the transforms in ``test_dataloader`` or
-            ``val_dataloader``; without those the transforms of training stay.
+            ``val_dataloader``, else those of training.
         seed (int, optional): Of the order.
 
     Returns:
@@ -182,9 +179,9 @@ def _see_as_in_testing(dataset: Any, testing: List[Transform]) -> None:
 
 
 def _raw_sample(dataset: Any) -> Any:
-    """A sample, with annotations if one is found."""
+    """A sample, with annotations if one of the first 16 has them."""
     sample = None
-    for index in range(min(TRIES, len(dataset))):
+    for index in range(min(16, len(dataset))):
         sample = dataset[index]
         if not isinstance(sample, dict) or sample.get('instances', True):
             break

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-_HISTORY = ('_log_history', '_count_history')
-
 
 def to_plain(value: Any) -> Any:
     """Copy nested containers with plain types in place of NumPy's and of
@@ -19,7 +17,7 @@ def to_plain(value: Any) -> Any:
     """
     if isinstance(value, HistoryBuffer):
         return {
-            '__history__': [to_plain(getattr(value, k)) for k in _HISTORY],
+            '__history__': to_plain(list(value.data)),
             'max_length': value.max_length
         }
     if isinstance(value, (np.generic, np.ndarray)):
