@@ -25,8 +25,7 @@ def _history_attribute(owner: Any, name: str) -> Any:
 
 def _allow_mmengine_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)``, the default since torch 2.6, read
-    what MMEngine saves for resuming: histories, arrays and numbers of
-    numpy."""
+    histories, arrays and numbers, which MMEngine saves for resuming."""
     if not hasattr(torch.serialization, 'add_safe_globals'):
         return
     scalar = np.float64(0).__reduce__()[0]
@@ -41,11 +40,8 @@ def _allow_mmengine_checkpoints() -> None:
 
 
 def _keep_tracing_exporter() -> None:
-    """Make the tracing exporter the default of ``torch.onnx.export`` again.
-
-    Since torch 2.9 the default is ``dynamo=True``; MMDeploy calls it without
-    that argument, and its rewriters only work while a model is traced.
-    """
+    """Make the tracing exporter, which MMDeploy's rewriters need, the default
+    again: since torch 2.9 that is ``dynamo=True``."""
     export = torch.onnx.export
     default = inspect.signature(export).parameters.get('dynamo')
     if default is None or default.default is False:
@@ -60,21 +56,18 @@ def _keep_tracing_exporter() -> None:
 
 
 def repair_partition() -> None:
-    """Let MMDeploy cut graphs with onnx >= 1.17.
-
-    MMDeploy replaces a private method of onnx's extractor with one of its
-    own. That method has other arguments since onnx 1.17, where onnx's own is
-    as fast.
-    """
+    """Let MMDeploy cut graphs with onnx >= 1.17, where the method that it
+    replaces has other arguments; onnx's own is as fast there."""
     from mmdeploy.core.optimizers import extractor
     from onnx.utils import Extractor
     name = '_dfs_search_reachable_nodes'
     own = getattr(Extractor, name, None)
     theirs = getattr(extractor, f'{name}_fast', None)
-    if own is None or theirs is None:
-        return
-    if len(inspect.signature(own).parameters) != len(
-            inspect.signature(theirs).parameters):
+    counts = {
+        len(inspect.signature(x).parameters)
+        for x in (own, theirs) if x is not None
+    }
+    if len(counts) == 2:
         setattr(extractor, f'{name}_fast', own)
 
 
@@ -82,9 +75,8 @@ def repair_partition() -> None:
 def repair_static_methods() -> None:
     """Make MMDeploy restore the static methods that it rewrote.
 
-    Its rewriter restores a static method as a plain function, which then
-    takes the object for its first argument: Swin no longer runs in a process
-    that has exported anything.
+    Its rewriter restores plain functions, which take the object for their
+    first argument: Swin no longer runs after any export.
     """
     from mmdeploy.core.rewriters.function_rewriter import FunctionRewriter
     enter, leave = FunctionRewriter.enter, FunctionRewriter.exit

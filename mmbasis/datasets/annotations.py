@@ -8,7 +8,8 @@ decides here, not its name: each is tried on one sample.
 """
 import copy
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
@@ -16,12 +17,9 @@ import torch
 
 Transform = Callable[[Any], Any]
 
-#: coordinates, in pairs of x and y, that must follow the image
-COORDINATES = ('gt_bboxes', 'gt_keypoints')
-
 
 def annotate(testing: List[Transform], training: List[Transform],
-             raw: dict) -> List[Transform]:
+             raw: dict) -> None:
     """Let transforms of testing carry annotations.
 
     The loaders of training come right after the transform that reads the
@@ -34,39 +32,29 @@ def annotate(testing: List[Transform], training: List[Transform],
         training (list): Transforms of training, not changed.
         raw (dict): A sample before any transform.
 
-    Returns:
-        list: The transforms.
-
     Raises:
         RuntimeError: If a transform cannot take the sample.
         ValueError: If a transform moves the image but not the annotations.
     """
     with _random_state():
-        wanted = _Roles.of(copy.deepcopy(training), raw).loaders
-        roles = _Roles.of(testing, raw)
+        wanted = _Roles(copy.deepcopy(training), raw).loaders
+        roles = _Roles(testing, raw)
         known = set().union(*wanted.values())
         loaders = list(wanted) + [
             step for step, keys in roles.loaders.items() if not keys & known
         ]
-        _place(testing, roles, loaders)
+        home, place = testing, 0
+        for steps in _lists(testing):
+            steps[:] = [
+                x for x in steps if x is roles.reader or x not in roles.loaders
+            ]
+            if roles.reader in steps:
+                home, place = steps, steps.index(roles.reader) + 1
+        home[place:place] = loaders
         _share_meta_keys(testing, training)
-        sample = _verify(testing, raw)
+        sample = _verified(testing, raw)
         if single(sample) is not sample:
             testing.append(single)
-    return testing
-
-
-def _place(testing: List[Transform], roles: '_Roles',
-           loaders: List[Transform]) -> None:
-    """Put loaders right after the image's reader, in place of others."""
-    home, place = testing, 0
-    for steps in list(_lists(testing)):
-        steps[:] = [
-            x for x in steps if x is roles.reader or x not in roles.loaders
-        ]
-        if roles.reader in steps:
-            home, place = steps, steps.index(roles.reader) + 1
-    home[place:place] = loaders
 
 
 def single(sample: Any) -> Any:
@@ -81,13 +69,13 @@ def single(sample: Any) -> Any:
 @contextmanager
 def _random_state() -> Iterator[None]:
     """Leave the generators of random numbers as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _inner(step: Any) -> List[List[Transform]]:
@@ -101,22 +89,23 @@ def _inner(step: Any) -> List[List[Transform]]:
     return found
 
 
-def _lists(steps: List[Transform]) -> Iterator[List[Transform]]:
+def _lists(steps: List[Transform]) -> List[List[Transform]]:
     """A list of transforms and all lists inside it."""
-    yield steps
-    for step in steps:
-        for inner in _inner(step):
-            yield from _lists(inner)
+    return [steps] + [
+        x for step in steps for inner in _inner(step) for x in _lists(inner)
+    ]
 
 
 @contextmanager
-def _wrapped(steps: List[Transform],
-             wrap: Callable[[Transform], Transform]) -> Iterator[None]:
-    """Replace the transforms that hold no others, and put them back."""
+def _watched(steps: List[Transform],
+             watch: Callable[[Transform, Any], Any]) -> Iterator[None]:
+    """Let ``watch`` call the transforms that hold no others."""
     saved = [(inner, list(inner)) for inner in _lists(steps)]
     try:
         for inner, content in saved:
-            inner[:] = [x if _inner(x) else wrap(x) for x in content]
+            inner[:] = [
+                x if _inner(x) else partial(watch, x) for x in content
+            ]
         yield
     finally:
         for inner, content in saved:
@@ -128,75 +117,51 @@ def _is_annotation(key: Any) -> bool:
 
 
 class _Roles:
-    """What transforms add to a sample: the image, or annotations.
+    """The transform that adds the image to a sample, and what the loaders of
+    annotations add. Tries the transforms one after the other."""
 
-    Args:
-        raw (dict): A sample before any transform.
-    """
-
-    def __init__(self, raw: dict) -> None:
+    def __init__(self, steps: List[Transform], raw: dict) -> None:
         self.given = set(raw)
         self.reader: Optional[Transform] = None
         self.loaders: Dict[Transform, Set[str]] = {}
-
-    @classmethod
-    def of(cls, steps: List[Transform], raw: dict) -> '_Roles':
-        """Try transforms on a sample, one after the other."""
-        roles = cls(raw)
         results = copy.deepcopy(raw)
-        with _wrapped(steps, roles.watch):
+        with _watched(steps, self.watch):
             for step in steps:
-                try:
+                # such as transforms that mix images; what really fails fails
+                # again when the annotations are verified
+                with suppress(Exception):
                     results = step(results)
-                except Exception:
-                    # such as transforms that mix images; what really fails
-                    # fails again when the annotations are verified
-                    continue
-                if not isinstance(results, dict):
-                    break
-        return roles
 
-    def watch(self, step: Transform) -> Transform:
-        """A transform that notes what it adds."""
-
-        def watched(results: Any) -> Any:
-            if isinstance(results, dict):
-                self.note(step, results)
-            return step(results)
-
-        return watched
-
-    def note(self, step: Transform, results: dict) -> None:
-        """Without the annotations of others, a loader still adds its own:
-        what derives something from them does not."""
-        sample = {
-            key: copy.deepcopy(value)
-            for key, value in results.items()
-            if key in self.given or not _is_annotation(key)
-        }
-        before = set(sample)
-        try:
-            added = set(step(sample)) - before
-        except Exception:
-            return
-        if 'img' in added and self.reader is None:
-            self.reader = step
-        keys = {key for key in added if _is_annotation(key)}
-        if keys:
-            self.loaders.setdefault(step, set()).update(keys)
+    def watch(self, step: Transform, results: Any) -> Any:
+        """Note what a transform adds. Without the annotations of others, a
+        loader still adds its own: what derives something from them does
+        not."""
+        if isinstance(results, dict):
+            sample = {
+                key: copy.deepcopy(value)
+                for key, value in results.items()
+                if key in self.given or not _is_annotation(key)
+            }
+            before = set(sample)
+            with suppress(Exception):
+                added = set(step(sample)) - before
+                if 'img' in added and self.reader is None:
+                    self.reader = step
+                keys = set(filter(_is_annotation, added))
+                if keys:
+                    self.loaders.setdefault(step, set()).update(keys)
+        return step(results)
 
 
 def _share_meta_keys(testing: List[Transform],
                      training: List[Transform]) -> None:
     """Keep the meta information that training keeps: the loss may ask for
     it."""
-    packs: List[Any] = [
-        x for steps in _lists(training) for x in steps
-        if hasattr(x, 'meta_keys')
-    ]
-    steps: List[Any] = [x for inner in _lists(testing) for x in inner]
-    for step in steps:
-        for pack in packs:
+    ours, theirs = (
+        [x for steps in _lists(part) for x in steps if hasattr(x, 'meta_keys')]
+        for part in (testing, training))
+    for step in ours:
+        for pack in theirs:
             if type(step) is type(pack):
                 step.meta_keys = tuple(
                     dict.fromkeys((*step.meta_keys, *pack.meta_keys)))
@@ -205,15 +170,20 @@ def _share_meta_keys(testing: List[Transform],
 class _Geometry:
     """Where the image and its annotations are, at one point of a pipeline."""
 
-    def __init__(self, results: dict) -> None:
-        image: Any = results.get('img')
+    def __init__(self, results: Any) -> None:
+        if not isinstance(results, dict):
+            results = {}
+        image = results.get('img')
         self.image = image.copy() if isinstance(image, np.ndarray) else None
         self.size: Any = None if self.image is None else image.shape[:2]
-        self.scale: Any = results.get('scale_factor')
-        points = {key: _points(results.get(key)) for key in COORDINATES}
-        self.points = {k: v for k, v in points.items() if v is not None}
+        self.scale = results.get('scale_factor')
+        self.points: Dict[str, np.ndarray] = {}
+        for key in ('gt_bboxes', 'gt_keypoints'):
+            points = _points(results.get(key))
+            if points is not None:
+                self.points[key] = points
         self.sizes: Dict[str, Tuple[int, ...]] = {}
-        masks: Any = results.get('gt_masks', ())
+        masks = results.get('gt_masks', ())
         if hasattr(masks, 'height') and len(masks):
             self.sizes['gt_masks'] = (masks.height, masks.width)
         if isinstance(results.get('gt_seg_map'), np.ndarray):
@@ -232,34 +202,25 @@ def _points(value: Any) -> Optional[np.ndarray]:
     return value.reshape(-1, 2) if value.shape[-1] == 4 else None
 
 
-def _verify(steps: List[Transform], raw: dict) -> Any:
-    """Run transforms on a sample and check that annotations follow the image.
-
-    Returns:
-        Any: The transformed sample.
-    """
+def _verified(steps: List[Transform], raw: dict) -> Any:
+    """The transformed sample, whose annotations followed the image."""
     moved: List[str] = []
 
-    def wrap(step: Transform) -> Transform:
+    def watch(step: Transform, results: Any) -> Any:
         name = getattr(step, '__name__', type(step).__name__)
-
-        def checked(results: Any) -> Any:
-            before = _Geometry(results) if isinstance(results, dict) else None
-            try:
-                results = step(results)
-            except Exception as error:
-                raise RuntimeError(
-                    'a training image with the transforms of testing: '
-                    f'{name} fails with {type(error).__name__}: {error}'
-                ) from error
-            if before is not None and isinstance(results, dict):
-                _compare(name, before, _Geometry(results), moved)
-            return results
-
-        return checked
+        before = _Geometry(results)
+        try:
+            results = step(results)
+        except Exception as error:
+            raise RuntimeError(
+                'a training image with the transforms of testing: '
+                f'{name} fails with {type(error).__name__}: {error}'
+            ) from error
+        _compare(name, before, _Geometry(results), moved)
+        return results
 
     results: Any = copy.deepcopy(raw)
-    with _wrapped(steps, wrap):
+    with _watched(steps, watch):
         for step in steps:
             results = step(results)
             if results is None:
@@ -269,13 +230,8 @@ def _verify(steps: List[Transform], raw: dict) -> Any:
 
 def _compare(name: str, before: _Geometry, after: _Geometry,
              moved: List[str]) -> None:
-    """Compare the geometry before and after a transform.
-
-    ``moved`` holds the transforms that moved the image so far.
-
-    Raises:
-        ValueError: If annotations do not follow the image.
-    """
+    """Check that annotations follow the image through a transform; ``moved``
+    holds those that moved the image so far."""
     if after.image is None:
         return
     if before.image is None:
@@ -322,8 +278,8 @@ def _check_points(name: str, key: str, before: _Geometry,
             f'and width) but not {key}: calibration needs them in the '
             'coordinates of the image that the network sees')
     scale, size = after.scale, after.size[::-1]
-    if np.shape(scale) != (2, ) or np.abs(
-            np.multiply(before.size[::-1], scale) - size).max() > 1:
+    if np.shape(scale) != (2, ) or not np.allclose(
+            np.multiply(before.size[::-1], scale), size, atol=1, rtol=0):
         return  # scaled by another transform, or cropped or padded as well
     if not np.allclose((old * scale).clip(0, size), new.clip(0, size), atol=1):
         raise ValueError(f'{name} scales the image by {scale}, but {key} go '

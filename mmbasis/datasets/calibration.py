@@ -1,21 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Training images with the transforms of testing."""
 import copy
-import re
 from functools import partial
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Optional,
-    Sequence,
-    Union,
-)
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import Compose, DefaultSampler
 from mmengine.logging import print_log
@@ -26,24 +15,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .annotations import Transform, annotate
 
-#: samples that are looked at to find one with annotations
-TRIES = 16
-
 
 def calibration_dataloader(source: Union[Config, Runner],
                            seed: Optional[int]) -> DataLoader:
     """A data loader for calibration: training images in an order of its own,
     with the transforms of testing and with annotations.
 
-    What the network will see decides what it must keep: statistics of
-    randomly cropped or mixed images cost accuracy. Wrappers of datasets stay,
-    but transforms of their own (which mix images) do nothing. A dataset
-    without a ``pipeline`` is used as it is.
+    Statistics of randomly cropped or mixed images cost accuracy. Wrappers of
+    datasets stay, but have no transforms of their own (which mix images). A
+    dataset without a ``pipeline`` is used as it is.
 
     Args:
         source (Config | Runner): With a ``train_dataloader`` (config or
             built), and the transforms in ``test_dataloader`` or
-            ``val_dataloader``; without those the transforms of training stay.
+            ``val_dataloader``, else those of training.
         seed (int, optional): Of the order.
 
     Returns:
@@ -65,7 +50,7 @@ def calibration_dataloader(source: Union[Config, Runner],
         if transforms is not None:
             _see_as_in_testing(loader.dataset, transforms)
             break
-    loader.collate_fn = partial(collate_padded, loader.collate_fn)
+    loader.collate_fn = partial(_collate_padded, loader.collate_fn)
     return loader
 
 
@@ -85,7 +70,14 @@ def _shuffled(loader: Any, seed: Optional[int]) -> DataLoader:
         config['sampler'] = dict(type='DefaultSampler', shuffle=True)
         config['persistent_workers'] = False
         return Runner.build_dataloader(config, seed=seed)
-    dataset = _copied(loader.dataset)
+    # copies what wraps the datasets, and shares what these hold
+    shared = {
+        id(value): value
+        for leaf in _leaves(loader.dataset) for value in vars(leaf).values()
+    }
+    dataset = loader.dataset
+    if shared:
+        dataset = copy.deepcopy(dataset, shared)
     sampler = None
     if not isinstance(dataset, IterableDataset):
         sampler = DefaultSampler(dataset, shuffle=True, seed=seed)
@@ -101,44 +93,22 @@ def _shuffled(loader: Any, seed: Optional[int]) -> DataLoader:
         worker_init_fn=loader.worker_init_fn)
 
 
-def _parts(dataset: Any) -> Dict[str, list]:
-    """Attributes of a wrapper that hold datasets, each as a list."""
-
-    def is_dataset(value: Any) -> bool:
-        return isinstance(value, Dataset) or (hasattr(value, '__getitem__')
-                                              and hasattr(value, 'full_init'))
-
-    parts = {}
-    for name, value in vars(dataset).items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if values and all(is_dataset(x) for x in values):
-            parts[name] = list(values)
-    return parts
-
-
-def _copied(dataset: Any) -> Any:
-    """A dataset that shares all but its structure and transforms."""
-    copied = copy.copy(dataset)
-    for name, parts in _parts(dataset).items():
-        new: Any = [_copied(x) for x in parts]
-        old = getattr(dataset, name)
-        setattr(copied, name,
-                type(old)(new) if isinstance(old, (list, tuple)) else new[0])
-    return copied
-
-
-def _leaves(dataset: Any, wrappers: Optional[list] = None) -> List[Any]:
-    """The innermost datasets that have transforms; those over them that have
-    transforms as well are added to ``wrappers``."""
-    found = [
-        leaf for parts in _parts(dataset).values() for part in parts
-        for leaf in _leaves(part, wrappers)
+def _parts(dataset: Any) -> List[Any]:
+    """The datasets that a wrapper holds."""
+    values: List[Any] = []
+    for value in vars(dataset).values():
+        values += value if isinstance(value, (list, tuple)) else [value]
+    return [
+        x for x in values if isinstance(x, Dataset) or hasattr(x, 'full_init')
     ]
-    if not hasattr(dataset, 'pipeline'):
-        return found
-    if found and wrappers is not None:
-        wrappers.append(dataset)
-    return found or [dataset]
+
+
+def _leaves(dataset: Any) -> List[Any]:
+    """The innermost datasets that have transforms."""
+    inner = [leaf for part in _parts(dataset) for leaf in _leaves(part)]
+    if not inner and hasattr(dataset, 'pipeline'):
+        return [dataset]
+    return inner
 
 
 def _steps(pipeline: Any) -> List[Transform]:
@@ -163,85 +133,65 @@ def _transforms(loader: Any) -> Optional[List[Transform]]:
         loader.dataset
         if isinstance(loader, DataLoader) else loader.get('dataset'))
     if isinstance(dataset, dict):
-        steps = _first(list(_configured(dataset, None)))
-        if steps is not None:
-            return steps
+        configs = _configured(dataset, None)
+        if any(x != configs[0] for x in configs):
+            print_log(
+                'The datasets for testing have different transforms: '
+                'calibration uses those of the first', 'current')
+        for pipeline, scope in configs:
+            with TRANSFORMS.switch_scope_and_registry(scope):
+                return _steps(Compose(copy.deepcopy(pipeline)))
         # its class may bring them
         dataset = DATASETS.build(copy.deepcopy(dataset))
-    return _first([_steps(x.pipeline) for x in _leaves(dataset)])
-
-
-def _first(pipelines: List[List[Transform]]) -> Optional[List[Transform]]:
-    """The first of several pipelines."""
-    if len({re.sub(' at 0x[0-9a-f]+', '', str(x)) for x in pipelines}) > 1:
-        print_log(
-            'The datasets for testing have different transforms: calibration '
-            'uses those of the first', 'current')
-    return pipelines[0] if pipelines else None
+    return next((_steps(x.pipeline) for x in _leaves(dataset)), None)
 
 
 def _configured(dataset: dict,
-                scope: Optional[str]) -> Iterator[List[Transform]]:
-    """The transforms of the innermost datasets of a config, built."""
+                scope: Optional[str]) -> List[Tuple[Any, Optional[str]]]:
+    """The pipelines of the innermost datasets of a config, with scopes."""
     scope = dataset.get('_scope_', scope)
     found = [
-        steps for key, value in dataset.items() if key != 'pipeline'
+        pipeline for key, value in dataset.items() if key != 'pipeline'
         for part in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(part, dict) for steps in _configured(part, scope)
+        if isinstance(part, dict) for pipeline in _configured(part, scope)
     ]
     if not found and dataset.get('pipeline') is not None:
-        with TRANSFORMS.switch_scope_and_registry(scope):
-            found = [_steps(Compose(copy.deepcopy(dataset['pipeline'])))]
-    yield from found
+        return [(dataset['pipeline'], scope)]
+    return found
 
 
 def _see_as_in_testing(dataset: Any, testing: List[Transform]) -> None:
-    """Give training datasets the transforms of testing, in place."""
-    wrappers: List[Any] = []
-    leaves = _leaves(dataset, wrappers)
-    for wrapper in wrappers:
-        _set_steps(wrapper, [])
-    for leaf in leaves:
-        training, steps = _steps(leaf.pipeline), copy.deepcopy(testing)
-        raw = _raw_sample(leaf)
-        if isinstance(raw, dict):
-            steps = annotate(steps, training, raw)
-        _set_steps(leaf, steps)
+    """Give training datasets the transforms of testing, in place, and those
+    around them none."""
+    leaves = _leaves(dataset)
+    if dataset not in leaves:
+        for part in _parts(dataset):
+            _see_as_in_testing(part, testing)
+        if leaves and hasattr(dataset, 'pipeline'):
+            _set_steps(dataset, [])
+        return
+    training, steps = _steps(dataset.pipeline), copy.deepcopy(testing)
+    _set_steps(dataset, [])
+    raw = _raw_sample(dataset)
+    if isinstance(raw, dict):
+        annotate(steps, training, raw)
+    _set_steps(dataset, steps)
 
 
 def _raw_sample(dataset: Any) -> Any:
-    """A sample before any transform, with annotations if one is found."""
-    pipeline = dataset.pipeline
-    samples: List[Any] = []
-
-    def keep(sample: Any) -> Any:
-        samples.append(copy.deepcopy(sample))
-        return sample
-
-    _set_steps(dataset, [keep])
-    try:
-        for index in range(min(TRIES, len(dataset))):
-            dataset[index]
-            if not isinstance(samples[-1], dict) or samples[-1].get(
-                    'instances', True):
-                return samples[-1]
-    finally:
-        dataset.pipeline = pipeline
-    return samples[0] if samples else None
+    """A sample, with annotations if one of the first 16 has them."""
+    sample = None
+    for index in range(min(16, len(dataset))):
+        sample = dataset[index]
+        if not isinstance(sample, dict) or sample.get('instances', True):
+            break
+    return sample
 
 
-def collate_padded(collate: Callable, samples: Sequence[Any]) -> Any:
+def _collate_padded(collate: Callable, samples: Sequence[Any]) -> Any:
     """Collate, with images of different sizes padded where that cannot stack
     them: at the right and below, with their mean colour, which is next to
-    nothing for the network.
-
-    Args:
-        collate (Callable): Makes a batch of samples.
-        samples (Sequence): Samples, with images ``(..., H, W)``.
-
-    Returns:
-        Any: The batch.
-    """
+    nothing for the network."""
     try:
         return collate(samples)
     except RuntimeError:
@@ -260,8 +210,8 @@ def _padded(values: Sequence[Any]) -> Sequence[Any]:
     height, width = (max(x.shape[d] for x in values) for d in (-2, -1))
     padded = []
     for image in values:
-        border = (0, width - image.shape[-1], 0, height - image.shape[-2])
         mean = image.double().mean((-2, -1), keepdim=True).to(image.dtype)
-        inside = F.pad(torch.ones_like(image), border).bool()
-        padded.append(torch.where(inside, F.pad(image, border), mean))
+        canvas = mean.expand(*mean.shape[:-2], height, width).clone()
+        canvas[..., :image.shape[-2], :image.shape[-1]] = image
+        padded.append(canvas)
     return padded

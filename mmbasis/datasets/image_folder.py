@@ -14,11 +14,10 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 class ImageFolder(BaseDataset):
     """Images in one folder per class: ``data_root/<class>/*.jpg``.
 
-    The layout, the order of classes (sorted folder names) and the samples
-    (``img_path``, ``gt_label``) are those of mmpretrain's
-    ``CustomDataset``. In addition it can hold out a part of the training
-    images, because nothing (ranks, recalibration, the best epoch) may be
-    chosen on the test images, and it says how to get missing images.
+    The order of classes (sorted folder names) and the samples (``img_path``,
+    ``gt_label``) are those of mmpretrain's ``CustomDataset``. In addition it
+    can hold out a part of the training images: nothing (ranks,
+    recalibration, the best epoch) may be chosen on the test images.
 
     Args:
         data_root (str): Folder that holds one folder per class.
@@ -55,28 +54,22 @@ class ImageFolder(BaseDataset):
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """List the images and their labels.
-
-        Returns:
-            list[dict]: ``img_path`` (str) and ``gt_label`` (int) of each.
-        """
+        """List ``img_path`` (str) and ``gt_label`` (int) of each image."""
         if not osp.isdir(self.data_root):
             raise self._missing('there is no such folder')
-        classes = sorted(
-            entry.name for entry in os.scandir(self.data_root)
-            if entry.is_dir())
-        self._metainfo.setdefault('classes', tuple(classes))
-        if len(self._metainfo['classes']) != len(classes):
+        classes = tuple(
+            sorted(x.name for x in os.scandir(self.data_root) if x.is_dir()))
+        named = self._metainfo.setdefault('classes', classes)
+        if len(named) != len(classes):
             raise ValueError(
-                f"metainfo names {len(self._metainfo['classes'])} classes, "
-                f'but {self.data_root} holds {len(classes)} folders: '
-                f'{", ".join(classes)}')
+                f'metainfo names {len(named)} classes, but {self.data_root} '
+                f'holds {len(classes)} folders: {", ".join(classes)}')
         data_list = []
         for label, name in enumerate(classes):
             folder = osp.join(self.data_root, name)
             files = sorted(
-                entry.name for entry in os.scandir(folder)
-                if entry.name.lower().endswith(EXTENSIONS))
+                x for x in os.listdir(folder)
+                if x.lower().endswith(EXTENSIONS))
             data_list += [
                 dict(img_path=osp.join(folder, file), gt_label=label)
                 for i, file in enumerate(files) if self._wanted(i)
@@ -87,18 +80,15 @@ class ImageFolder(BaseDataset):
 
     def _wanted(self, index: int) -> bool:
         """Whether the file at this place of its class is in our part."""
-        if self.part == 'all':
-            return True
         # true once in every 1 / holdout files
         held = int((index + 1) * self.holdout) > int(index * self.holdout)
-        return held == (self.part == 'holdout')
+        return self.part == 'all' or held == (self.part == 'holdout')
 
     def _missing(self, found: str) -> FileNotFoundError:
         root = os.environ.get('MMBASIS_DATA')
-        where = (f'MMBASIS_DATA is {root}'
-                 if root else "MMBASIS_DATA is not set, so it is 'data'")
+        where = f'is {root}' if root else "is not set, so it is 'data'"
         return FileNotFoundError(
             f'No images in {osp.abspath(self.data_root)}: {found}. Expected '
-            f'one folder of images per class there. The configs look below '
-            f'the folder that the environment variable MMBASIS_DATA names '
-            f'({where}). {self.hint}'.rstrip())
+            'one folder of images per class there. The configs look below the '
+            'folder that an environment variable names: MMBASIS_DATA '
+            f'{where}. {self.hint}'.rstrip())

@@ -26,15 +26,13 @@ from ..utils import as_text_config, load_config
 def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
     """Build a model and give it the structure that a plan describes.
 
-    The result is of the architecture's own class. Its weights are those of a
-    model before training: load a checkpoint into it.
-
     Args:
         architecture (dict): Config of the dense model.
         plan (str | dict | CompressionPlan): The plan.
 
     Returns:
-        nn.Module: The compressed model.
+        nn.Module: Of the architecture's own class, with weights as before
+        training: load a checkpoint into it.
     """
     model = repair(MMENGINE_MODELS.build(_without_pretrained(architecture)))
     plan = as_plan(plan)
@@ -49,14 +47,7 @@ MODELS.build_compressed = build_compressed
 
 
 def build_dense(cfg: Config) -> nn.Module:
-    """Build the dense model of a config.
-
-    Args:
-        cfg (Config): With a ``model``, spelled in whichever way.
-
-    Returns:
-        nn.Module: The model, with the weights it is built with.
-    """
+    """Build the dense model of a config, spelled in whichever way."""
     return repair(MMENGINE_MODELS.build(dense_architecture(cfg)))
 
 
@@ -96,24 +87,22 @@ def standalone_config(cfg: Config, plan: CompressionPlan,
         checkpoint (str): The compressed weights, which training starts from.
 
     Returns:
-        Config: Whose model is built by :func:`build_compressed`. All types
-        are strings, so that its ``pretty_text`` can be loaded.
+        Config: All types are strings, so that ``pretty_text`` can be loaded.
 
     Raises:
         TypeError: If the config holds an object that no text can name.
     """
     cfg = as_text_config(cfg)
     model = dense_architecture(cfg)
-    model.type = f'mmbasis.{model.type}'
-    model.plan = plan.to_dict()
-    cfg.model = model
-    imports = dict(cfg.get('custom_imports') or {})
-    names = imports.get('imports') or []
-    names = [names] if isinstance(names, str) else list(names)
-    if 'mmbasis' not in names:
-        names.append('mmbasis')
-    cfg.custom_imports = dict(
-        dict(allow_failed_imports=False), **dict(imports, imports=names))
+    cfg.model = dict(
+        model, type=f'mmbasis.{model.type}', plan=plan.to_dict())
+    given = cfg.get('custom_imports') or {}
+    names = given.get('imports') or []
+    names = [names] if isinstance(names, str) else names
+    cfg.custom_imports = {
+        'allow_failed_imports': False,
+        **given, 'imports': list(dict.fromkeys([*names, 'mmbasis']))
+    }
     hooks = [
         hook for hook in cfg.get('custom_hooks') or []
         if _last_name(hook['type']) != 'BasisCompressionHook'
@@ -128,10 +117,9 @@ def dense_architecture(cfg: Config) -> ConfigDict:
     """The config of the dense model, whichever way a config spells it."""
     model = ConfigDict(copy.deepcopy(cfg.model))
     if _last_name(model.type) == 'BasisModel' and 'architecture' in model:
-        preprocessor = model.get('data_preprocessor')
-        model = model.architecture
-        if preprocessor is not None:
-            model.setdefault('data_preprocessor', preprocessor)
+        wrapper, model = model, model.architecture
+        if wrapper.get('data_preprocessor') is not None:
+            model.setdefault('data_preprocessor', wrapper.data_preprocessor)
     if model.pop('plan', None) is not None:
         model.type = model.type[len('mmbasis.'):]
     return model

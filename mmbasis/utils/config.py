@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
+from mmengine.hub import get_config
 from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
@@ -17,11 +18,6 @@ def load_config(path: str,
                 work_dir: Optional[str] = None) -> Config:
     """Read a config of any OpenMMLab library and fill in what tools expect.
 
-    A ``data_preprocessor`` at the top level is copied into a ``model`` without
-    one, as the runner does. mmpretrain's data loaders stack their samples, as
-    its own tools set them to. A ``default_scope`` that is None (pure-Python
-    configs) becomes the library of the model, for parts that are named.
-
     Args:
         path (str): Config file, or ``library::config`` of an installed
             library such as ``mmpretrain::resnet/resnet18_8xb32_in1k.py``.
@@ -29,9 +25,6 @@ def load_config(path: str,
             with dots. Defaults to None.
         work_dir (str, optional): Where the run writes. None leaves the
             config's own, else ``work_dirs/<name of the config>``.
-
-    Returns:
-        Config: The config, with ``work_dir`` set.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -45,13 +38,26 @@ def load_config(path: str,
                        f'{sorted(cfg.keys())}')
     name = osp.splitext(osp.basename(path))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'work_dirs/{name}'
-    if cfg.get('data_preprocessor') is not None:
+    if cfg.get('data_preprocessor') is not None:  # as the runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    # pure-Python configs have None, but may name some parts
     if 'default_scope' in cfg and cfg.default_scope is None:
         cfg.default_scope = _library(cfg.model)
     if cfg.get('default_scope') == 'mmpretrain':
         _stack_samples(cfg)
     return cfg
+
+
+def _read(path: str) -> Config:
+    """Read the file, or the config of an installed library."""
+    if '::' in path:
+        return get_config(path)
+    if not osp.isfile(path):
+        raise FileNotFoundError(
+            f'config {path} does not exist (looked from '
+            f'{osp.abspath(osp.curdir)}); give a file, or the name of an '
+            f"installed config as 'library::folder/name.py'")
+    return Config.fromfile(path)
 
 
 def _library(model: dict) -> str:
@@ -70,28 +76,10 @@ def _stack_samples(cfg: Config) -> None:
             loader.setdefault('pin_memory', torch.cuda.is_available())
 
 
-def _read(path: str) -> Config:
-    """Read the file, or the config of an installed library."""
-    if '::' in path:
-        from mmengine.hub import get_config
-        return get_config(path)
-    if not osp.isfile(path):
-        raise FileNotFoundError(
-            f'config {path} does not exist (looked from '
-            f'{osp.abspath(osp.curdir)}); give a file, or the name of an '
-            f"installed config as 'library::folder/name.py'")
-    return Config.fromfile(path)
-
-
 def as_text_config(cfg: Config) -> Config:
     """A config that can be written to a file and read again.
 
-    Args:
-        cfg (Config): Any config, pure-Python ones too. Not changed.
-
-    Returns:
-        Config: The same, with the classes and functions after ``type`` as
-        strings to import.
+    The classes and functions after ``type`` become strings to import.
 
     Raises:
         TypeError: If it holds an object that no text can name.

@@ -11,18 +11,14 @@ from mmengine.config import Config
 def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
     """Join the processes over gloo where there is no GPU.
 
-    MMEngine selects a CUDA device when it starts distributed training,
-    whatever the backend is, and fails without one; a process group that is
-    already there it does not touch. With a GPU, or without a launcher, this
-    does nothing.
+    MMEngine fails without a CUDA device, whatever the backend is, unless a
+    process group is already there.
 
     Args:
-        launcher (str): The tools' ``--launcher``. Only ``'pytorch'``
-            (``torchrun``, which sets ``RANK``, ``WORLD_SIZE`` ...) can run
-            on CPUs.
+        launcher (str): The tools' ``--launcher``. All but ``'pytorch'`` (that
+            is ``torchrun``) change nothing.
         cfg (Config, optional): Config of the runner. Gets a model wrapper
-            that names no CUDA device, as MMEngine's default does, unless it
-            has one. Defaults to None.
+            that names no CUDA device unless it has one. Defaults to None.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun``.

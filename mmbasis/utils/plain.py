@@ -1,13 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Values as plain types, which JSON and ``torch.load(weights_only=True)``
 read."""
+import json
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-
-_HISTORY = ('_log_history', '_count_history')
 
 
 def to_plain(value: Any) -> Any:
@@ -18,12 +17,10 @@ def to_plain(value: Any) -> Any:
     """
     if isinstance(value, HistoryBuffer):
         return {
-            '__history__': [to_plain(getattr(value, k)) for k in _HISTORY],
+            '__history__': to_plain(list(value.data)),
             'max_length': value.max_length
         }
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, dict):
         return {k: to_plain(v) for k, v in value.items()}
@@ -35,15 +32,12 @@ def to_plain(value: Any) -> Any:
 def to_json(value: Any) -> Any:
     """The same with tensors as lists, and text for what JSON has no type
     for."""
-    value = to_plain(value)
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(v) for v in value]
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    return value if plain else repr(value)
+
+    def encode(x: Any) -> Any:
+        is_array = isinstance(x, (np.generic, np.ndarray, torch.Tensor))
+        return x.tolist() if is_array else repr(x)
+
+    return json.loads(json.dumps(value, default=encode))
 
 
 def from_plain(value: Any) -> Any:

@@ -17,15 +17,13 @@ _RUNS = itertools.count()
 
 
 def example_batch(cfg: Config, *splits: str) -> Any:
-    """A batch of one image, to count and time with.
+    """A batch of one image, to count and time with; the first of several
+    augmentations of it.
 
     Args:
         cfg (Config): With data loaders.
         splits (str): ``'test'``, ``'val'`` or ``'train'``: the first that has
             a data loader gives the image, with the transforms it has.
-
-    Returns:
-        Any: The batch; the first of several augmentations of the image.
 
     Raises:
         KeyError: If there is none.
@@ -77,7 +75,6 @@ def evaluate(cfg: Config,
         test_cfg=copy.deepcopy(cfg.get('test_cfg') or {}),
         test_evaluator=copy.deepcopy(cfg[f'{split}_evaluator']),
         default_hooks=copy.deepcopy(cfg.get('default_hooks')),
-        env_cfg=dict(dist_cfg=dict(backend='nccl')),
         log_level=cfg.get('log_level', 'INFO'),
         visualizer=copy.deepcopy(cfg.get('visualizer')),
         default_scope=cfg.get('default_scope', 'mmengine'),
