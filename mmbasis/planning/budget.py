@@ -6,7 +6,7 @@ import numpy as np
 
 from ..registry import PLANNERS
 from .allocation import allocate
-from .costs import Cost, LatencyCost
+from .costs import Cost
 from .latency import LatencyTable
 from .planners import (
     BasePlanner,
@@ -62,13 +62,16 @@ class BudgetPlanner(BasePlanner):
                 f'latency with its table, but got {given}, table={table!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
-        self.cost = Cost(self.metric) if table is None else LatencyCost(
-            LatencyTable.of(table))
+        if table is not None:
+            self.cost: Cost = LatencyTable.load(
+                **(dict(path=table) if isinstance(table, str) else table))
+        else:
+            self.cost = Cost(self.metric)
 
     def describe(self) -> dict:
         record = super().describe()
-        if isinstance(self.cost, LatencyCost):
-            record['table'] = self.cost.table.describe()
+        if isinstance(self.cost, LatencyTable):
+            record['table'] = self.cost.describe()
         return record
 
     def why_dense(self, candidates: Candidates) -> str:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Iterable, Optional, Sequence, Tuple
 
-from .latency import LatencyTable
 from .layers import Layer
 from .statistics import LayerStatistics
 
@@ -107,7 +106,7 @@ class Cost:
         """What some layers may cost if the network keeps a fraction."""
         return fraction * sum(self.of(layer, None) for layer in layers)
 
-    def check(self, layers: Sequence[Layer]) -> None:
+    def check_layers(self, layers: Sequence[Layer]) -> None:
         """Require that the cost of these layers is known.
 
         Raises:
@@ -118,33 +117,3 @@ class Cost:
         """Why no rank of a layer pays."""
         return (f'no rank pays: break-even is at {costs.break_even + 1}'
                 f', ranks are multiples of {round_to}')
-
-
-class LatencyCost(Cost):
-    """Milliseconds on a device.
-
-    Args:
-        table (LatencyTable): What was measured there.
-    """
-
-    def __init__(self, table: LatencyTable) -> None:
-        super().__init__('latency')
-        self.table = table
-
-    def of(self, costs: Costs, rank: Optional[int]) -> float:
-        return self.table.cost(costs.layer.name, rank)
-
-    def pays(self, costs: Costs, rank: int) -> bool:
-        return super().pays(costs, rank) and self.table.is_faster(
-            costs.layer.name, rank)
-
-    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
-        return self.table.budget(fraction, [x.layer.name for x in layers])
-
-    def check(self, layers: Sequence[Layer]) -> None:
-        self.table.check_layers(layers)
-
-    def why_not(self, costs: Costs, round_to: int) -> str:
-        if costs.break_even < round_to:
-            return super().why_not(costs, round_to)
-        return 'no rank is faster than the dense layer, by the latency table'

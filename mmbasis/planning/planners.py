@@ -167,7 +167,7 @@ class BasePlanner(ABC):
         # whoever names a layer asks for it
         targets = Targets(*(x - self.named() for x in targets))
         selection = self.rules.select(layers, targets)
-        self.cost.check(selection.chosen)
+        self.cost.check_layers(selection.chosen)
         return selection
 
     def named(self) -> set[str]:
