@@ -3,7 +3,7 @@
 import enum
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
@@ -129,57 +129,53 @@ def find_layers(model: nn.Module) -> List[Layer]:
     Returns:
         list[Layer]: Those that can never be compressed carry the obstacle.
     """
-    owners: Dict[int, List[str]] = defaultdict(list)
-    found = []
-    for name, module, obstacle in _walk(model):
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(name)
-        if obstacle is None or obstacle.words:
-            found.append((name, module, obstacle))
-    layers = []
-    for name, module, obstacle in found:
-        others = [
-            other for parameter in module.parameters(recurse=False)
-            for other in owners[id(parameter)] if other != name
-        ]
-        if others and obstacle is None:
-            obstacle = Exclusion(Reason.TIED,
-                                 f'shares its parameters with {others[0]}')
-        layers.append(
-            Layer(name, module, kind_of(module), _types(model, name),
-                  obstacle))
-    return layers
-
-
-def _walk(
-    model: nn.Module
-) -> Iterator[Tuple[str, nn.Module, Optional[Exclusion]]]:
-    """All modules outside of basis layers; for those that are no layers the
-    obstacle has no words."""
     saved = model.state_dict().keys()
-    inside: Tuple[str, ...] = ()
     branches: Tuple[str, ...] = ()
     averages: Tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BasisLayer):
-            inside += (f'{name}.', )
-            continue
+    owners: Dict[int, List[str]] = defaultdict(list)
+    layers = []
+    for name, module in _walk(model):
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(name)
         if isinstance(module, BaseAveragedModel):
             averages += (f'{name}.', )
         words = why_not(module)
-        obstacle = None if words is None else Exclusion(
-            Reason.UNSUPPORTED, words)
-        if words != '':
-            if name.startswith(branches):
-                obstacle = OFFSETS
-            if name.startswith(averages):
-                obstacle = AVERAGE
-            if obstacle is None and f'{name}.weight'.lstrip('.') not in saved:
-                obstacle = UNSAVED
-            branches += (f'{name}.', )
-        yield name, module, obstacle
+        if words == '':
+            continue
+        obstacle = None
+        if name.startswith(averages):
+            obstacle = AVERAGE
+        elif name.startswith(branches):
+            obstacle = OFFSETS
+        elif words is not None:
+            obstacle = Exclusion(Reason.UNSUPPORTED, words)
+        elif f'{name}.weight'.lstrip('.') not in saved:
+            obstacle = UNSAVED
+        branches += (f'{name}.', )
+        layers.append(
+            Layer(name, module, kind_of(module), _types(model, name),
+                  obstacle))
+    return [_unless_tied(layer, owners) for layer in layers]
+
+
+def _walk(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """All modules outside of basis layers."""
+    inside: Tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, BasisLayer):
+            inside += (f'{name}.', )
+        elif not name.startswith(inside):
+            yield name, module
+
+
+def _unless_tied(layer: Layer, owners: Dict[int, List[str]]) -> Layer:
+    """The layer, with an obstacle if it shares parameters with others."""
+    for parameter in layer.module.parameters(recurse=False):
+        for other in owners[id(parameter)]:
+            if other != layer.name and layer.obstacle is None:
+                words = f'shares its parameters with {other}'
+                return replace(layer, obstacle=Exclusion(Reason.TIED, words))
+    return layer
 
 
 def _types(model: nn.Module, name: str) -> Tuple[str, ...]:

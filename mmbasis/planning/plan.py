@@ -151,30 +151,22 @@ class CompressionPlan:
         pairs = [row[1:] for row in rows if not convs_only or len(row[0]) > 2]
         macs, params = zip(*pairs) if pairs else ([], [])
         return {
-            key:
-            dict(
-                before=sum(v[0] for v in values),
-                after=sum(v[1] for v in values))
-            for key, values in (('macs', macs), ('params', params))
+            key: dict(before=sum(v[0] for v in x), after=sum(v[1] for v in x))
+            for key, x in (('macs', macs), ('params', params))
         }
 
     # -------------------------------------------------------- plain data
     def to_dict(self) -> Dict[str, Any]:
         """The plan as plain types, as it stands in checkpoints and JSON."""
+        own = asdict(self)
         return dict(
             version=PLAN_VERSION,
             mmbasis=__version__,
-            planner=self.planner,
+            planner=own['planner'],
             norm=self.norm,
             totals=self.totals(),
-            layers={
-                k: asdict(v)
-                for k, v in self.layers.items()
-            },
-            dense={
-                k: asdict(v)
-                for k, v in self.dense.items()
-            })
+            layers=own['layers'],
+            dense=own['dense'])
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'CompressionPlan':
@@ -192,13 +184,11 @@ class CompressionPlan:
                 f'the plan has version {version!r}, this mmbasis '
                 f'({__version__}) reads up to {PLAN_VERSION}: upgrade mmbasis')
         try:
-            return cls({
-                k: LayerPlan(**v)
-                for k, v in data['layers'].items()
-            }, {
-                k: DensePlan(**v)
-                for k, v in data.get('dense', {}).items()
-            }, bool(data.get('norm', False)), dict(data.get('planner', {})))
+            layers = {k: LayerPlan(**v) for k, v in data['layers'].items()}
+            dense = data.get('dense', {})
+            dense = {k: DensePlan(**v) for k, v in dense.items()}
+            return cls(layers, dense, bool(data.get('norm', False)),
+                       dict(data.get('planner', {})))
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f'the plan has a malformed layer: {error}') from None

@@ -192,8 +192,10 @@ class BasePlanner(ABC):
         free: list[Candidates] = []
         reasons: dict[str, str] = {}
         for layer in analysis.selection.chosen:
-            candidates = self.candidates(layer,
-                                         analysis.statistics[layer.name], form)
+            known = analysis.statistics[layer.name]
+            candidates = Candidates(
+                layer, known, form,
+                self.cost.ranks(Costs(layer, known, form), self.round_to))
             settled = self._settle(candidates)
             if settled is None:
                 free.append(candidates)
@@ -208,13 +210,6 @@ class BasePlanner(ABC):
         return CompressionPlan.from_ranks(analysis, ranks, reasons, form,
                                           self.describe())
 
-    def candidates(self, layer: Layer, statistics: LayerStatistics,
-                   form: Form) -> Candidates:
-        """What can be done with a layer."""
-        costs = Costs(layer, statistics, form)
-        return Candidates(layer, statistics, form,
-                          self.cost.ranks(costs, self.round_to))
-
     def _settle(
             self,
             candidates: Candidates) -> tuple[int | None, str] | None:
@@ -226,7 +221,7 @@ class BasePlanner(ABC):
             return None, 'dense by override'
         if override is not None:
             rank = check_rank(layer, override)
-            if self.accepts(candidates, rank):
+            if self.cost.pays(candidates.costs, rank):
                 return rank, ''
             return None, _past_break_even(candidates)
         if not candidates.ranks:
@@ -244,10 +239,6 @@ class BasePlanner(ABC):
             rank if rank is None else check_rank(x.layer, rank)
             for x, rank in zip(free, ranks)
         ]
-
-    def accepts(self, candidates: Candidates, rank: int) -> bool:
-        """Whether a rank that somebody gave makes the layer cheaper."""
-        return self.cost.pays(candidates.costs, rank)
 
     def why_dense(self, candidates: Candidates) -> str:
         """Why :meth:`choose` kept a layer dense."""
