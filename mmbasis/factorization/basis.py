@@ -44,21 +44,14 @@ def orthonormalize(basis: Tensor,
     """
     columns, upper = torch.linalg.qr(basis.double().mT)
     # QR is unique up to signs; positive diagonals move the basis the least
-    signs = upper.diagonal(dim1=-2, dim2=-1).sign()
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    signs = torch.copysign(torch.ones_like(diagonal), diagonal)
     columns = columns * signs.unsqueeze(-2)
     upper = upper * signs.unsqueeze(-1)
     return columns.mT.contiguous(), coefficients.double() @ upper.mT
 
 
 def merge(basis: Tensor, coefficients: Tensor) -> Tensor:
-    """The dense weights ``w F`` that basis and coefficients stand for.
-
-    Args:
-        basis (Tensor): Shape ``(G, Q, D)``.
-        coefficients (Tensor): Shape ``(G, P, Q)``.
-
-    Returns:
-        Tensor: Shape ``(G, P, D)``.
-    """
+    """The dense weights ``w F``, shape ``(G, P, D)``, that a basis of shape
+    ``(G, Q, D)`` and coefficients of shape ``(G, P, Q)`` stand for."""
     return coefficients @ basis

@@ -16,24 +16,16 @@ from ..layers import BasisLayer, DenseKind, kind_of, why_not
 
 class Reason(enum.Enum):
     """Why a layer stays dense."""
-    #: it cannot be represented by a basis
     UNSUPPORTED = 'unsupported'
-    #: it shares its parameters with another layer
     TIED = 'tied'
-    #: its weights are left out of checkpoints
     UNSAVED = 'unsaved'
-    #: it is a moving average of another layer and follows that one
     AVERAGE = 'average'
-    #: it tells other layers where to sample
     OFFSETS = 'offsets'
-    #: its output is a prediction
     PREDICTION = 'prediction'
-    #: the user did not ask for it
     NOT_INCLUDED = 'not included'
     EXCLUDED = 'excluded'
     NO_RANK_GIVEN = 'no rank given'
     NOT_IN_PLAN = 'not in the plan'
-    #: it does not run
     UNUSED = 'unused'
 
 

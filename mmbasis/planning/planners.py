@@ -267,12 +267,8 @@ def _past_break_even(candidates: Candidates) -> str:
 
 
 def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
-    """The value of the first pattern that matches a layer; None if none
-    does."""
-    for pattern, value in table.items():
-        if layer.matches(pattern):
-            return value
-    return None
+    """The value of the first pattern that matches a layer, or None."""
+    return next((v for k, v in table.items() if layer.matches(k)), None)
 
 
 def check_rank(layer: Layer, rank: int) -> int:

@@ -29,26 +29,6 @@ def chosen_positions(count: int, device: torch.device) -> Tensor:
     return chosen[:MAX_POSITIONS].to(device)
 
 
-def sample_positions(x: Tensor, axis: int, groups: int) -> Tensor:
-    """Channels of the chosen positions of each image.
-
-    Args:
-        x (Tensor): Output of a layer.
-        axis (int): The axis of the channels.
-        groups (int): ``G``.
-
-    Returns:
-        Tensor: Shape ``(G, C / G, positions)``, float32.
-    """
-    axis %= x.dim()
-    x = x.unsqueeze(0) if axis == 0 else x
-    axis = max(axis, 1)
-    x = x.movedim(axis, 1).flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
-    if x.shape[-1] > MAX_POSITIONS:
-        x = x[..., chosen_positions(x.shape[-1], x.device)]
-    return _by_group(x, groups)
-
-
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """``(N, G * C, positions)`` as ``(G, C, N * positions)``, float32."""
     x = x.float().transpose(0, 1).flatten(1)
@@ -115,13 +95,9 @@ class Moments:
 
     def add(self, samples: Tensor) -> None:
         """Add samples of shape ``(G, N, positions)``."""
-        count = samples.shape[-1]
-        mean, samples, rest = _centre(samples)
-        total = count * mean + rest
-        self.count += count
-        self.total += total.squeeze(-1)
-        self.second += (samples @ samples.mT).double()
-        self.second += mean @ total.mT + rest @ mean.mT
+        self.count += samples.shape[-1]
+        self.total += samples.sum(-1, dtype=torch.float64)
+        self.second += sum_of_products(samples, samples)
 
     def reduce(self) -> None:
         """Sum over all processes."""
@@ -146,23 +122,21 @@ def is_expansion(layer: Layer) -> bool:
 
 
 def output_samples(layer: Layer, y: Tensor) -> Tensor:
-    """Samples of a layer's output, shape ``(G, P / G, positions)``."""
-    return sample_positions(y, layer.known_kind.channel_axis(layer.module),
-                            layer.matrix_shape[0])
+    """Channels of a layer's output at the chosen positions of each image,
+    shape ``(G, P / G, positions)``, float32."""
+    axis = layer.known_kind.channel_axis(layer.module) % y.dim()
+    if axis == 0:
+        y, axis = y.unsqueeze(0), 1
+    y = y.movedim(axis, 1).flatten(2) if y.dim() > 2 else y.unsqueeze(-1)
+    if y.shape[-1] > MAX_POSITIONS:
+        y = y[..., chosen_positions(y.shape[-1], y.device)]
+    return _by_group(y, layer.matrix_shape[0])
 
 
 def input_samples(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """Patches of a layer's input at the positions of :func:`output_samples`.
-
-    Args:
-        layer (Layer): A layer that sees patches.
-        x (Tensor): Its input.
-        y (Tensor): Its output; only the shape counts.
-
-    Returns:
-        Tensor: Shape ``(G, D, positions)``: ``H`` times it is the output
-        without bias.
-    """
+    """Patches of a layer's input ``x`` at the positions of
+    :func:`output_samples`, shape ``(G, D, positions)``: ``H`` times it is the
+    output without bias. Of the output ``y`` only the shape counts."""
     module, kind = layer.module, layer.known_kind
     axis = kind.channel_axis(module) % y.dim()
     if axis == 0:
