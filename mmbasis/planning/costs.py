@@ -40,12 +40,9 @@ class Costs:
     form: Form = PLAIN
 
     def macs(self, rank: Optional[int] = None) -> float:
-        """Multiply-accumulate operations for one image.
-
-        Args:
-            rank (int, optional): Basis filters per group; None for the dense
-                layer. A bias costs nothing, as in MMEngine's analysis.
-        """
+        """Multiply-accumulates for one image at a rank (basis filters per
+        group); None for the dense layer. A bias costs nothing, as in
+        MMEngine's analysis."""
         known = self.statistics
         if rank is None:
             return self.layer.module.weight.numel() * known.weight_positions
@@ -107,11 +104,8 @@ class Cost:
         return fraction * sum(self.of(layer, None) for layer in layers)
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
-        """Require that the cost of these layers is known.
-
-        Raises:
-            ValueError: Naming the layers that it is not known of.
-        """
+        """Require that the cost of these layers is known; the ValueError
+        names those that it is not known of."""
 
     def why_not(self, costs: Costs, round_to: int) -> str:
         """Why no rank of a layer pays."""

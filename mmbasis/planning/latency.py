@@ -118,12 +118,12 @@ class LatencyTable(Cost):
         """
         data = _read(path)
         try:
-            device, entries = data['device'], data['entries']
-            whole = {e['id']: e for e in entries}
-            compressed = whole.get(COMPRESSED_ID, {})
+            device = data['device']
+            entries = {e['id']: e for e in data['entries']}
+            compressed = entries.get(COMPRESSED_ID, {})
             table = cls(path, str(device.get('board') or device.get('cpu')),
                         data['backend'], data['precision'], _curves(entries),
-                        whole.get(MODEL_ID, {}).get('median_ms'),
+                        entries.get(MODEL_ID, {}).get('median_ms'),
                         compressed.get('median_ms'),
                         compressed.get('ranks', {}))
         except (AttributeError, LookupError, TypeError) as error:
@@ -246,31 +246,25 @@ def _read(path: str) -> dict:
     return data
 
 
-def _curves(entries: List[dict]) -> Dict[str, List[Tuple[Curve, int]]]:
-    carriers = {
-        e['id']: e['median_ms']
-        for e in entries if e.get('role') == CARRIER
-    }
+def _curves(entries: Dict[str, dict]) -> Dict[str, List[Tuple[Curve, int]]]:
     groups: Dict[str, List[dict]] = defaultdict(list)
-    for entry in entries:
+    for entry in entries.values():
         if entry.get('role') == 'layer':
             groups[entry['group']].append(entry)
     curves: Dict[str, List[Tuple[Curve, int]]] = defaultdict(list)
     for group in groups.values():
-        curve = _curve(group, carriers)
+        # what feeds the layer is not the layer's
+        feeds = [entries[e['carrier']]['median_ms'] for e in group]
+        times = {
+            e['rank']: max(e['median_ms'] - feed, 1e-6)
+            for e, feed in zip(group, feeds)
+        }
+        dense = times.pop(None)
+        ranks = sorted(times)
+        curve = Curve(group[0]['weight_shape'], dense,
+                      max(e['noise_ms'] for e in group),
+                      np.array(ranks, dtype=int),
+                      np.maximum.accumulate([times[rank] for rank in ranks]))
         for name, count in group[0]['uses'].items():
             curves[name].append((curve, count))
     return dict(curves)
-
-
-def _curve(group: List[dict], carriers: Dict[str, float]) -> Curve:
-    # what feeds the layer is not the layer's
-    times = {
-        e['rank']: max(e['median_ms'] - carriers[e['carrier']], 1e-6)
-        for e in group
-    }
-    dense = times.pop(None)
-    ranks = sorted(times)
-    return Curve(group[0]['weight_shape'], dense,
-                 max(e['noise_ms'] for e in group), np.array(ranks, dtype=int),
-                 np.maximum.accumulate([times[rank] for rank in ranks]))

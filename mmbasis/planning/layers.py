@@ -72,11 +72,7 @@ class Layer:
 
     @property
     def known_kind(self) -> Type[DenseKind]:
-        """Its kind.
-
-        Raises:
-            TypeError: If no kind of layer is known for it.
-        """
+        """Its kind; TypeError if none is known."""
         if self.kind is None:
             raise TypeError(f'{self.name}, a {type(self.module).__name__}, '
                             'is of no known kind of layer')
@@ -84,11 +80,7 @@ class Layer:
 
     @property
     def matrix_shape(self) -> Tuple[int, int, int]:
-        """``(G, P / G, D)``: groups, outputs per group, weights per output.
-
-        Raises:
-            TypeError: If no kind of layer is known for it.
-        """
+        """``(G, P / G, D)``: groups, outputs per group, weights per output."""
         return self.known_kind.matrix_shape(self.module)
 
     @property
@@ -180,16 +172,9 @@ def _types(model: nn.Module, name: str) -> Tuple[str, ...]:
 
 def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
                    key: str) -> None:
-    """Require that each pattern matches some layer.
-
-    Args:
-        layers (Sequence[Layer]): All layers of a model.
-        patterns (Sequence[str]): Patterns, see :meth:`Layer.matches`.
-        key (str): Where they were given, for the message.
-
-    Raises:
-        ValueError: Naming the key, the pattern and what there is.
-    """
+    """Require that each pattern matches some layer, see
+    :meth:`Layer.matches`; the ValueError names ``key``, where they were given,
+    the pattern and what there is."""
     for pattern in patterns:
         try:
             if any(layer.matches(pattern) for layer in layers):
@@ -206,11 +191,7 @@ def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
 
 
 def check_finite(layers: Sequence[Layer]) -> None:
-    """Require finite weights and biases.
-
-    Raises:
-        ValueError: Naming the layers that hold NaN or infinite values.
-    """
+    """Require finite weights and biases; the ValueError names layers."""
     broken = [
         layer.name for layer in layers
         if not all(is_lazy(x) or bool(torch.isfinite(x).all())

@@ -89,15 +89,8 @@ class CompressionPlan:
     def from_ranks(cls, analysis: Analysis, ranks: Mapping[str, int],
                    reasons: Mapping[str, str], form: Form,
                    planner: Dict[str, Any]) -> 'CompressionPlan':
-        """Write a planner's decision down with its costs.
-
-        Args:
-            analysis (Analysis): All layers of the model.
-            ranks (Mapping[str, int]): Ranks of the layers to be represented.
-            reasons (Mapping[str, str]): Why the other chosen ones stay.
-            form (Form): How the basis layers are built.
-            planner (dict): Configuration of the planner.
-        """
+        """Write a planner's decision down with its costs: the ranks of layers
+        and, of the other chosen ones, the reasons to keep them dense."""
         layers, dense = {}, {}
         for layer in analysis.layers:
             known = analysis.statistics[layer.name]
@@ -119,12 +112,8 @@ class CompressionPlan:
         return cls(layers, dense, form.norm, planner)
 
     def with_dense_costs(self, dense: 'CompressionPlan') -> 'CompressionPlan':
-        """The same for a model that was compressed before.
-
-        Args:
-            dense (CompressionPlan): The plan before: costs of the dense
-                model are taken from it, and which layers got a bias.
-        """
+        """The same for a model that was compressed before: what the dense
+        model costs, and which layers got a bias, is in that plan."""
         layers, kept = dict(self.layers), dict(self.dense)
         for name, entry in dense.layers.items():
             if name in layers:

@@ -34,26 +34,36 @@ def is_rank(value: Any) -> bool:
             and value >= 1)
 
 
+def check_ranks(key: str, ranks: Mapping[str, int | str],
+                word: str) -> dict[str, int | str]:
+    """Require, by pattern, positive ranks or a word; a copy."""
+    for pattern, rank in ranks.items():
+        if rank != word and not is_rank(rank):
+            raise ValueError(f'{key}[{pattern!r}] must be a positive rank or '
+                             f'"{word}", but got {rank!r}')
+    return dict(ranks)
+
+
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """What a planner may do with one layer.
 
     Args:
-        layer (Layer): The layer.
-        statistics (LayerStatistics): What was measured of it.
-        form (Form): How its basis layer would be built.
+        costs (Costs): Its MACs and parameters.
         ranks (tuple[int]): Ranks at which it would be cheaper than dense,
             rising. Keeping it dense is a candidate, too.
     """
-    layer: Layer
-    statistics: LayerStatistics
-    form: Form
+    costs: Costs
     ranks: tuple[int, ...]
 
-    @cached_property
-    def costs(self) -> Costs:
-        """Its MACs and parameters."""
-        return Costs(self.layer, self.statistics, self.form)
+    @property
+    def layer(self) -> Layer:
+        return self.costs.layer
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """What was measured of it."""
+        return self.costs.statistics
 
     @cached_property
     def energy_lost(self) -> np.ndarray:
@@ -79,9 +89,6 @@ class BasePlanner(ABC):
 
     Patterns are regular expressions that must match a whole layer name, or
     class names of a layer or of a module around it.
-
-    A planner of your own derives from this class, is registered in
-    ``mmbasis.registry.PLANNERS`` and has one method, :meth:`choose`.
 
     Args:
         include (Sequence[str]): Patterns; where given, only these layers are
@@ -139,12 +146,8 @@ class BasePlanner(ABC):
         if not is_rank(round_to):
             raise ValueError(f'round_to must be a positive integer, but got '
                              f'{round_to!r}')
-        for pattern, rank in (overrides or {}).items():
-            if rank != 'dense' and not is_rank(rank):
-                raise ValueError(f'overrides[{pattern!r}] must be a positive '
-                                 f'rank or "dense", but got {rank!r}')
+        self.overrides = check_ranks('overrides', overrides or {}, 'dense')
         self.rules = Rules(tuple(include), tuple(exclude), prediction_layers)
-        self.overrides = dict(overrides or {})
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
 
@@ -176,14 +179,7 @@ class BasePlanner(ABC):
 
     # --------------------------------------------------------------- plan
     def plan(self, analysis: Analysis, form: Form = PLAIN) -> CompressionPlan:
-        """Choose ranks.
-
-        Args:
-            analysis (Analysis): Of a model's layers.
-            form (Form): How basis layers are to be built.
-
-        Returns:
-            CompressionPlan: With the reason for each layer that stays dense.
+        """Choose ranks, or say why a layer stays dense.
 
         Raises:
             ValueError: If the request cannot be met.
@@ -192,10 +188,9 @@ class BasePlanner(ABC):
         free: list[Candidates] = []
         reasons: dict[str, str] = {}
         for layer in analysis.selection.chosen:
-            known = analysis.statistics[layer.name]
-            candidates = Candidates(
-                layer, known, form,
-                self.cost.ranks(Costs(layer, known, form), self.round_to))
+            costs = Costs(layer, analysis.statistics[layer.name], form)
+            candidates = Candidates(costs,
+                                    self.cost.ranks(costs, self.round_to))
             settled = self._settle(candidates)
             if settled is None:
                 free.append(candidates)
@@ -252,8 +247,7 @@ class BasePlanner(ABC):
         Args:
             free (Sequence[Candidates]): The layers to choose for; each has at
                 least one rank that pays.
-            decided (Sequence[tuple[Candidates, int | None]]): The other
-                layers that count, with their ranks.
+            decided (Sequence[tuple[Candidates, int | None]]): The others.
 
         Returns:
             Sequence[int | None]: A rank for each layer of ``free``; None

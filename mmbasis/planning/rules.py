@@ -15,8 +15,8 @@ from .planners import (
     Decided,
     check_fraction,
     check_rank,
+    check_ranks,
     first_match,
-    is_rank,
 )
 from .selection import Selection
 
@@ -108,11 +108,7 @@ class FixedPlanner(_LayerPlanner):
         super().__init__(**kwargs)
         if not ranks:
             raise ValueError('FixedPlanner: ranks is empty')
-        for pattern, rank in ranks.items():
-            if rank != 'full' and not is_rank(rank):
-                raise ValueError(f'FixedPlanner: ranks[{pattern!r}] must be a '
-                                 f'positive rank or "full", but got {rank!r}')
-        self.ranks = dict(ranks)
+        self.ranks = check_ranks('FixedPlanner: ranks', ranks, 'full')
         if allow_costlier:
             self.cost = AnyCost(self.cost.metric)
 

@@ -66,11 +66,7 @@ class Rules:
         return not (self.prediction_layers or self.include)
 
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
-        """Choose layers.
-
-        Raises:
-            ValueError: If a pattern matches no layer.
-        """
+        """Choose layers; ValueError if a pattern matches none."""
         check_patterns(layers, self.include, 'include')
         check_patterns(layers, self.exclude, 'exclude')
         excluded: Dict[str, Exclusion] = {}
