@@ -6,13 +6,8 @@ from torch import Tensor
 
 
 def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
-    """Project a layer on a subspace of its outputs: orthonormal basis filters
-    and coefficients.
-
-    ``H ~ U U^T H = w F`` with ``F F^T = I``. The first factor of
-    ``U (U^T H)`` is orthonormal on the side of the outputs; the QR
-    decomposition of ``(U^T H)^T`` moves the orthonormality to the filters, as
-    in Tayyab et al., ICIP 2021, without changing the product.
+    """Project a layer on a subspace of its outputs: ``H ~ U U^T H = w F``
+    with ``F F^T = I``, as in Tayyab et al., ICIP 2021.
 
     Args:
         matrix (Tensor): The dense weights ``H``, shape ``(G, P, D)``.

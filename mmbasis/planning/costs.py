@@ -22,9 +22,7 @@ class Form:
     norm: bool = False
 
 
-#: basis layers with nothing but their factors
 PLAIN = Form()
-
 
 @dataclass(frozen=True, eq=False)
 class Costs:

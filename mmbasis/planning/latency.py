@@ -214,10 +214,8 @@ class LatencyTable(Cost):
 
     def rest(self) -> float:
         """Milliseconds of the dense model outside the layers of the table."""
-        if self.model_ms is None:
-            return 0.
         layers = sum(self.cost(name, None) for name in self.curves)
-        return max(0., self.model_ms - layers)
+        return max(0., (self.model_ms or 0.) - layers)
 
     def predict(self, ranks: Dict[str, int]) -> float:
         """Milliseconds for one forward pass of the whole model, given the

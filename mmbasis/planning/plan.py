@@ -209,12 +209,10 @@ class CompressionPlan:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no plan, or one of a newer version.
         """
-        with open(path, encoding='utf-8') as file:
-            try:
-                data = json.load(file)
-            except ValueError as error:
-                raise ValueError(f'{path} is not JSON: {error}') from None
         try:
-            return cls.from_dict(data)
+            with open(path, encoding='utf-8') as file:
+                return cls.from_dict(json.load(file))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f'{path} is not JSON: {error}') from None
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None

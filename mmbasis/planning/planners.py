@@ -161,11 +161,8 @@ class BasePlanner(ABC):
 
     # ------------------------------------------------------------- layers
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
-        """Choose the layers to plan for.
-
-        Raises:
-            ValueError: If a pattern matches no layer.
-        """
+        """Choose the layers to plan for; ValueError if a pattern matches
+        none."""
         check_patterns(layers, list(self.overrides), 'overrides')
         # whoever names a layer asks for it
         targets = Targets(*(x - self.named() for x in targets))
@@ -266,11 +263,7 @@ def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
 
 
 def check_rank(layer: Layer, rank: int) -> int:
-    """Require a rank that a layer can have.
-
-    Raises:
-        ValueError: Naming the layer.
-    """
+    """Require a rank that a layer can have; the ValueError names it."""
     if not isinstance(rank, Integral) or not 1 <= rank <= layer.full_rank:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
                          f'[1, {layer.full_rank}]')

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Samples of what layers take and return, and moments of them."""
 from dataclasses import dataclass
+from functools import partial
 from typing import Tuple
 
 import numpy as np
@@ -87,11 +88,9 @@ class Moments:
         of_input = is_expansion(layer)
         groups, rows, in_size = layer.matrix_shape
         size = in_size if of_input else rows
-        zeros = layer.module.weight.new_zeros
-        kwargs = dict(dtype=torch.float64)
-        return cls(of_input, zeros((), **kwargs),
-                   zeros((groups, size), **kwargs),
-                   zeros((groups, size, size), **kwargs))
+        zeros = partial(layer.module.weight.new_zeros, dtype=torch.float64)
+        return cls(of_input, zeros(()), zeros((groups, size)),
+                   zeros((groups, size, size)))
 
     def add(self, samples: Tensor) -> None:
         """Add samples of shape ``(G, N, positions)``."""

@@ -46,13 +46,13 @@ class GradientRecorder(ExitStack):
         self.layers = analysis.selection.chosen
         self.statistics = dict(analysis.statistics)
         self.moments: Dict[str, Tensor] = {}
-        self.counts: Dict[str, int] = {}
+        self.counts: Dict[str, Tensor] = {}
         for layer in self.layers:
             groups, rows, in_size = layer.matrix_shape
             size = in_size if _is_wide(layer) else rows
-            self.moments[layer.name] = self._spectrum(
-                layer).values.new_zeros((groups, size, size))
-            self.counts[layer.name] = 0
+            zeros = self._spectrum(layer).values.new_zeros
+            self.moments[layer.name] = zeros((groups, size, size))
+            self.counts[layer.name] = zeros(())
 
     def _spectrum(self, layer: Layer) -> Any:
         return self.statistics[layer.name].spectrum
@@ -86,16 +86,12 @@ class GradientRecorder(ExitStack):
         self.counts[layer.name] += samples.shape[-1]
 
     def finish(self) -> Dict[str, LayerStatistics]:
-        """Sum over processes; layers that stay unknown are logged.
-
-        Returns:
-            dict[str, LayerStatistics]: By layer name, with ``gradient`` and
-            ``sensitivity`` where a gradient reached the layer.
-        """
+        """Sum over processes: statistics by layer name, with ``gradient`` and
+        ``sensitivity`` where a gradient came; the other layers are logged."""
         unknown = []
         for layer in self.layers:
             moment = self.moments.pop(layer.name)
-            count = moment.new_tensor(float(self.counts[layer.name]))
+            count = self.counts[layer.name]
             all_reduce(moment)
             all_reduce(count)
             # none came (no_grad, detach), or nothing but zeros or NaN

@@ -122,11 +122,8 @@ class LayerRecorder(ExitStack):
                 output_samples(layer, y))
 
     def finish(self) -> Dict[str, LayerStatistics]:
-        """Sum over processes.
-
-        Returns:
-            dict[str, LayerStatistics]: By layer name, per image; with spectra
-            where moments were collected and the layer ran.
+        """Sum over processes: statistics by layer name, with spectra where
+        moments were collected and the layer ran.
 
         Raises:
             RuntimeError: If no image was seen.
