@@ -18,38 +18,32 @@ def reduced_rank_regression(
         rank: Optional[int] = None,
         weight: Optional[Tensor] = None,
         ridge: float = 1e-4) -> Tuple[Tensor, Tensor, Tensor]:
-    """The best map of given rank from regressors ``r`` to targets ``y``.
-
-    Minimises ``E ||y - M r||^2 + lambda ||M - M0||^2`` over ``M`` and then
-    keeps the directions of ``y`` in which the prediction has most energy
-    (reduced-rank regression; Izenman, 1975), energy being measured in the
-    metric of ``weight``.
+    """Minimise ``E ||y - M r||^2 + lambda ||M - M0||^2`` over ``M``, and keep
+    the directions of ``y`` in which the prediction has most energy, in the
+    metric of ``weight`` (reduced-rank regression; Izenman, 1975).
 
     Args:
         cross (Tensor): ``E[(y - M0 r) r^T]``, centred, float64, shape
             ``(G, P, N)``. Being zero where nothing has changed, it leaves
             ``M0`` untouched there, whatever the condition of ``second``.
         second (Tensor): ``E[r r^T]``, centred, not zero, shape ``(G, N, N)``.
-        prior (Tensor): ``M0``, shape ``(G, P, N)``, what the map would be if
-            nothing had changed.
+        prior (Tensor): ``M0``, shape ``(G, P, N)``.
         rank (int, optional): ``Q``. Defaults to full rank.
         weight (Tensor, optional): ``W``, positive semi-definite, shape
             ``(G, P, P)``: an error ``e`` counts ``e^T W e``. Defaults to the
             identity. At full rank it does not matter.
-        ridge (float): ``lambda`` as a fraction of the largest eigenvalue of
-            ``second``.
+        ridge (float): ``lambda`` over the top eigenvalue of ``second``.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: Coefficients of shape ``(G, P, Q)``
-        and a basis of shape ``(G, Q, N)``, whose product is the map, and how
-        much of ``E ||y - M0 r||^2`` full rank explains, a scalar.
+        tuple[Tensor, Tensor, Tensor]: Coefficients ``(G, P, Q)`` and a basis
+        ``(G, Q, N)``, whose product is the map, and how much of
+        ``E ||y - M0 r||^2`` full rank explains, a scalar.
     """
     root = _cholesky(second, ridge)
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
     mapping = prior + change
-    # With W = C C^T the left singular vectors of C^T M L order the directions
-    # of y by the energy that is predicted.
+    # with W = C C^T: left singular vectors of C^T M L, by predicted energy
     metric = torch.eye(mapping.shape[-2]).to(mapping)
     if weight is not None:
         metric = _cholesky(weight.double(), WEIGHT_FLOOR).mT
@@ -69,8 +63,7 @@ def _cholesky(moment: Tensor, ridge: float) -> Tensor:
 
 
 def _largest_eigenvalue(moment: Tensor, iterations: int = 20) -> Tensor:
-    """Of each symmetric positive semi-definite matrix, within a few per cent
-    and without the cost of a decomposition: power iteration."""
+    """Power iteration, within a few per cent, for less than ``eigh``."""
     vector = (moment.sum(-1) + moment.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
     for _ in range(iterations):
         size = vector.norm(dim=-2, keepdim=True).clamp_min(1e-300)

@@ -24,6 +24,7 @@ class Form:
 
 PLAIN = Form()
 
+
 @dataclass(frozen=True, eq=False)
 class Costs:
     """MACs and parameters of one layer.

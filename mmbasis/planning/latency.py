@@ -102,10 +102,8 @@ class LatencyTable(Cost):
     # --------------------------------------------------------------- read
     @classmethod
     def load(cls, path: str, **target: Optional[str]) -> 'LatencyTable':
-        """Read and check a table.
-
-        A layer is never taken to be faster at a higher rank: where a lower
-        rank was measured slower, its latency counts for the higher one too.
+        """Read and check a table. Where a lower rank was measured slower than
+        a higher one, its latency counts for the higher one too.
 
         Args:
             path (str): JSON file of ``tools/latency_table.py measure``.

@@ -102,13 +102,11 @@ def find_layers(model: nn.Module) -> List[Layer]:
     """All convolution and linear layers of a model, in order of definition.
 
     A layer that several modules share is listed once, under its first name.
-    A layer inside another one, which computes the offsets of a deformable
-    convolution, stays dense. Those of a moving average inside the model
-    become what the averaged ones become.
+    Layers inside another one (offsets of a deformable convolution) and inside
+    a moving average of the model carry obstacles.
 
     Args:
-        model (nn.Module): Any model. Modules that are already basis layers
-            are not looked into.
+        model (nn.Module): Any model; basis layers are not looked into.
 
     Returns:
         list[Layer]: Those that can never be compressed carry the obstacle.

@@ -185,9 +185,8 @@ class CompressionPlan:
     def dumps(self) -> str:
         """JSON with one line per layer, so that plans can be read and compared
         line by line."""
-        data = self.to_dict()
         blocks = []
-        for key, value in data.items():
+        for key, value in self.to_dict().items():
             if key in ('layers', 'dense') and value:
                 rows = (f'    {json.dumps(k)}: {json.dumps(v)}'
                         for k, v in value.items())

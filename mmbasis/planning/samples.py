@@ -17,14 +17,11 @@ MAX_POSITIONS = 256
 
 
 def chosen_positions(count: int, device: torch.device) -> Tensor:
-    """Which of a number of positions are looked at, at most ``MAX_POSITIONS``.
-
-    They are drawn at random (a regular grid would see only one phase of a
-    strided transposed convolution), the same for each image, so that the
-    result does not depend on how images are split into batches.
-    """
+    """Which of a number of positions are looked at, at most ``MAX_POSITIONS``,
+    the same for each image, so that batches make no difference."""
     if count <= MAX_POSITIONS:
         return torch.arange(count, device=device)
+    # a grid would see one phase of a strided transposed convolution only
     generator = torch.Generator().manual_seed(count)
     chosen = torch.randperm(count, generator=generator)
     return chosen[:MAX_POSITIONS].to(device)
@@ -37,7 +34,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``sum left right^T`` over positions, in float64.
+    """``sum left right^T`` over positions, float64, shape ``(G, M, N)``.
 
     The fast product is of centred float32 samples; what the means contribute
     is added in float64. Where means dwarf deviations, a plain product would
@@ -46,9 +43,6 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     Args:
         left (Tensor): Shape ``(G, M, positions)``.
         right (Tensor): Shape ``(G, N, positions)``.
-
-    Returns:
-        Tensor: Shape ``(G, M, N)``.
     """
     count = left.shape[-1]
     shift_l, left, rest_l = _centre(left)
@@ -59,8 +53,7 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _centre(samples: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Means in float32 precision, deviations from them, and what these sum up
-    to, since rounded means miss the true ones."""
+    """Rounded means, deviations from them, and the sums of these."""
     mean = samples.mean(-1, True)
     samples = samples - mean
     return mean.double(), samples, samples.sum(-1, True).double()
