@@ -6,13 +6,8 @@ from torch import Tensor
 
 
 def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
-    """Project a layer on a subspace of its outputs: orthonormal basis filters
-    and coefficients.
-
-    ``H ~ U U^T H = w F`` with ``F F^T = I``. The first factor of
-    ``U (U^T H)`` is orthonormal on the side of the outputs; the QR
-    decomposition of ``(U^T H)^T`` moves the orthonormality to the filters, as
-    in Tayyab et al., ICIP 2021, without changing the product.
+    """Project a layer on a subspace of its outputs: ``H ~ U U^T H = w F``
+    with ``F F^T = I``, as in Tayyab et al., ICIP 2021.
 
     Args:
         matrix (Tensor): The dense weights ``H``, shape ``(G, P, D)``.
@@ -44,21 +39,14 @@ def orthonormalize(basis: Tensor,
     """
     columns, upper = torch.linalg.qr(basis.double().mT)
     # QR is unique up to signs; positive diagonals move the basis the least
-    signs = upper.diagonal(dim1=-2, dim2=-1).sign()
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    signs = torch.copysign(torch.ones_like(diagonal), diagonal)
     columns = columns * signs.unsqueeze(-2)
     upper = upper * signs.unsqueeze(-1)
     return columns.mT.contiguous(), coefficients.double() @ upper.mT
 
 
 def merge(basis: Tensor, coefficients: Tensor) -> Tensor:
-    """The dense weights ``w F`` that basis and coefficients stand for.
-
-    Args:
-        basis (Tensor): Shape ``(G, Q, D)``.
-        coefficients (Tensor): Shape ``(G, P, Q)``.
-
-    Returns:
-        Tensor: Shape ``(G, P, D)``.
-    """
+    """The dense weights ``w F``, shape ``(G, P, D)``, that a basis of shape
+    ``(G, Q, D)`` and coefficients of shape ``(G, P, Q)`` stand for."""
     return coefficients @ basis

@@ -11,24 +11,12 @@ def _deviation(basis: Tensor) -> Tensor:
 
 
 def orthogonality_penalty(basis: Tensor) -> Tensor:
-    """Soft orthogonality, ``||F F^T - I||_F^2``, differentiable.
-
-    Args:
-        basis (Tensor): Shape ``(G, Q, D)``.
-
-    Returns:
-        Tensor: A scalar, zero if and only if the rows are orthonormal.
-    """
+    """Soft orthogonality ``||F F^T - I||_F^2`` of a basis of shape
+    ``(G, Q, D)``: a scalar, zero if and only if its rows are orthonormal."""
     return _deviation(basis).square().sum()
 
 
 def orthogonality_error(basis: Tensor) -> Tensor:
-    """Largest entry of ``|F F^T - I|``.
-
-    Args:
-        basis (Tensor): Shape ``(G, Q, D)``.
-
-    Returns:
-        Tensor: A scalar; of the order of rounding for orthonormal rows.
-    """
+    """Largest entry of ``|F F^T - I|`` of a basis of shape ``(G, Q, D)``: of
+    the order of rounding for orthonormal rows."""
     return _deviation(basis).abs().max()

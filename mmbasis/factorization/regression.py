@@ -18,68 +18,44 @@ def reduced_rank_regression(
         rank: Optional[int] = None,
         weight: Optional[Tensor] = None,
         ridge: float = 1e-4) -> Tuple[Tensor, Tensor, Tensor]:
-    """The best map of given rank from regressors ``r`` to targets ``y``.
-
-    Minimises ``E ||y - M r||^2 + lambda ||M - M0||^2`` over ``M`` and then
-    keeps the directions of ``y`` in which the prediction has most energy
-    (reduced-rank regression; Izenman, 1975), energy being measured in the
-    metric of ``weight``.
+    """Minimise ``E ||y - M r||^2 + lambda ||M - M0||^2`` over ``M``, and keep
+    the directions of ``y`` in which the prediction has most energy, in the
+    metric of ``weight`` (reduced-rank regression; Izenman, 1975).
 
     Args:
         cross (Tensor): ``E[(y - M0 r) r^T]``, centred, float64, shape
             ``(G, P, N)``. Being zero where nothing has changed, it leaves
             ``M0`` untouched there, whatever the condition of ``second``.
         second (Tensor): ``E[r r^T]``, centred, not zero, shape ``(G, N, N)``.
-        prior (Tensor): ``M0``, shape ``(G, P, N)``, what the map would be if
-            nothing had changed.
+        prior (Tensor): ``M0``, shape ``(G, P, N)``.
         rank (int, optional): ``Q``. Defaults to full rank.
         weight (Tensor, optional): ``W``, positive semi-definite, shape
             ``(G, P, P)``: an error ``e`` counts ``e^T W e``. Defaults to the
             identity. At full rank it does not matter.
-        ridge (float): ``lambda`` as a fraction of the largest eigenvalue of
-            ``second``.
+        ridge (float): ``lambda`` over the top eigenvalue of ``second``.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: Coefficients of shape ``(G, P, Q)``
-        and a basis of shape ``(G, Q, N)``, whose product is the map, and how
-        much of ``E ||y - M0 r||^2`` full rank explains, a scalar.
+        tuple[Tensor, Tensor, Tensor]: Coefficients ``(G, P, Q)`` and a basis
+        ``(G, Q, N)``, whose product is the map, and how much of
+        ``E ||y - M0 r||^2`` full rank explains, a scalar.
     """
-    root = cholesky_with_ridge(second, ridge)
+    root = _cholesky(second, ridge)
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
     mapping = prior + change
-    explained = (cross * change).sum()
-    return (*_truncate(mapping, root, rank, weight), explained)
-
-
-def _truncate(mapping: Tensor, root: Tensor, rank: Optional[int],
-              weight: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """Coefficients and basis of the directions with most predicted energy.
-
-    The left singular vectors of ``M L`` order the directions of ``y`` by the
-    energy that is predicted; with ``W = C C^T`` those of ``C^T M L``.
-    """
-    if weight is None:
-        vectors = spectrum_of_factor(mapping @ root).vectors[..., :rank]
-        return vectors, vectors.mT @ mapping
-    metric = cholesky_with_ridge(weight.double(), WEIGHT_FLOOR).mT
-    vectors = spectrum_of_factor(metric @ mapping @ root).vectors[..., :rank]
+    # with W = C C^T: left singular vectors of C^T M L, by predicted energy
+    metric = torch.eye(mapping.shape[-2]).to(mapping)
+    if weight is not None:
+        metric = _cholesky(weight.double(), WEIGHT_FLOOR).mT
+    weighted = metric @ mapping
+    vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]
     coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
-    return coefficients, vectors.mT @ metric @ mapping
+    return coefficients, vectors.mT @ weighted, (cross * change).sum()
 
 
-def cholesky_with_ridge(moment: Tensor, ridge: float) -> Tensor:
-    """Lower Cholesky factor of a moment with its diagonal raised.
-
-    Args:
-        moment (Tensor): Symmetric, positive semi-definite, float64, shape
-            ``(G, N, N)``.
-        ridge (float): What is added, as a fraction of the largest eigenvalue;
-            1 is added to a moment that is zero.
-
-    Returns:
-        Tensor: Shape ``(G, N, N)``.
-    """
+def _cholesky(moment: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor of a moment whose diagonal is raised by a
+    fraction of the largest eigenvalue, or by 1 where the moment is zero."""
     strength = ridge * _largest_eigenvalue(moment)
     strength = torch.where(strength > 0, strength, torch.ones_like(strength))
     identity = torch.eye(moment.shape[-1]).to(moment)
@@ -87,12 +63,9 @@ def cholesky_with_ridge(moment: Tensor, ridge: float) -> Tensor:
 
 
 def _largest_eigenvalue(moment: Tensor, iterations: int = 20) -> Tensor:
-    """Of each symmetric positive semi-definite matrix, within a few per cent
-    and without the cost of a decomposition: power iteration."""
-    vector = moment.sum(
-        -1, keepdim=True) + moment.diagonal(
-            dim1=-2, dim2=-1).unsqueeze(-1)
+    """Power iteration, within a few per cent, for less than ``eigh``."""
+    vector = (moment.sum(-1) + moment.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
     for _ in range(iterations):
-        vector = moment @ (
-            vector / vector.norm(dim=-2, keepdim=True).clamp_min(1e-300))
+        size = vector.norm(dim=-2, keepdim=True).clamp_min(1e-300)
+        vector = moment @ (vector / size)
     return vector.norm(dim=(-2, -1))

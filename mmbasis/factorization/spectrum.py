@@ -31,16 +31,9 @@ class Spectrum:
         return round(kept / total, 6) if total > 0 else 1.
 
     def rank_for_energy(self, threshold: float) -> int:
-        """The smallest rank whose cumulative energy reaches a threshold.
-
-        The rank rule of Tayyab et al., ICIP 2021.
-
-        Args:
-            threshold (float): Fraction of the energy, in ``(0, 1]``.
-
-        Returns:
-            int: A rank in ``[1, R]``; 1 where all energy is zero.
-        """
+        """The smallest rank in ``[1, R]`` whose cumulative energy reaches a
+        fraction in ``(0, 1]`` of all (Tayyab et al., ICIP 2021); 1 where all
+        energy is zero."""
         cumulative = self.energy.cumsum(0)
         # a hair below, so that threshold 1 is reached in spite of rounding
         target = threshold * cumulative[-1] * (1 - 1e-12)
@@ -73,25 +66,20 @@ def spectrum_of_moment(moment: Tensor,
     moment = moment.double()
     if matrix is not None and matrix.shape[-1] < matrix.shape[-2]:
         orthonormal = torch.linalg.qr(matrix.double())[0]
-        spectrum = spectrum_of_moment(orthonormal.mT @ moment @ orthonormal)
-        return Spectrum(spectrum.values,
-                        _fix_signs(orthonormal @ spectrum.vectors))
+        return _within(orthonormal, orthonormal.mT @ moment @ orthonormal)
     values, vectors = torch.linalg.eigh(moment)
     return Spectrum(values.flip(-1).clamp_min(0), _fix_signs(vectors.flip(-1)))
 
 
 def spectrum_of_factor(matrix: Tensor,
                        input_moment: Optional[Tensor] = None) -> Spectrum:
-    """Spectrum of ``H C H^T`` from its factors.
-
-    Without ``input_moment`` (``C = I``) the vectors are the left singular
-    vectors of ``H`` and the values its squared singular values. Whichever of
-    a ``P x P`` and a ``D x D`` matrix is smaller is decomposed.
+    """Spectrum of ``H C H^T``, whichever of ``P`` and ``D`` is smaller.
 
     Args:
         matrix (Tensor): ``H``, shape ``(G, P, D)``.
         input_moment (Tensor, optional): ``C``, the second moment (or the
-            covariance) of the layer's input, shape ``(G, D, D)``.
+            covariance) of the layer's input, shape ``(G, D, D)``. Defaults to
+            the identity: left singular vectors and squared singular values.
 
     Returns:
         Spectrum: With ``R = min(P, D)``.
@@ -103,7 +91,13 @@ def spectrum_of_factor(matrix: Tensor,
     # H = Q R: the eigenvectors lie in the range of H, and Q keeps those of
     # the small problem orthonormal, also where eigenvalues are zero
     orthonormal, small = torch.linalg.qr(matrix)
-    spectrum = spectrum_of_moment(_sandwich(small, input_moment))
+    return _within(orthonormal, _sandwich(small, input_moment))
+
+
+def _within(orthonormal: Tensor, moment: Tensor) -> Spectrum:
+    """Spectrum in the space that orthonormal columns span, of a moment given
+    in their coordinates."""
+    spectrum = spectrum_of_moment(moment)
     return Spectrum(spectrum.values,
                     _fix_signs(orthonormal @ spectrum.vectors))
 

@@ -10,12 +10,8 @@ Options = Tuple[np.ndarray, np.ndarray]
 def _pareto(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Indices of the options that nothing beats, by rising cost."""
     order = np.lexsort((losses, costs))
-    kept, best = [], np.inf
-    for index in order:
-        if losses[index] < best:
-            kept.append(index)
-            best = losses[index]
-    return np.array(kept)
+    best = np.minimum.accumulate(losses[order])
+    return order[np.append(True, best[1:] < best[:-1])]
 
 
 def _hull(costs: np.ndarray, losses: np.ndarray) -> List[int]:
@@ -37,15 +33,12 @@ def _hull(costs: np.ndarray, losses: np.ndarray) -> List[int]:
 def allocate(options: Sequence[Options], budget: float) -> List[int]:
     """Choose one option per layer: least total loss within the budget.
 
-    The Lagrangian relaxation (each layer minimises ``loss + lambda cost``)
-    visits the convex hulls of the layers' options in order of their slopes:
-    it is optimal up to the last step. What is left of the budget is then
-    spent on the single options that lower the loss most.
+    Walking along the convex hulls of the layers' options in order of their
+    slopes (the Lagrangian relaxation) is optimal up to the last step.
 
     Args:
-        options (Sequence[tuple[ndarray, ndarray]]): For each layer, costs and
-            losses of its options, both of shape ``(options, )``, in any
-            order.
+        options (Sequence[tuple[ndarray, ndarray]]): Costs and losses of each
+            layer's options, in any order.
         budget (float): Upper bound of the sum of costs.
 
     Returns:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..registry import PLANNERS
 from .allocation import allocate
-from .costs import Cost, LatencyCost
+from .costs import Cost
 from .latency import LatencyTable
 from .planners import (
     BasePlanner,
@@ -62,13 +62,16 @@ class BudgetPlanner(BasePlanner):
                 f'latency with its table, but got {given}, table={table!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
-        self.cost = Cost(self.metric) if table is None else LatencyCost(
-            LatencyTable.of(table))
+        if table is not None:
+            self.cost: Cost = LatencyTable.load(
+                **(dict(path=table) if isinstance(table, str) else table))
+        else:
+            self.cost = Cost(self.metric)
 
     def describe(self) -> dict:
         record = super().describe()
-        if isinstance(self.cost, LatencyCost):
-            record['table'] = self.cost.table.describe()
+        if isinstance(self.cost, LatencyTable):
+            record['table'] = self.cost.describe()
         return record
 
     def why_dense(self, candidates: Candidates) -> str:
@@ -76,9 +79,9 @@ class BudgetPlanner(BasePlanner):
 
     def choose(self, free: Sequence[Candidates],
                decided: Decided) -> Sequence[Optional[int]]:
-        of, costs = self.cost.of, [x.costs for x in free]
-        budget = self.cost.budget(self.budget,
-                                  costs + [x.costs for x, _ in decided])
+        of = self.cost.of
+        counted = [*free, *(x for x, _ in decided)]
+        budget = self.cost.budget(self.budget, [x.costs for x in counted])
         budget -= sum(of(x.costs, rank) for x, rank in decided)
         # None, the dense layer, comes last
         table = [(*x.ranks, None) for x in free]
@@ -94,19 +97,14 @@ class BudgetPlanner(BasePlanner):
 
 
 def _losses(free: Sequence[Candidates]) -> List[np.ndarray]:
-    """What each rank from 0 to full loses, in one unit for all layers.
-
-    The sensitivity of some layers may be unknown. They lose their share of
-    energy then, times what a layer whose sensitivity is known typically
-    loses in all.
-    """
-    known = [
-        x.statistics.sensitivity.cpu().numpy()
-        for x in free if x.statistics.sensitivity is not None
-    ]
-    totals = [x.sum() for x in known if x.any()]
+    """What each rank from 0 to full loses, in one unit for all layers: where
+    the sensitivity is unknown, the share of energy times what layers of known
+    sensitivity typically lose in all."""
+    known = [x.statistics.sensitivity for x in free]
+    lost = [None if x is None else lost_behind(x.cpu().numpy()) for x in known]
+    totals = [x[0] for x in lost if x is not None and x[0]]
     unit = float(np.median(totals)) if totals else 1.
     return [
-        unit * x.energy_lost if x.statistics.sensitivity is None else
-        lost_behind(x.statistics.sensitivity.cpu().numpy()) for x in free
+        unit * candidates.energy_lost if losses is None else losses
+        for candidates, losses in zip(free, lost)
     ]

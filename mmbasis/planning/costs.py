@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Iterable, Optional, Sequence, Tuple
 
-from .latency import LatencyTable
 from .layers import Layer
 from .statistics import LayerStatistics
 
@@ -23,7 +22,6 @@ class Form:
     norm: bool = False
 
 
-#: basis layers with nothing but their factors
 PLAIN = Form()
 
 
@@ -41,12 +39,9 @@ class Costs:
     form: Form = PLAIN
 
     def macs(self, rank: Optional[int] = None) -> float:
-        """Multiply-accumulate operations for one image.
-
-        Args:
-            rank (int, optional): Basis filters per group; None for the dense
-                layer. A bias costs nothing, as in MMEngine's analysis.
-        """
+        """Multiply-accumulates for one image at a rank (basis filters per
+        group); None for the dense layer. A bias costs nothing, as in
+        MMEngine's analysis."""
         known = self.statistics
         if rank is None:
             return self.layer.module.weight.numel() * known.weight_positions
@@ -107,44 +102,11 @@ class Cost:
         """What some layers may cost if the network keeps a fraction."""
         return fraction * sum(self.of(layer, None) for layer in layers)
 
-    def check(self, layers: Sequence[Layer]) -> None:
-        """Require that the cost of these layers is known.
-
-        Raises:
-            ValueError: Naming the layers that it is not known of.
-        """
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Require that the cost of these layers is known; the ValueError
+        names those that it is not known of."""
 
     def why_not(self, costs: Costs, round_to: int) -> str:
         """Why no rank of a layer pays."""
         return (f'no rank pays: break-even is at {costs.break_even + 1}'
                 f', ranks are multiples of {round_to}')
-
-
-class LatencyCost(Cost):
-    """Milliseconds on a device.
-
-    Args:
-        table (LatencyTable): What was measured there.
-    """
-
-    def __init__(self, table: LatencyTable) -> None:
-        super().__init__('latency')
-        self.table = table
-
-    def of(self, costs: Costs, rank: Optional[int]) -> float:
-        return self.table.cost(costs.layer.name, rank)
-
-    def pays(self, costs: Costs, rank: int) -> bool:
-        return super().pays(costs, rank) and self.table.is_faster(
-            costs.layer.name, rank)
-
-    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
-        return self.table.budget(fraction, [x.layer.name for x in layers])
-
-    def check(self, layers: Sequence[Layer]) -> None:
-        self.table.check_layers(layers)
-
-    def why_not(self, costs: Costs, round_to: int) -> str:
-        if costs.break_even < round_to:
-            return super().why_not(costs, round_to)
-        return 'no rank is faster than the dense layer, by the latency table'

@@ -2,11 +2,13 @@
 """What layers cost in milliseconds on a device, as tools/latency_table.py
 measured it."""
 import json
-from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .costs import Cost, Costs
 from .layers import Layer
 
 SCHEMA, VERSION = 'mmbasis.latency_table', 1
@@ -20,7 +22,6 @@ class Curve:
 
     Args:
         shape (list[int]): Of the dense weights.
-        kind (str): Class name of the basis layer.
         dense (float): Latency of the dense layer, ms.
         noise (float): Two latencies that differ by less are equal, ms.
         ranks (ndarray): Measured ranks, rising.
@@ -28,7 +29,6 @@ class Curve:
             falling: see :meth:`LatencyTable.load`.
     """
     shape: List[int]
-    kind: str
     dense: float
     noise: float
     ranks: np.ndarray
@@ -45,17 +45,13 @@ class Curve:
         return float(max(self.dense, self.latencies[-1]))
 
 
-def _require(condition: bool, path: str, text: str) -> None:
-    if not condition:
-        raise ValueError(f'{path} {text}')
-
-
-class LatencyTable:
+@dataclass
+class LatencyTable(Cost):
     """Measured latencies of the layers of one model on one device.
 
     Args:
         path (str): Where it was read from, for messages.
-        device (dict): Description of the device.
+        device_name (str): The board, or the processor.
         backend (str): ``'onnxruntime'``, ``'torch'``, ``'tensorrt'`` …
         precision (str): ``'fp32'``, ``'fp16'`` or ``'int8'``.
         curves (dict[str, list[tuple[Curve, int]]]): For each layer, the
@@ -63,53 +59,40 @@ class LatencyTable:
             one forward pass.
         model_ms (float, optional): Latency of the whole dense model.
         compressed_ms (float, optional): Of the whole model at some ranks.
-        compressed_ranks (dict[str, int], optional): Those ranks.
+        compressed_ranks (dict[str, int]): Those ranks.
     """
+    path: str
+    device_name: str
+    backend: str
+    precision: str
+    curves: Dict[str, List[Tuple[Curve, int]]]
+    model_ms: Optional[float] = None
+    compressed_ms: Optional[float] = None
+    compressed_ranks: Dict[str, int] = field(default_factory=dict)
 
-    def __init__(self,
-                 path: str,
-                 device: Dict[str, Any],
-                 backend: str,
-                 precision: str,
-                 curves: Dict[str, List[Tuple[Curve, int]]],
-                 model_ms: Optional[float] = None,
-                 compressed_ms: Optional[float] = None,
-                 compressed_ranks: Optional[Dict[str, int]] = None) -> None:
-        self.path = path
-        self.device = device
-        self.backend = backend
-        self.precision = precision
-        self.curves = curves
-        self.model_ms = model_ms
+    def __post_init__(self) -> None:
+        super().__init__('latency')
         #: how much longer layers take inside the model than alone
         self._dense_scale = self._basis_scale = 1.
-        self._fit_scales(compressed_ms, compressed_ranks or {})
-
-    def _fit_scales(self, compressed_ms: Optional[float],
-                    ranks: Dict[str, int]) -> None:
-        """Make the predictions of the dense and of the compressed model those
-        that were measured, as far as that is no speed-up of basis layers."""
         if self.model_ms is None:
             return
+        # the predictions of the dense and of the compressed model are those
+        # that were measured, as far as that is no speed-up of basis layers
         alone = sum(self.cost(name, None) for name in self.curves)
         if alone > self.model_ms:
             self._dense_scale = self._basis_scale = self.model_ms / alone
-        if compressed_ms is None:
+        if self.compressed_ms is None:
             return
+        ranks = self.compressed_ranks
         basis = sum(
             self.cost(name, rank) for name, rank in ranks.items()
             if name in self.curves)
-        excess = compressed_ms - self.predict(ranks)
+        excess = self.compressed_ms - self.predict(ranks)
         if basis > 0 and excess > 0:
             self._basis_scale *= 1 + excess / basis
 
-    @property
-    def device_name(self) -> str:
-        """The board, or the processor."""
-        return str(self.device.get('board') or self.device.get('cpu'))
-
     def describe(self) -> Dict[str, str]:
-        """Plain data for a plan's record; :meth:`of` reads it again."""
+        """Plain data for a plan's record; :meth:`load` takes it."""
         return dict(
             path=self.path,
             device=self.device_name,
@@ -118,94 +101,93 @@ class LatencyTable:
 
     # --------------------------------------------------------------- read
     @classmethod
-    def of(cls, table: Union[str, Dict[str, str], 'LatencyTable']) -> \
-            'LatencyTable':
-        """A table from its file, from ``dict(path=…, device=…, backend=…,
-        precision=…)`` that says what it must be of, or itself."""
-        if isinstance(table, LatencyTable):
-            return table
-        return cls.load(**(dict(
-            path=table) if isinstance(table, str) else table))
-
-    @classmethod
-    def load(cls,
-             path: str,
-             device: Optional[str] = None,
-             backend: Optional[str] = None,
-             precision: Optional[str] = None) -> 'LatencyTable':
-        """Read and check a table.
-
-        A layer is never taken to be faster at a higher rank: where a lower
-        rank was measured slower, its latency counts for the higher one too.
+    def load(cls, path: str, **target: Optional[str]) -> 'LatencyTable':
+        """Read and check a table. Where a lower rank was measured slower than
+        a higher one, its latency counts for the higher one too.
 
         Args:
             path (str): JSON file of ``tools/latency_table.py measure``.
-            device (str, optional): Text that the device's name must contain.
-            backend (str, optional): Back end that it must be of.
-            precision (str, optional): Precision that it must be of.
-
-        Returns:
-            LatencyTable: The table.
+            **target: What it must be of, see :meth:`check`.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no complete latency table, or of another
-                device, back end or precision.
+                target.
         """
         data = _read(path)
         try:
-            table = cls(path, data['device'], data['backend'],
-                        data['precision'], _curves(data['entries']),
-                        *_model_ms(data['entries']))
-        except (KeyError, TypeError, IndexError) as error:
+            device = data['device']
+            entries = {e['id']: e for e in data['entries']}
+            compressed = entries.get(COMPRESSED_ID, {})
+            table = cls(path, str(device.get('board') or device.get('cpu')),
+                        data['backend'], data['precision'], _curves(entries),
+                        entries.get(MODEL_ID, {}).get('median_ms'),
+                        compressed.get('median_ms'),
+                        compressed.get('ranks', {}))
+        except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f'{path} is malformed: {error!r} in its entries; '
                              'was the index of tools/latency_table.py export '
                              'measured?') from None
-        table.check(device, backend, precision)
+        table.check(**target)
         return table
 
     def check(self,
               device: Optional[str] = None,
               backend: Optional[str] = None,
               precision: Optional[str] = None) -> None:
-        """Require that the table speaks of a target; see :meth:`load`."""
-        found = dict(
-            device=self.device_name,
-            backend=self.backend,
-            precision=self.precision)
+        """Require that the table was measured on a target.
+
+        Args:
+            device (str, optional): Text that the device's name must contain.
+            backend (str, optional): Back end that it must be of.
+            precision (str, optional): Precision that it must be of.
+
+        Raises:
+            ValueError: Naming what differs.
+        """
         wanted = dict(device=device, backend=backend, precision=precision)
         for key, value in wanted.items():
-            if value is None:
-                continue
-            fits = value.lower() in found[key].lower() if key == 'device' \
-                else value == found[key]
-            _require(
-                fits, self.path, f'was measured with {key} {found[key]!r}, '
-                f'not {value!r}: measure a table there')
+            found = self.describe()[key]
+            fits = value is None or value == found or (
+                key == 'device' and value.lower() in found.lower())
+            if not fits:
+                raise ValueError(
+                    f'{self.path} was measured with {key} {found!r}, not '
+                    f'{value!r}: measure a table there')
 
     # -------------------------------------------------------------- costs
     def check_layers(self, layers: Sequence[Layer]) -> None:
-        """Require curves for layers.
-
-        Raises:
-            ValueError: Naming the layers that the table does not hold, or
-                holds with other weights.
-        """
-        missing = [
-            layer.name for layer in layers if layer.name not in self.curves
-        ]
-        wrong = [
-            f'{layer.name} has weights {list(layer.module.weight.shape)}, in '
-            f'the table {curve.shape}' for layer in layers
-            for curve, _ in self.curves.get(layer.name, [])[:1]
-            if curve.shape != list(layer.module.weight.shape)
-        ]
-        if missing or wrong:
-            text = '; '.join(wrong[:2] +
-                             [f'{x} is not in it' for x in missing[:2]])
+        wrong = []
+        for layer in layers:
+            shape = list(layer.module.weight.shape)
+            curves = self.curves.get(layer.name)
+            if curves is None:
+                wrong.append(f'{layer.name} is not in it')
+            elif curves[0][0].shape != shape:
+                wrong.append(f'{layer.name} has weights {shape}, in the '
+                             f'table {curves[0][0].shape}')
+        if wrong:
             raise ValueError(
-                f'the latency table {self.path} is of another model: {text} '
-                f'({len(missing) + len(wrong)} layers in all)')
+                f'the latency table {self.path} is of another model: '
+                f'{"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
+
+    def of(self, costs: Costs, rank: Optional[int]) -> float:
+        return self.cost(costs.layer.name, rank)
+
+    def pays(self, costs: Costs, rank: int) -> bool:
+        return super().pays(costs, rank) and self.is_faster(
+            costs.layer.name, rank)
+
+    def why_not(self, costs: Costs, round_to: int) -> str:
+        if costs.break_even < round_to:
+            return super().why_not(costs, round_to)
+        return 'no rank is faster than the dense layer, by the latency table'
+
+    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
+        """What some layers may take if the whole model keeps a fraction of
+        its latency, ms; negative where all else takes longer alone."""
+        dense = self.predict({})
+        return fraction * dense - (dense - super().budget(1, layers))
 
     def cost(self, name: str, rank: Optional[int]) -> float:
         """Milliseconds that a layer takes in one forward pass of the model, at
@@ -230,36 +212,12 @@ class LatencyTable:
 
     def rest(self) -> float:
         """Milliseconds of the dense model outside the layers of the table."""
-        if self.model_ms is None:
-            return 0.
         layers = sum(self.cost(name, None) for name in self.curves)
-        return max(0., self.model_ms - layers)
-
-    def budget(self, fraction: float, names: Iterable[str]) -> float:
-        """What is left for some layers of a fraction of the model's latency.
-
-        Args:
-            fraction (float): Of the latency of the whole dense model.
-            names (Iterable[str]): The layers whose ranks are to be chosen;
-                all else takes its time as it is.
-
-        Returns:
-            float: Milliseconds; negative where all else takes longer alone.
-        """
-        dense = {name: self.cost(name, None) for name in self.curves}
-        fixed = self.rest() + sum(dense.values())
-        fixed -= sum(dense[name] for name in names)
-        return fraction * (self.rest() + sum(dense.values())) - fixed
+        return max(0., (self.model_ms or 0.) - layers)
 
     def predict(self, ranks: Dict[str, int]) -> float:
-        """Latency of the whole model.
-
-        Args:
-            ranks (dict[str, int]): Of the layers that are compressed.
-
-        Returns:
-            float: Milliseconds for one forward pass.
-        """
+        """Milliseconds for one forward pass of the whole model, given the
+        ranks of the layers that are compressed."""
         return self.rest() + sum(
             self.cost(name, ranks.get(name)) for name in self.curves)
 
@@ -271,56 +229,38 @@ def _read(path: str) -> dict:
             data = json.load(file)
         except ValueError as error:
             raise ValueError(f'{path} is not JSON: {error}') from None
-    _require(
-        isinstance(data, dict) and data.get('schema') == SCHEMA, path,
-        'is no latency table: make one by tools/latency_table.py')
-    _require(
-        data.get('version') == VERSION, path,
-        f'is a latency table of version {data.get("version")!r}, this '
-        f'mmbasis reads version {VERSION}')
-    _require(
-        data.get('status') == 'complete', path,
-        'is not complete: run tools/latency_table.py measure again, it '
-        'goes on where it stopped')
+    if not isinstance(data, dict) or data.get('schema') != SCHEMA:
+        raise ValueError(f'{path} is no latency table: make one by '
+                         'tools/latency_table.py')
+    if data.get('version') != VERSION:
+        raise ValueError(
+            f'{path} is a latency table of version {data.get("version")!r}, '
+            f'this mmbasis reads version {VERSION}')
+    if data.get('status') != 'complete':
+        raise ValueError(f'{path} is not complete: run tools/latency_table.py '
+                         'measure again, it goes on where it stopped')
     return data
 
 
-def _model_ms(entries: List[dict]) -> tuple:
-    """Latency of the whole model, dense and compressed, and the ranks."""
-    whole = {e['id']: e for e in entries}
-    compressed = whole.get(COMPRESSED_ID, {})
-    return (whole.get(MODEL_ID, {}).get('median_ms'),
-            compressed.get('median_ms'), compressed.get('ranks'))
-
-
-def _curves(entries: List[dict]) -> Dict[str, List[Tuple[Curve, int]]]:
-    carriers = {
-        e['id']: e['median_ms']
-        for e in entries if e.get('role') == CARRIER
-    }
-    groups: Dict[str, List[dict]] = {}
-    for entry in entries:
+def _curves(entries: Dict[str, dict]) -> Dict[str, List[Tuple[Curve, int]]]:
+    groups: Dict[str, List[dict]] = defaultdict(list)
+    for entry in entries.values():
         if entry.get('role') == 'layer':
-            groups.setdefault(entry['group'], []).append(entry)
-    curves: Dict[str, List[Tuple[Curve, int]]] = {}
+            groups[entry['group']].append(entry)
+    curves: Dict[str, List[Tuple[Curve, int]]] = defaultdict(list)
     for group in groups.values():
-        curve = _curve(group, carriers)
-        for name, count in group[0]['uses'].items():
-            curves.setdefault(name, []).append((curve, count))
-    return curves
-
-
-def _curve(group: List[dict], carriers: Dict[str, float]) -> Curve:
-
-    def net(entry: dict) -> float:
         # what feeds the layer is not the layer's
-        return max(entry['median_ms'] - carriers[entry['carrier']], 1e-6)
-
-    dense = next(e for e in group if e['rank'] is None)
-    rest = sorted((e for e in group if e['rank'] is not None),
-                  key=lambda e: e['rank'])
-    return Curve(
-        dense['weight_shape'], dense['kind'], net(dense),
-        max(e['noise_ms'] for e in group),
-        np.array([e['rank'] for e in rest], dtype=int),
-        np.maximum.accumulate(np.array([net(e) for e in rest], dtype=float)))
+        feeds = [entries[e['carrier']]['median_ms'] for e in group]
+        times = {
+            e['rank']: max(e['median_ms'] - feed, 1e-6)
+            for e, feed in zip(group, feeds)
+        }
+        dense = times.pop(None)
+        ranks = sorted(times)
+        curve = Curve(group[0]['weight_shape'], dense,
+                      max(e['noise_ms'] for e in group),
+                      np.array(ranks, dtype=int),
+                      np.maximum.accumulate([times[rank] for rank in ranks]))
+        for name, count in group[0]['uses'].items():
+            curves[name].append((curve, count))
+    return dict(curves)

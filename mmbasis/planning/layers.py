@@ -3,7 +3,7 @@
 import enum
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
@@ -16,24 +16,16 @@ from ..layers import BasisLayer, DenseKind, kind_of, why_not
 
 class Reason(enum.Enum):
     """Why a layer stays dense."""
-    #: it cannot be represented by a basis
     UNSUPPORTED = 'unsupported'
-    #: it shares its parameters with another layer
     TIED = 'tied'
-    #: its weights are left out of checkpoints
     UNSAVED = 'unsaved'
-    #: it is a moving average of another layer and follows that one
     AVERAGE = 'average'
-    #: it tells other layers where to sample
     OFFSETS = 'offsets'
-    #: its output is a prediction
     PREDICTION = 'prediction'
-    #: the user did not ask for it
     NOT_INCLUDED = 'not included'
     EXCLUDED = 'excluded'
     NO_RANK_GIVEN = 'no rank given'
     NOT_IN_PLAN = 'not in the plan'
-    #: it does not run
     UNUSED = 'unused'
 
 
@@ -80,11 +72,7 @@ class Layer:
 
     @property
     def known_kind(self) -> Type[DenseKind]:
-        """Its kind.
-
-        Raises:
-            TypeError: If no kind of layer is known for it.
-        """
+        """Its kind; TypeError if none is known."""
         if self.kind is None:
             raise TypeError(f'{self.name}, a {type(self.module).__name__}, '
                             'is of no known kind of layer')
@@ -92,11 +80,7 @@ class Layer:
 
     @property
     def matrix_shape(self) -> Tuple[int, int, int]:
-        """``(G, P / G, D)``: groups, outputs per group, weights per output.
-
-        Raises:
-            TypeError: If no kind of layer is known for it.
-        """
+        """``(G, P / G, D)``: groups, outputs per group, weights per output."""
         return self.known_kind.matrix_shape(self.module)
 
     @property
@@ -118,68 +102,62 @@ def find_layers(model: nn.Module) -> List[Layer]:
     """All convolution and linear layers of a model, in order of definition.
 
     A layer that several modules share is listed once, under its first name.
-    A layer inside another one, which computes the offsets of a deformable
-    convolution, stays dense. Those of a moving average inside the model
-    become what the averaged ones become.
+    Layers inside another one (offsets of a deformable convolution) and inside
+    a moving average of the model carry obstacles.
 
     Args:
-        model (nn.Module): Any model. Modules that are already basis layers
-            are not looked into.
+        model (nn.Module): Any model; basis layers are not looked into.
 
     Returns:
         list[Layer]: Those that can never be compressed carry the obstacle.
     """
-    owners: Dict[int, List[str]] = defaultdict(list)
-    found = []
-    for name, module, obstacle in _walk(model):
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(name)
-        if obstacle is None or obstacle.words:
-            found.append((name, module, obstacle))
-    layers = []
-    for name, module, obstacle in found:
-        others = [
-            other for parameter in module.parameters(recurse=False)
-            for other in owners[id(parameter)] if other != name
-        ]
-        if others and obstacle is None:
-            obstacle = Exclusion(Reason.TIED,
-                                 f'shares its parameters with {others[0]}')
-        layers.append(
-            Layer(name, module, kind_of(module), _types(model, name),
-                  obstacle))
-    return layers
-
-
-def _walk(
-    model: nn.Module
-) -> Iterator[Tuple[str, nn.Module, Optional[Exclusion]]]:
-    """All modules outside of basis layers; for those that are no layers the
-    obstacle has no words."""
     saved = model.state_dict().keys()
-    inside: Tuple[str, ...] = ()
     branches: Tuple[str, ...] = ()
     averages: Tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BasisLayer):
-            inside += (f'{name}.', )
-            continue
+    owners: Dict[int, List[str]] = defaultdict(list)
+    layers = []
+    for name, module in _walk(model):
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(name)
         if isinstance(module, BaseAveragedModel):
             averages += (f'{name}.', )
         words = why_not(module)
-        obstacle = None if words is None else Exclusion(
-            Reason.UNSUPPORTED, words)
-        if words != '':
-            if name.startswith(branches):
-                obstacle = OFFSETS
-            if name.startswith(averages):
-                obstacle = AVERAGE
-            if obstacle is None and f'{name}.weight'.lstrip('.') not in saved:
-                obstacle = UNSAVED
-            branches += (f'{name}.', )
-        yield name, module, obstacle
+        if words == '':
+            continue
+        obstacle = None
+        if name.startswith(averages):
+            obstacle = AVERAGE
+        elif name.startswith(branches):
+            obstacle = OFFSETS
+        elif words is not None:
+            obstacle = Exclusion(Reason.UNSUPPORTED, words)
+        elif f'{name}.weight'.lstrip('.') not in saved:
+            obstacle = UNSAVED
+        branches += (f'{name}.', )
+        layers.append(
+            Layer(name, module, kind_of(module), _types(model, name),
+                  obstacle))
+    return [_unless_tied(layer, owners) for layer in layers]
+
+
+def _walk(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """All modules outside of basis layers."""
+    inside: Tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, BasisLayer):
+            inside += (f'{name}.', )
+        elif not name.startswith(inside):
+            yield name, module
+
+
+def _unless_tied(layer: Layer, owners: Dict[int, List[str]]) -> Layer:
+    """The layer, with an obstacle if it shares parameters with others."""
+    for parameter in layer.module.parameters(recurse=False):
+        for other in owners[id(parameter)]:
+            if other != layer.name and layer.obstacle is None:
+                words = f'shares its parameters with {other}'
+                return replace(layer, obstacle=Exclusion(Reason.TIED, words))
+    return layer
 
 
 def _types(model: nn.Module, name: str) -> Tuple[str, ...]:
@@ -192,16 +170,9 @@ def _types(model: nn.Module, name: str) -> Tuple[str, ...]:
 
 def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
                    key: str) -> None:
-    """Require that each pattern matches some layer.
-
-    Args:
-        layers (Sequence[Layer]): All layers of a model.
-        patterns (Sequence[str]): Patterns, see :meth:`Layer.matches`.
-        key (str): Where they were given, for the message.
-
-    Raises:
-        ValueError: Naming the key, the pattern and what there is.
-    """
+    """Require that each pattern matches some layer, see
+    :meth:`Layer.matches`; the ValueError names ``key``, where they were given,
+    the pattern and what there is."""
     for pattern in patterns:
         try:
             if any(layer.matches(pattern) for layer in layers):
@@ -218,11 +189,7 @@ def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
 
 
 def check_finite(layers: Sequence[Layer]) -> None:
-    """Require finite weights and biases.
-
-    Raises:
-        ValueError: Naming the layers that hold NaN or infinite values.
-    """
+    """Require finite weights and biases; the ValueError names layers."""
     broken = [
         layer.name for layer in layers
         if not all(is_lazy(x) or bool(torch.isfinite(x).all())

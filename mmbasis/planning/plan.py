@@ -89,15 +89,8 @@ class CompressionPlan:
     def from_ranks(cls, analysis: Analysis, ranks: Mapping[str, int],
                    reasons: Mapping[str, str], form: Form,
                    planner: Dict[str, Any]) -> 'CompressionPlan':
-        """Write a planner's decision down with its costs.
-
-        Args:
-            analysis (Analysis): All layers of the model.
-            ranks (Mapping[str, int]): Ranks of the layers to be represented.
-            reasons (Mapping[str, str]): Why the other chosen ones stay.
-            form (Form): How the basis layers are built.
-            planner (dict): Configuration of the planner.
-        """
+        """Write a planner's decision down with its costs: the ranks of layers
+        and, of the other chosen ones, the reasons to keep them dense."""
         layers, dense = {}, {}
         for layer in analysis.layers:
             known = analysis.statistics[layer.name]
@@ -119,12 +112,8 @@ class CompressionPlan:
         return cls(layers, dense, form.norm, planner)
 
     def with_dense_costs(self, dense: 'CompressionPlan') -> 'CompressionPlan':
-        """The same for a model that was compressed before.
-
-        Args:
-            dense (CompressionPlan): The plan before: costs of the dense
-                model are taken from it, and which layers got a bias.
-        """
+        """The same for a model that was compressed before: what the dense
+        model costs, and which layers got a bias, is in that plan."""
         layers, kept = dict(self.layers), dict(self.dense)
         for name, entry in dense.layers.items():
             if name in layers:
@@ -151,30 +140,22 @@ class CompressionPlan:
         pairs = [row[1:] for row in rows if not convs_only or len(row[0]) > 2]
         macs, params = zip(*pairs) if pairs else ([], [])
         return {
-            key:
-            dict(
-                before=sum(v[0] for v in values),
-                after=sum(v[1] for v in values))
-            for key, values in (('macs', macs), ('params', params))
+            key: dict(before=sum(v[0] for v in x), after=sum(v[1] for v in x))
+            for key, x in (('macs', macs), ('params', params))
         }
 
     # -------------------------------------------------------- plain data
     def to_dict(self) -> Dict[str, Any]:
         """The plan as plain types, as it stands in checkpoints and JSON."""
+        own = asdict(self)
         return dict(
             version=PLAN_VERSION,
             mmbasis=__version__,
-            planner=self.planner,
+            planner=own['planner'],
             norm=self.norm,
             totals=self.totals(),
-            layers={
-                k: asdict(v)
-                for k, v in self.layers.items()
-            },
-            dense={
-                k: asdict(v)
-                for k, v in self.dense.items()
-            })
+            layers=own['layers'],
+            dense=own['dense'])
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'CompressionPlan':
@@ -192,13 +173,11 @@ class CompressionPlan:
                 f'the plan has version {version!r}, this mmbasis '
                 f'({__version__}) reads up to {PLAN_VERSION}: upgrade mmbasis')
         try:
-            return cls({
-                k: LayerPlan(**v)
-                for k, v in data['layers'].items()
-            }, {
-                k: DensePlan(**v)
-                for k, v in data.get('dense', {}).items()
-            }, bool(data.get('norm', False)), dict(data.get('planner', {})))
+            layers = {k: LayerPlan(**v) for k, v in data['layers'].items()}
+            dense = data.get('dense', {})
+            dense = {k: DensePlan(**v) for k, v in dense.items()}
+            return cls(layers, dense, bool(data.get('norm', False)),
+                       dict(data.get('planner', {})))
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f'the plan has a malformed layer: {error}') from None
@@ -206,9 +185,8 @@ class CompressionPlan:
     def dumps(self) -> str:
         """JSON with one line per layer, so that plans can be read and compared
         line by line."""
-        data = self.to_dict()
         blocks = []
-        for key, value in data.items():
+        for key, value in self.to_dict().items():
             if key in ('layers', 'dense') and value:
                 rows = (f'    {json.dumps(k)}: {json.dumps(v)}'
                         for k, v in value.items())
@@ -230,12 +208,10 @@ class CompressionPlan:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no plan, or one of a newer version.
         """
-        with open(path, encoding='utf-8') as file:
-            try:
-                data = json.load(file)
-            except ValueError as error:
-                raise ValueError(f'{path} is not JSON: {error}') from None
         try:
-            return cls.from_dict(data)
+            with open(path, encoding='utf-8') as file:
+                return cls.from_dict(json.load(file))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f'{path} is not JSON: {error}') from None
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None

@@ -34,26 +34,36 @@ def is_rank(value: Any) -> bool:
             and value >= 1)
 
 
+def check_ranks(key: str, ranks: Mapping[str, int | str],
+                word: str) -> dict[str, int | str]:
+    """Require, by pattern, positive ranks or a word; a copy."""
+    for pattern, rank in ranks.items():
+        if rank != word and not is_rank(rank):
+            raise ValueError(f'{key}[{pattern!r}] must be a positive rank or '
+                             f'"{word}", but got {rank!r}')
+    return dict(ranks)
+
+
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """What a planner may do with one layer.
 
     Args:
-        layer (Layer): The layer.
-        statistics (LayerStatistics): What was measured of it.
-        form (Form): How its basis layer would be built.
+        costs (Costs): Its MACs and parameters.
         ranks (tuple[int]): Ranks at which it would be cheaper than dense,
             rising. Keeping it dense is a candidate, too.
     """
-    layer: Layer
-    statistics: LayerStatistics
-    form: Form
+    costs: Costs
     ranks: tuple[int, ...]
 
-    @cached_property
-    def costs(self) -> Costs:
-        """Its MACs and parameters."""
-        return Costs(self.layer, self.statistics, self.form)
+    @property
+    def layer(self) -> Layer:
+        return self.costs.layer
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """What was measured of it."""
+        return self.costs.statistics
 
     @cached_property
     def energy_lost(self) -> np.ndarray:
@@ -79,9 +89,6 @@ class BasePlanner(ABC):
 
     Patterns are regular expressions that must match a whole layer name, or
     class names of a layer or of a module around it.
-
-    A planner of your own derives from this class, is registered in
-    ``mmbasis.registry.PLANNERS`` and has one method, :meth:`choose`.
 
     Args:
         include (Sequence[str]): Patterns; where given, only these layers are
@@ -139,12 +146,8 @@ class BasePlanner(ABC):
         if not is_rank(round_to):
             raise ValueError(f'round_to must be a positive integer, but got '
                              f'{round_to!r}')
-        for pattern, rank in (overrides or {}).items():
-            if rank != 'dense' and not is_rank(rank):
-                raise ValueError(f'overrides[{pattern!r}] must be a positive '
-                                 f'rank or "dense", but got {rank!r}')
+        self.overrides = check_ranks('overrides', overrides or {}, 'dense')
         self.rules = Rules(tuple(include), tuple(exclude), prediction_layers)
-        self.overrides = dict(overrides or {})
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
 
@@ -158,16 +161,13 @@ class BasePlanner(ABC):
 
     # ------------------------------------------------------------- layers
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
-        """Choose the layers to plan for.
-
-        Raises:
-            ValueError: If a pattern matches no layer.
-        """
+        """Choose the layers to plan for; ValueError if a pattern matches
+        none."""
         check_patterns(layers, list(self.overrides), 'overrides')
         # whoever names a layer asks for it
         targets = Targets(*(x - self.named() for x in targets))
         selection = self.rules.select(layers, targets)
-        self.cost.check(selection.chosen)
+        self.cost.check_layers(selection.chosen)
         return selection
 
     def named(self) -> set[str]:
@@ -176,14 +176,7 @@ class BasePlanner(ABC):
 
     # --------------------------------------------------------------- plan
     def plan(self, analysis: Analysis, form: Form = PLAIN) -> CompressionPlan:
-        """Choose ranks.
-
-        Args:
-            analysis (Analysis): Of a model's layers.
-            form (Form): How basis layers are to be built.
-
-        Returns:
-            CompressionPlan: With the reason for each layer that stays dense.
+        """Choose ranks, or say why a layer stays dense.
 
         Raises:
             ValueError: If the request cannot be met.
@@ -192,8 +185,9 @@ class BasePlanner(ABC):
         free: list[Candidates] = []
         reasons: dict[str, str] = {}
         for layer in analysis.selection.chosen:
-            candidates = self.candidates(layer,
-                                         analysis.statistics[layer.name], form)
+            costs = Costs(layer, analysis.statistics[layer.name], form)
+            candidates = Candidates(costs,
+                                    self.cost.ranks(costs, self.round_to))
             settled = self._settle(candidates)
             if settled is None:
                 free.append(candidates)
@@ -208,13 +202,6 @@ class BasePlanner(ABC):
         return CompressionPlan.from_ranks(analysis, ranks, reasons, form,
                                           self.describe())
 
-    def candidates(self, layer: Layer, statistics: LayerStatistics,
-                   form: Form) -> Candidates:
-        """What can be done with a layer."""
-        costs = Costs(layer, statistics, form)
-        return Candidates(layer, statistics, form,
-                          self.cost.ranks(costs, self.round_to))
-
     def _settle(
             self,
             candidates: Candidates) -> tuple[int | None, str] | None:
@@ -226,7 +213,7 @@ class BasePlanner(ABC):
             return None, 'dense by override'
         if override is not None:
             rank = check_rank(layer, override)
-            if self.accepts(candidates, rank):
+            if self.cost.pays(candidates.costs, rank):
                 return rank, ''
             return None, _past_break_even(candidates)
         if not candidates.ranks:
@@ -245,10 +232,6 @@ class BasePlanner(ABC):
             for x, rank in zip(free, ranks)
         ]
 
-    def accepts(self, candidates: Candidates, rank: int) -> bool:
-        """Whether a rank that somebody gave makes the layer cheaper."""
-        return self.cost.pays(candidates.costs, rank)
-
     def why_dense(self, candidates: Candidates) -> str:
         """Why :meth:`choose` kept a layer dense."""
         return _past_break_even(candidates)
@@ -261,8 +244,7 @@ class BasePlanner(ABC):
         Args:
             free (Sequence[Candidates]): The layers to choose for; each has at
                 least one rank that pays.
-            decided (Sequence[tuple[Candidates, int | None]]): The other
-                layers that count, with their ranks.
+            decided (Sequence[tuple[Candidates, int | None]]): The others.
 
         Returns:
             Sequence[int | None]: A rank for each layer of ``free``; None
@@ -276,20 +258,12 @@ def _past_break_even(candidates: Candidates) -> str:
 
 
 def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
-    """The value of the first pattern that matches a layer; None if none
-    does."""
-    for pattern, value in table.items():
-        if layer.matches(pattern):
-            return value
-    return None
+    """The value of the first pattern that matches a layer, or None."""
+    return next((v for k, v in table.items() if layer.matches(k)), None)
 
 
 def check_rank(layer: Layer, rank: int) -> int:
-    """Require a rank that a layer can have.
-
-    Raises:
-        ValueError: Naming the layer.
-    """
+    """Require a rank that a layer can have; the ValueError names it."""
     if not isinstance(rank, Integral) or not 1 <= rank <= layer.full_rank:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
                          f'[1, {layer.full_rank}]')

@@ -1,14 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planners that choose the rank of each layer on its own."""
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Dict, Optional, Sequence, Set, Union
+from typing import Dict, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
 from ..registry import PLANNERS
 from ..running import Targets
-from .costs import Form
+from .costs import Cost, Costs
 from .layers import Exclusion, Layer, Reason, check_patterns
 from .planners import (
     BasePlanner,
@@ -16,11 +15,10 @@ from .planners import (
     Decided,
     check_fraction,
     check_rank,
+    check_ranks,
     first_match,
-    is_rank,
 )
 from .selection import Selection
-from .statistics import LayerStatistics
 
 
 class _LayerPlanner(BasePlanner):
@@ -80,6 +78,16 @@ class RatioPlanner(_LayerPlanner):
         return fits[-1] if fits else candidates.ranks[0]
 
 
+class AnyCost(Cost):
+    """Lets every rank pay."""
+
+    def pays(self, costs: Costs, rank: int) -> bool:
+        return True
+
+    def ranks(self, costs: Costs, round_to: int) -> Tuple[int, ...]:
+        return tuple(range(1, costs.layer.full_rank + 1))
+
+
 @PLANNERS.register_module()
 class FixedPlanner(_LayerPlanner):
     """Ranks given by the user.
@@ -100,12 +108,9 @@ class FixedPlanner(_LayerPlanner):
         super().__init__(**kwargs)
         if not ranks:
             raise ValueError('FixedPlanner: ranks is empty')
-        for pattern, rank in ranks.items():
-            if rank != 'full' and not is_rank(rank):
-                raise ValueError(f'FixedPlanner: ranks[{pattern!r}] must be a '
-                                 f'positive rank or "full", but got {rank!r}')
-        self.ranks = dict(ranks)
-        self.allow_costlier = allow_costlier
+        self.ranks = check_ranks('FixedPlanner: ranks', ranks, 'full')
+        if allow_costlier:
+            self.cost = AnyCost(self.cost.metric)
 
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
         check_patterns(layers, list(self.ranks), 'ranks')
@@ -118,16 +123,6 @@ class FixedPlanner(_LayerPlanner):
     def named(self) -> Set[str]:
         return super().named() | self.ranks.keys()
 
-    def candidates(self, layer: Layer, statistics: LayerStatistics,
-                   form: Form) -> Candidates:
-        found = super().candidates(layer, statistics, form)
-        if self.allow_costlier:
-            found = replace(found, ranks=tuple(range(1, layer.full_rank + 1)))
-        return found
-
-    def accepts(self, candidates: Candidates, rank: int) -> bool:
-        return self.allow_costlier or super().accepts(candidates, rank)
-
     def choose_one(self, candidates: Candidates) -> Optional[int]:
         layer = candidates.layer
         rank = first_match(layer, self.ranks)
@@ -135,4 +130,4 @@ class FixedPlanner(_LayerPlanner):
             rank = layer.full_rank
         multiple = -(-check_rank(layer, rank) // self.round_to)
         rank = min(multiple * self.round_to, layer.full_rank)
-        return rank if self.accepts(candidates, rank) else None
+        return rank if self.cost.pays(candidates.costs, rank) else None

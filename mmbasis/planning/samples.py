@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Samples of what layers take and return, and moments of them."""
 from dataclasses import dataclass
+from functools import partial
 from typing import Tuple
 
 import numpy as np
@@ -16,37 +17,14 @@ MAX_POSITIONS = 256
 
 
 def chosen_positions(count: int, device: torch.device) -> Tensor:
-    """Which of a number of positions are looked at, at most ``MAX_POSITIONS``.
-
-    They are drawn at random (a regular grid would see only one phase of a
-    strided transposed convolution), the same for each image, so that the
-    result does not depend on how images are split into batches.
-    """
+    """Which of a number of positions are looked at, at most ``MAX_POSITIONS``,
+    the same for each image, so that batches make no difference."""
     if count <= MAX_POSITIONS:
         return torch.arange(count, device=device)
+    # a grid would see one phase of a strided transposed convolution only
     generator = torch.Generator().manual_seed(count)
     chosen = torch.randperm(count, generator=generator)
     return chosen[:MAX_POSITIONS].to(device)
-
-
-def sample_positions(x: Tensor, axis: int, groups: int) -> Tensor:
-    """Channels of the chosen positions of each image.
-
-    Args:
-        x (Tensor): Output of a layer.
-        axis (int): The axis of the channels.
-        groups (int): ``G``.
-
-    Returns:
-        Tensor: Shape ``(G, C / G, positions)``, float32.
-    """
-    axis %= x.dim()
-    x = x.unsqueeze(0) if axis == 0 else x
-    axis = max(axis, 1)
-    x = x.movedim(axis, 1).flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
-    if x.shape[-1] > MAX_POSITIONS:
-        x = x[..., chosen_positions(x.shape[-1], x.device)]
-    return _by_group(x, groups)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -56,7 +34,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``sum left right^T`` over positions, in float64.
+    """``sum left right^T`` over positions, float64, shape ``(G, M, N)``.
 
     The fast product is of centred float32 samples; what the means contribute
     is added in float64. Where means dwarf deviations, a plain product would
@@ -65,9 +43,6 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     Args:
         left (Tensor): Shape ``(G, M, positions)``.
         right (Tensor): Shape ``(G, N, positions)``.
-
-    Returns:
-        Tensor: Shape ``(G, M, N)``.
     """
     count = left.shape[-1]
     shift_l, left, rest_l = _centre(left)
@@ -78,8 +53,7 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _centre(samples: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Means in float32 precision, deviations from them, and what these sum up
-    to, since rounded means miss the true ones."""
+    """Rounded means, deviations from them, and the sums of these."""
     mean = samples.mean(-1, True)
     samples = samples - mean
     return mean.double(), samples, samples.sum(-1, True).double()
@@ -107,21 +81,15 @@ class Moments:
         of_input = is_expansion(layer)
         groups, rows, in_size = layer.matrix_shape
         size = in_size if of_input else rows
-        zeros = layer.module.weight.new_zeros
-        kwargs = dict(dtype=torch.float64)
-        return cls(of_input, zeros((), **kwargs),
-                   zeros((groups, size), **kwargs),
-                   zeros((groups, size, size), **kwargs))
+        zeros = partial(layer.module.weight.new_zeros, dtype=torch.float64)
+        return cls(of_input, zeros(()), zeros((groups, size)),
+                   zeros((groups, size, size)))
 
     def add(self, samples: Tensor) -> None:
         """Add samples of shape ``(G, N, positions)``."""
-        count = samples.shape[-1]
-        mean, samples, rest = _centre(samples)
-        total = count * mean + rest
-        self.count += count
-        self.total += total.squeeze(-1)
-        self.second += (samples @ samples.mT).double()
-        self.second += mean @ total.mT + rest @ mean.mT
+        self.count += samples.shape[-1]
+        self.total += samples.sum(-1, dtype=torch.float64)
+        self.second += sum_of_products(samples, samples)
 
     def reduce(self) -> None:
         """Sum over all processes."""
@@ -146,23 +114,21 @@ def is_expansion(layer: Layer) -> bool:
 
 
 def output_samples(layer: Layer, y: Tensor) -> Tensor:
-    """Samples of a layer's output, shape ``(G, P / G, positions)``."""
-    return sample_positions(y, layer.known_kind.channel_axis(layer.module),
-                            layer.matrix_shape[0])
+    """Channels of a layer's output at the chosen positions of each image,
+    shape ``(G, P / G, positions)``, float32."""
+    axis = layer.known_kind.channel_axis(layer.module) % y.dim()
+    if axis == 0:
+        y, axis = y.unsqueeze(0), 1
+    y = y.movedim(axis, 1).flatten(2) if y.dim() > 2 else y.unsqueeze(-1)
+    if y.shape[-1] > MAX_POSITIONS:
+        y = y[..., chosen_positions(y.shape[-1], y.device)]
+    return _by_group(y, layer.matrix_shape[0])
 
 
 def input_samples(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """Patches of a layer's input at the positions of :func:`output_samples`.
-
-    Args:
-        layer (Layer): A layer that sees patches.
-        x (Tensor): Its input.
-        y (Tensor): Its output; only the shape counts.
-
-    Returns:
-        Tensor: Shape ``(G, D, positions)``: ``H`` times it is the output
-        without bias.
-    """
+    """Patches of a layer's input ``x`` at the positions of
+    :func:`output_samples`, shape ``(G, D, positions)``: ``H`` times it is the
+    output without bias. Of the output ``y`` only the shape counts."""
     module, kind = layer.module, layer.known_kind
     axis = kind.channel_axis(module) % y.dim()
     if axis == 0:

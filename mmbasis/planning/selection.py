@@ -2,7 +2,7 @@
 """Which layers are to be compressed, and why not the others."""
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from ..running import Targets
 from .layers import (
@@ -66,21 +66,16 @@ class Rules:
         return not (self.prediction_layers or self.include)
 
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
-        """Choose layers.
-
-        Raises:
-            ValueError: If a pattern matches no layer.
-        """
+        """Choose layers; ValueError if a pattern matches none."""
         check_patterns(layers, self.include, 'include')
         check_patterns(layers, self.exclude, 'exclude')
-        excluded: Dict[str, Exclusion] = {}
-        for layer in layers:
-            exclusion = layer.obstacle or self._judge(layer, targets)
-            if exclusion is not None:
-                excluded[layer.name] = exclusion
+        judged = {x.name: self._judge(x, targets) for x in layers}
+        excluded = {k: v for k, v in judged.items() if v is not None}
         return Selection(tuple(layers), excluded)
 
     def _judge(self, layer: Layer, targets: Targets) -> Optional[Exclusion]:
+        if layer.obstacle is not None:
+            return layer.obstacle
         hits = [p for p in self.exclude if layer.matches(p)]
         if self.include and not any(layer.matches(p) for p in self.include):
             return Exclusion(Reason.NOT_INCLUDED, 'not included')

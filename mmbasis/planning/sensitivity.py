@@ -3,11 +3,12 @@
 loss."""
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Dict, Sequence
+from functools import partial
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from .statistics import Analysis, LayerStatistics
 MAX_ROWS = 2048
 
 
-class GradientRecorder:
+class GradientRecorder(ExitStack):
     """Second moments ``G = E[g g^T]`` of the loss' gradients at the outputs
     of the chosen layers of an analysis.
 
@@ -41,43 +42,37 @@ class GradientRecorder:
     """
 
     def __init__(self, analysis: Analysis) -> None:
+        super().__init__()
         self.layers = analysis.selection.chosen
         self.statistics = dict(analysis.statistics)
         self.moments: Dict[str, Tensor] = {}
-        self.counts: Dict[str, int] = {}
+        self.counts: Dict[str, Tensor] = {}
         for layer in self.layers:
             groups, rows, in_size = layer.matrix_shape
             size = in_size if _is_wide(layer) else rows
-            self.moments[layer.name] = self._spectrum(
-                layer).values.new_zeros((groups, size, size))
-            self.counts[layer.name] = 0
-        self._stack = ExitStack()
+            zeros = self._spectrum(layer).values.new_zeros
+            self.moments[layer.name] = zeros((groups, size, size))
+            self.counts[layer.name] = zeros(())
 
     def _spectrum(self, layer: Layer) -> Any:
         return self.statistics[layer.name].spectrum
 
     def __enter__(self) -> 'GradientRecorder':
         for layer in self.layers:
+            hook = partial(self._watch, layer)
+            self.callback(observe(layer.module, hook).remove)
+        return super().__enter__()
 
-            def hook(module: nn.Module,
-                     args: Any,
-                     kwargs: Any,
-                     output: Tensor,
-                     layer: Layer = layer) -> Any:
-                if not torch.is_grad_enabled():
-                    return None  # checkpointing runs it again with gradients
-                if not output.requires_grad:
-                    # of a constant, queries for example; in-place layers may
-                    # not change a leaf
-                    output = output.requires_grad_() + 0
-                output.register_hook(lambda g: self._add(layer, g))
-                return output
-
-            self._stack.callback(observe(layer.module, hook).remove)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+    def _watch(self, layer: Layer, module: nn.Module, args: tuple,
+               kwargs: dict, output: Tensor) -> Optional[Tensor]:
+        if not torch.is_grad_enabled():
+            return None  # checkpointing runs it again with gradients
+        if not output.requires_grad:
+            # of a constant, queries for example; in-place layers may not
+            # change a leaf
+            output = output.requires_grad_() + 0
+        output.register_hook(partial(self._add, layer))
+        return output
 
     def _add(self, layer: Layer, gradient: Tensor) -> None:
         samples = output_samples(layer, gradient)
@@ -86,24 +81,19 @@ class GradientRecorder:
         # squares of vanishing gradients are too small for float32
         size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         samples = samples / size
-        self.moments[
-            layer.name] += (samples @ samples.mT).double() * size.double()**2
+        products = (samples @ samples.mT).double()
+        self.moments[layer.name] += products * size.double()**2
         self.counts[layer.name] += samples.shape[-1]
 
     def finish(self) -> Dict[str, LayerStatistics]:
-        """Sum over processes; layers that stay unknown are logged.
-
-        Returns:
-            dict[str, LayerStatistics]: By layer name, with ``gradient`` and
-            ``sensitivity`` where a gradient reached the layer.
-        """
+        """Sum over processes: statistics by layer name, with ``gradient`` and
+        ``sensitivity`` where a gradient came; the other layers are logged."""
         unknown = []
         for layer in self.layers:
             moment = self.moments.pop(layer.name)
-            count = moment.new_tensor(float(self.counts[layer.name]))
-            if get_world_size() > 1:
-                all_reduce(moment)
-                all_reduce(count)
+            count = self.counts[layer.name]
+            all_reduce(moment)
+            all_reduce(count)
             # none came (no_grad, detach), or nothing but zeros or NaN
             if moment.any() and moment.isfinite().all():
                 self.statistics[layer.name] = self._with_sensitivity(

@@ -2,11 +2,12 @@
 """What a few batches say of each layer."""
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from functools import partial
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class Analysis:
         return self.selection.layers
 
 
-class LayerRecorder:
+class LayerRecorder(ExitStack):
     """Record, over forward passes, positions and moments of layers.
 
     Use it as a context manager around the passes.
@@ -80,31 +81,19 @@ class LayerRecorder:
     def __init__(self,
                  layers: Sequence[Layer],
                  moments: Sequence[Layer] = ()) -> None:
+        super().__init__()
         self.layers = layers
         self.images = self.passes = 0
         self._moments = {x.name: Moments.zeros(x) for x in moments}
-        self._positions = {
-            x.name: torch.zeros(3, dtype=torch.float64)
-            for x in layers
-        }
-        self._stack = ExitStack()
+        self._table = torch.zeros(len(layers), 3, dtype=torch.float64)
+        self._positions = dict(
+            zip((x.name for x in layers), self._table))
 
     def __enter__(self) -> 'LayerRecorder':
         for layer in self.layers:
-
-            def hook(module: nn.Module,
-                     args: tuple,
-                     kwargs: dict,
-                     output: Tensor,
-                     layer: Layer = layer) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                self._record(layer, x, output)
-
-            self._stack.callback(observe(layer.module, hook).remove)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+            hook = partial(self._record, layer)
+            self.callback(observe(layer.module, hook).remove)
+        return super().__enter__()
 
     def run(self, adapter: Adapter, batches: Sequence[Any]) -> None:
         """Run a model on batches."""
@@ -116,8 +105,9 @@ class LayerRecorder:
                 'Calibration: batch %d/%d, %d images', self.passes,
                 len(batches), self.images)
 
-    def _record(self, layer: Layer, x: Tensor, y: Tensor) -> None:
-        module = layer.module
+    def _record(self, layer: Layer, module: nn.Module, args: tuple,
+                kwargs: dict, y: Tensor) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
         channels = getattr(module, 'out_channels', None)
         out_positions = y.numel() // (channels or module.out_features)
         weight_positions = out_positions
@@ -132,17 +122,17 @@ class LayerRecorder:
                 output_samples(layer, y))
 
     def finish(self) -> Dict[str, LayerStatistics]:
-        """Sum over processes.
-
-        Returns:
-            dict[str, LayerStatistics]: By layer name, per image; with spectra
-            where moments were collected and the layer ran.
+        """Sum over processes: statistics by layer name, with spectra where
+        moments were collected and the layer ran.
 
         Raises:
             RuntimeError: If no image was seen.
             ValueError: If a layer returned NaN or infinite values.
         """
-        images, passes = self._reduce()
+        seen = torch.tensor([self.images, self.passes], dtype=torch.float64)
+        all_reduce(seen)
+        all_reduce(self._table)
+        images, passes = seen.tolist()
         if images == 0:
             raise RuntimeError('calibration saw no image: the dataloader is '
                                'empty')
@@ -152,22 +142,12 @@ class LayerRecorder:
             statistics = LayerStatistics(weights / images, outputs / images,
                                          calls / passes)
             moments = self._moments.pop(layer.name, None)
+            if moments is not None:
+                moments.reduce()
             if moments is not None and weights:
                 statistics = _with_spectrum(layer, statistics, moments)
             found[layer.name] = statistics
         return found
-
-    def _reduce(self) -> List[float]:
-        """Sum over processes; the number of images and passes."""
-        seen = torch.tensor([float(self.images), float(self.passes)]).double()
-        if get_world_size() > 1:
-            table = torch.stack(list(self._positions.values()))
-            all_reduce(table)
-            all_reduce(seen)
-            self._positions = dict(zip(self._positions, table))
-            for moments in self._moments.values():
-                moments.reduce()
-        return seen.tolist()
 
 
 def _with_spectrum(layer: Layer, statistics: LayerStatistics,
