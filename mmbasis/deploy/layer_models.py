@@ -5,6 +5,7 @@ import json
 import os
 import os.path as osp
 import re
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -43,47 +44,32 @@ class _Carrier(nn.Module):
         return self.reduce(self.layer(self.feed(x)))
 
 
-def _dims(layer: Layer) -> int:
-    """Spatial dimensions, 0 for a linear layer."""
-    return max(0, layer.module.weight.dim() - 2)
-
-
-def layer_shapes(model: nn.Module, inputs: torch.Tensor,
-                 samples: Optional[list]) -> List[Tuple[Costs, dict]]:
-    """Layers that can be compressed and the input shapes that they see.
-
-    Args:
-        model (nn.Module): The dense model.
-        inputs (Tensor): A batch, ``(N, 3, H, W)``.
-        samples (list, optional): ``data_samples`` for detectors that ask for
-            them even in mode ``'tensor'``.
-
-    Returns:
-        list[tuple[Costs, dict]]: Costs of the layers for these inputs, and
-        for each how often it sees an input shape in one forward pass.
-    """
+def _layer_shapes(
+        model: nn.Module, inputs: torch.Tensor,
+        samples: Optional[list]) -> List[Tuple[Costs, Counter]]:
+    """Costs of the layers that can be compressed, and how often each sees an
+    input shape in one forward pass."""
     layers = [x for x in find_layers(model) if x.obstacle is None]
-    seen: Dict[str, Dict[tuple, int]] = {layer.name: {} for layer in layers}
+    seen: List[Counter] = [Counter() for _ in layers]
     recorder = LayerRecorder(layers)
     with evaluation(model), ExitStack() as stack, recorder:
-        for layer in layers:
+        for layer, counter in zip(layers, seen):
 
             def count(module: nn.Module,
                       args: tuple,
-                      shapes: Dict[tuple, int] = seen[layer.name]) -> None:
-                shape = tuple(args[0].shape)
-                shapes[shape] = shapes.get(shape, 0) + 1
+                      counter: Counter = counter) -> None:
+                counter[tuple(args[0].shape)] += 1
 
             stack.callback(
                 layer.module.register_forward_pre_hook(count).remove)
         model(inputs, samples, mode='tensor')
         recorder.images = recorder.passes = 1
     statistics = recorder.finish()
-    return [(Costs(layer, statistics[layer.name]), seen[layer.name])
-            for layer in layers if seen[layer.name]]
+    return [(Costs(layer, statistics[layer.name]), counter)
+            for layer, counter in zip(layers, seen) if counter]
 
 
-def rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
+def _rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
     """Ranks to measure: multiples of ``round_to`` that save MACs, evenly
     spread."""
     ranks = np.arange(round_to, costs.break_even + 1, round_to)
@@ -120,21 +106,16 @@ class LayerModels:
         folder (str): The folder.
         torchscript (bool): Write TorchScript files for the PyTorch back end
             instead of ONNX. Defaults to False.
-        opset (int): Opset of the ONNX files. Defaults to 13.
     """
 
-    def __init__(self,
-                 folder: str,
-                 torchscript: bool = False,
-                 opset: int = 13) -> None:
+    def __init__(self, folder: str, torchscript: bool = False) -> None:
         self.folder = folder
         self.torchscript = torchscript
-        self.opset = opset
         self.entries: List[Dict[str, Any]] = []
         os.makedirs(folder, exist_ok=True)
 
-    def add(self, name: str, module: nn.Module, shape: Sequence[int],
-            **keys: Any) -> None:
+    def _add(self, name: str, module: nn.Module, shape: Sequence[int],
+             **keys: Any) -> None:
         """Write one model and its entry, unless the entry is there."""
         if any(x['id'] == name for x in self.entries):
             return
@@ -151,31 +132,33 @@ class LayerModels:
                     module.eval(), (inputs, ),
                     path,
                     input_names=['input'],
-                    opset_version=self.opset)
+                    opset_version=13)
         self.entries.append(
             dict(id=name, onnx=file, input_shape=list(shape), **keys))
 
-    def add_layer(self, layer: Layer, shape: Tuple[int, ...], count: int,
-                  ranks: Sequence[int]) -> None:
+    def _add_layer(self, layer: Layer, shape: Tuple[int, ...], count: int,
+                   ranks: Sequence[int]) -> None:
         """Add a layer at one input shape, dense and at ranks.
 
         Layers that differ in nothing that matters share their models.
         """
-        group = f'{_geometry(layer.module)}/{"x".join(map(str, shape))}'
+        size = 'x'.join(map(str, shape))
+        group = f'{_geometry(layer.module)}/{size}'
         known = [x for x in self.entries if x.get('group') == group]
         for entry in known:
             entry['uses'][layer.name] = count
         if known:
             return
-        dims = _dims(layer)
+        # spatial dimensions, 0 for a linear layer
+        dims = max(0, layer.module.weight.dim() - 2)
         axis = 1 if dims else len(shape) - 1
         channels = shape[axis]
         feed = [*shape[:axis], _FEED, *shape[axis + 1:]]
-        carrier = f'{CARRIER}/{"x".join(map(str, shape))}'
-        self.add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
+        carrier = f'{CARRIER}/{size}'
+        self._add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
         for rank in (None, *ranks):
             module = layer.module if rank is None else _basis(layer, rank)
-            self.add(
+            self._add(
                 f'{group}/{"dense" if rank is None else f"rank{rank}"}',
                 _Carrier(channels, dims, module),
                 feed,
@@ -187,27 +170,21 @@ class LayerModels:
                 weight_shape=list(layer.module.weight.shape),
                 uses={layer.name: count})
 
-    def add_model(self, model: nn.Module, shape: Sequence[int],
-                  samples: Optional[list], ranks: Dict[str, int]) -> None:
+    def _add_model(self, model: nn.Module, shape: Sequence[int],
+                   samples: Optional[list], ranks: Dict[str, int]) -> None:
         """Add the whole model up to its raw outputs, dense and at ranks.
 
         Inside a network, layers take longer than alone, where weights and
         activations stay in the cache; two measured networks say how much.
-
-        Args:
-            model (nn.Module): The dense model.
-            shape (Sequence[int]): Of its input.
-            samples (list, optional): See :func:`layer_shapes`.
-            ranks (dict[str, int]): Of the layers to compress.
         """
-        self.add(MODEL_ID, RawOutputs(model, samples), shape, role=MODEL_ID)
+        self._add(MODEL_ID, RawOutputs(model, samples), shape, role=MODEL_ID)
         compressed = copy.deepcopy(model)
         replace_modules(
             compressed, {
                 layer.module: _basis(layer, ranks[layer.name])
                 for layer in find_layers(compressed) if layer.name in ranks
             })
-        self.add(
+        self._add(
             COMPRESSED_ID,
             RawOutputs(compressed, samples),
             shape,
@@ -225,23 +202,24 @@ class LayerModels:
 
         Args:
             model (nn.Module): The dense model.
-            shape (Sequence[int]): Of its input.
-            samples (list, optional): See :func:`layer_shapes`.
+            shape (Sequence[int]): Of its input, ``(N, 3, H, W)``.
+            samples (list, optional): ``data_samples`` for detectors that ask
+                for them even in mode ``'tensor'``.
             count (int): Ranks for each layer.
             round_to (int): Ranks are multiples of this.
             listener (Callable): Takes a line of progress for each layer.
         """
-        layers = layer_shapes(model, torch.randn(*shape), samples)
+        layers = _layer_shapes(model, torch.randn(*shape), samples)
         middle = {}
         for index, (costs, seen) in enumerate(layers):
             layer = costs.layer
             listener(f'{index + 1} of {len(layers)}: {layer.name}')
-            ranks = rank_grid(costs, count, round_to)
+            ranks = _rank_grid(costs, count, round_to)
             for layer_shape, uses in seen.items():
-                self.add_layer(layer, layer_shape, uses, ranks)
+                self._add_layer(layer, layer_shape, uses, ranks)
             if ranks:
                 middle[layer.name] = ranks[len(ranks) // 2]
-        self.add_model(model, shape, samples, middle)
+        self._add_model(model, shape, samples, middle)
 
     def write_index(self) -> str:
         """Write ``index.json`` and return its path."""
