@@ -82,16 +82,14 @@ class CifarDenseNet(BaseModule):
                              f'n >= 1 (40, 100, ...), but got {depth}')
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        for i in range(3):
-            layers = []
+        for i in range(1, 4):
+            block = nn.Sequential()
             for _ in range((depth - 4) // 3):
-                layers.append(
-                    CifarDenseLayer(channels, growth_rate, drop_rate))
+                block.append(CifarDenseLayer(channels, growth_rate, drop_rate))
                 channels += growth_rate
-            self.add_module(f'block{i + 1}', nn.Sequential(*layers))
-            if i < 2:
-                self.add_module(f'transition{i + 1}',
-                                CifarTransition(channels))
+            self.add_module(f'block{i}', block)
+            if i < 3:
+                self.add_module(f'transition{i}', CifarTransition(channels))
         self.bn1 = nn.BatchNorm2d(channels)
         self.out_channels = channels
 

@@ -68,8 +68,6 @@ class CifarResNet(BaseModule):
             initialisation, ``HE_NORMAL``.
     """
 
-    stage_channels = (16, 32, 64)
-
     def __init__(self,
                  depth: int,
                  in_channels: int = 3,
@@ -79,10 +77,10 @@ class CifarResNet(BaseModule):
             raise ValueError(
                 f'depth of CifarResNet must be 6n + 2 with n >= 1 '
                 f'(20, 32, 44, 56, 110, ...), but got {depth}')
-        channels = self.stage_channels[0]
+        channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        for i, out_channels in enumerate(self.stage_channels):
+        for i, out_channels in enumerate((16, 32, 64)):
             blocks = []
             for j in range((depth - 2) // 6):
                 stride = 2 if i > 0 and j == 0 else 1
