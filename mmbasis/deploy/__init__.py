@@ -3,8 +3,7 @@
 
 Needs MMDeploy.
 """
-from .compare import compare, match_boxes, open_onnx
-from .evaluate import evaluate_onnx
+from .compare import compare, evaluate_onnx, match_boxes, open_onnx
 from .export import Deployment
 from .merge import merge_slow_layers
 from .quantize import calibration_images, quantize_onnx, write_calibration

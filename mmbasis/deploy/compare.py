@@ -205,22 +205,20 @@ def match_boxes(ours: Boxes, theirs: Boxes) -> Dict[str, Any]:
     Returns:
         dict: ``compared`` detections, ``unmatched`` ones (no partner of the
         same label within the tolerances), and the largest and mean difference
-        of corners (``boxes``, pixels) and of ``scores`` among partners.
+        of coordinates (``boxes``, pixels) and of ``scores`` among partners.
     """
     lowest = [x[1].min() for x in (ours, theirs) if len(x[1])]
     floor = max(lowest) + SCORE_TOLERANCE if len(lowest) == 2 else -1.
     rows, high = [], []
     for boxes, scores, labels in (ours, theirs):
-        high.append(torch.from_numpy(scores > floor))
         # so that scores of different labels are never near
         apart = scores.astype(np.float64) + 10. * labels
         rows.append(
             _rows(torch.from_numpy(boxes), torch.from_numpy(apart)[:, None]))
+        high.append(rows[-1][torch.from_numpy(scores > floor)])
     return _summary(
-        torch.cat([
-            _to_nearest(rows[0][high[0]], rows[1]),
-            _to_nearest(rows[1][high[1]], rows[0])
-        ]))
+        torch.cat(
+            [_to_nearest(*pair) for pair in zip(high, reversed(rows))]))
 
 
 def _compare_boxes(deployment: Deployment, backend_model: Any,
@@ -256,9 +254,33 @@ def compare(deployment: Deployment, files: Sequence[str],
     run: Any = [open_onnx(path) for path in files]
     if deployment.partition is not None:
         compare_one: Callable = _compare_before_nms
-    elif deployment.is_detector:
+    elif deployment.deploy_cfg.codebase_config.task == 'ObjectDetection':
         compare_one = _compare_boxes
         run = deployment.task.build_backend_model(list(files))
     else:
         compare_one, run = _compare_scores, run[0]
     return [compare_one(deployment, run, image) for image in images]
+
+
+def evaluate_onnx(deployment: Deployment, files: List[str],
+                  work_dir: str) -> Dict[str, float]:
+    """Run MMDeploy's evaluator on exported files, in ONNX Runtime.
+
+    Args:
+        deployment (Deployment): Its model config has a test set.
+        files (list[str]): The ONNX files.
+        work_dir (str): For the log.
+
+    Returns:
+        dict[str, float]: The evaluator's metrics.
+    """
+    model = deployment.task.build_backend_model(
+        files,
+        data_preprocessor_updater=deployment.task.update_data_preprocessor)
+    loader = copy.deepcopy(deployment.model_cfg.test_dataloader)
+    axes = deployment.deploy_cfg.onnx_config.get('dynamic_axes') or {}
+    if 0 not in axes.get('input', {}):
+        loader.batch_size = 1
+    runner = deployment.task.build_test_runner(
+        model, work_dir, dataloader=loader)
+    return {k: float(v) for k, v in runner.test().items()}

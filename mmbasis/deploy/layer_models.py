@@ -30,13 +30,12 @@ class _Carrier(nn.Module):
     what is left of a timing after that of the carrier alone is the layer, in
     the memory layout that it has inside a network."""
 
-    def __init__(self, channels: int, dims: int,
-                 layer: Optional[nn.Module]) -> None:
+    def __init__(self, channels: int, dims: int, layer: nn.Module) -> None:
         super().__init__()
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
         self.feed = conv[dims](_FEED, channels, 1) if dims else nn.Linear(
             _FEED, channels)
-        self.layer = layer if layer is not None else nn.Identity()
+        self.layer = layer
         # the pooling that ONNX Runtime has for its blocked layout
         self.reduce = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.Identity()
 
@@ -73,10 +72,8 @@ def _rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
     """Ranks to measure: multiples of ``round_to`` that save MACs, evenly
     spread."""
     ranks = np.arange(round_to, costs.break_even + 1, round_to)
-    if len(ranks) > count:
-        chosen = np.linspace(0, len(ranks) - 1, count)
-        ranks = ranks[chosen.round().astype(int)]
-    return ranks.tolist()
+    chosen = np.linspace(0, len(ranks) - 1, min(count, len(ranks)))
+    return ranks[chosen.round().astype(int)].tolist()
 
 
 def _geometry(module: nn.Module) -> str:
@@ -155,7 +152,8 @@ class LayerModels:
         channels = shape[axis]
         feed = [*shape[:axis], _FEED, *shape[axis + 1:]]
         carrier = f'{CARRIER}/{size}'
-        self._add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
+        alone = _Carrier(channels, dims, nn.Identity())
+        self._add(carrier, alone, feed, role=CARRIER)
         for rank in (None, *ranks):
             module = layer.module if rank is None else _basis(layer, rank)
             self._add(
@@ -184,12 +182,8 @@ class LayerModels:
                 layer.module: _basis(layer, ranks[layer.name])
                 for layer in find_layers(compressed) if layer.name in ranks
             })
-        self._add(
-            COMPRESSED_ID,
-            RawOutputs(compressed, samples),
-            shape,
-            role=MODEL_ID,
-            ranks=ranks)
+        whole = RawOutputs(compressed, samples)
+        self._add(COMPRESSED_ID, whole, shape, role=MODEL_ID, ranks=ranks)
 
     def add_all(self,
                 model: nn.Module,
@@ -221,12 +215,11 @@ class LayerModels:
                 middle[layer.name] = ranks[len(ranks) // 2]
         self._add_model(model, shape, samples, middle)
 
-    def write_index(self) -> str:
-        """Write ``index.json`` and return its path."""
-        path = osp.join(self.folder, 'index.json')
+    def write_index(self) -> None:
+        """Write ``index.json``."""
+        index = dict(version=1, entries=self.entries)
         write_atomically(
-            path, json.dumps(dict(version=1, entries=self.entries), indent=1))
-        return path
+            osp.join(self.folder, 'index.json'), json.dumps(index, indent=1))
 
 
 class RawOutputs(nn.Module):

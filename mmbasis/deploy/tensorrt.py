@@ -55,14 +55,8 @@ _CONSTANT = dict(
 
 def _restriction(node: Any, version: str, constants: Set[str],
                  nonzero: Set[str]) -> str:
-    """What TensorRT refuses of a node whose operator it supports.
-
-    Args:
-        node (NodeProto): The node.
-        version (str): Of TensorRT.
-        constants (set[str]): Names of the constant tensors.
-        nonzero (set[str]): Names of the initializers that are not all 0.
-    """
+    """What TensorRT refuses of a node whose operator it supports, by the names
+    of the tensors that are constant and of those that are not all 0."""
     from onnx.helper import get_attribute_value
     values = {x.name: get_attribute_value(x) for x in node.attribute}
     if node.op_type == 'Resize':
