@@ -2,8 +2,9 @@
 """Does the exported graph compute what the PyTorch model computes?"""
 import copy
 import os
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,23 +25,6 @@ MAX_SWAPPED = .005
 MAX_UNMATCHED_TWO_STAGE = .1
 
 
-def missing_operators(path: str) -> List[str]:
-    """Operators of an ONNX file that are in no standard domain.
-
-    Args:
-        path (str): The file.
-
-    Returns:
-        list[str]: As ``'domain::Name'``; they need a plugin.
-    """
-    import onnx
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return sorted({
-        f'{n.domain}::{n.op_type}'
-        for n in nodes if n.domain not in ('', 'ai.onnx')
-    })
-
-
 def open_onnx(path: str) -> Any:
     """An ONNX Runtime session on the CPU.
 
@@ -48,11 +32,16 @@ def open_onnx(path: str) -> Any:
         RuntimeError: If the file needs operators that ONNX Runtime lacks; it
             names them.
     """
+    import onnx
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    missing = missing_operators(path)
-    if missing:
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    custom = sorted({
+        f'{n.domain}::{n.op_type}'
+        for n in nodes if n.domain not in ('', 'ai.onnx')
+    })
+    if custom:
         from mmdeploy.backend.onnxruntime.init_plugins import get_ops_path
         if os.path.isfile(get_ops_path()):
             options.register_custom_ops_library(get_ops_path())
@@ -60,144 +49,131 @@ def open_onnx(path: str) -> Any:
         return onnxruntime.InferenceSession(
             path, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # its errors have no common class
-        if not missing:
+        if not custom:
             raise
         raise RuntimeError(
-            f'{path} needs the custom operators {", ".join(missing)}, which '
+            f'{path} needs the custom operators {", ".join(custom)}, which '
             "neither ONNX Runtime nor MMDeploy's library for it has: "
             f'{error}') from error
 
 
-def run_onnx(session: Any, *inputs: Tensor) -> Dict[str, np.ndarray]:
+def _run(session: Any, x: Tensor) -> Dict[str, Tensor]:
     """Outputs of a session by name."""
-    names = [x.name for x in session.get_inputs()]
-    feeds = {name: x.numpy() for name, x in zip(names, inputs)}
-    outputs = session.run(None, feeds)
-    return dict(zip([x.name for x in session.get_outputs()], outputs))
+    names = [output.name for output in session.get_outputs()]
+    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return {k: torch.from_numpy(v) for k, v in zip(names, outputs)}
 
 
-@contextmanager
-def _recorded_marks() -> Iterator[Dict[str, Tensor]]:
-    """Collect the tensors that MMDeploy marks as places to cut the graph, as
-    ``'function[call]:input.name'``."""
-    from mmdeploy.core.optimizers import function_marker
-    found: Dict[str, Tensor] = {}
-
-    class Recorder:
-
-        @staticmethod
-        def apply(x, dtype, shape, func, func_id, io, name, *_):
-            found[f'{func}[{func_id}]:{io}.{name}'] = x
-            return x
-
-    original = function_marker.Mark
-    function_marker.reset_mark_function_count()
-    function_marker.Mark = Recorder
-    try:
-        yield found
-    finally:
-        function_marker.Mark = original
+def _predict(model: Any, data: dict, inputs: Tensor) -> Any:
+    with torch.no_grad():
+        return model(
+            inputs, copy.deepcopy(data['data_samples']), mode='predict')
 
 
 def _before_nms(deployment: Deployment, data: dict,
                 inputs: Tensor) -> Dict[str, Tensor]:
-    """Run the rewritten model in PyTorch; what passes the marks."""
+    """Run the rewritten model in PyTorch; the tensors that MMDeploy marks as
+    places to cut the graph, as ``'function[call]:input.name'``."""
     from mmdeploy.core import RewriterContext, patch_model
+    from mmdeploy.core.optimizers import function_marker
     from mmdeploy.utils import IR
+    marks: Dict[str, Tensor] = {}
+
+    def record(x, dtype, shape, func, func_id, io, name, *_):
+        marks[f'{func}[{func_id}]:{io}.{name}'] = x
+        return x
+
     cfg = copy.deepcopy(deployment.deploy_cfg)
     cfg.ir_config = cfg.onnx_config
     backend = deployment.backend
     model = patch_model(
-        repair(
-            deployment.task.build_pytorch_model(deployment.checkpoint)),
+        repair(deployment.task.build_pytorch_model(deployment.checkpoint)),
         cfg=cfg,
         backend=backend,
         ir=IR.ONNX)
-    with torch.no_grad(), RewriterContext(
+    function_marker.reset_mark_function_count()
+    recorder = SimpleNamespace(apply=record)
+    with RewriterContext(
             cfg, backend, IR.ONNX, opset=cfg.onnx_config.opset_version
-    ), _recorded_marks() as marks:
-        model(inputs, data_samples=data['data_samples'], mode='predict')
+    ), mock.patch.object(function_marker, 'Mark', recorder):
+        _predict(model, data, inputs)
     return marks
 
 
-def _difference(ours: np.ndarray, theirs: Tensor) -> Dict[str, float]:
-    error = np.abs(ours.astype(np.float64) - theirs.double().numpy())
-    return dict(
-        largest=float(error.max(initial=0)),
-        mean=float(error.mean()) if error.size else 0.)
+def _spread(difference: Tensor) -> Dict[str, float]:
+    error = difference.double().abs()
+    if not error.numel():
+        return dict(largest=0., mean=0.)
+    return dict(largest=float(error.max()), mean=float(error.mean()))
 
 
-def _candidates(boxes: Tensor, scores: Tensor) -> Tensor:
-    """Rows of one image in units of the tolerances, ``(boxes, 4 + C)``."""
-    return torch.cat([boxes[0] / BOX_TOLERANCE, scores[0] / SCORE_TOLERANCE],
+def _rows(boxes: Tensor, scores: Tensor) -> Tensor:
+    """Boxes ``(N, 4)`` and scores ``(N, C)`` in units of the tolerances."""
+    return torch.cat([boxes / BOX_TOLERANCE, scores / SCORE_TOLERANCE],
                      1).double()
 
 
-def match_candidates(ours: Tensor, theirs: Tensor) -> Dict[str, Any]:
-    """Compare candidates in any order.
+def _to_nearest(rows: Tensor, others: Tensor) -> Tensor:
+    """Differences of rows from the nearest of others; infinite without any."""
+    none = others.new_full((1, others.shape[1]), float('inf'))
+    others = torch.cat([others, none])
+    nearest = torch.cdist(rows, others, p=float('inf')).argmin(1)
+    return (rows - others[nearest]).abs()
 
-    Candidates of nearly equal score may swap places where the best of a level
-    are picked, and the last one picked may be another.
 
-    Args:
-        ours (Tensor): ``(N, 4 + C)``, in units of the tolerances.
-        theirs (Tensor): The same.
+def _summary(error: Tensor) -> Dict[str, Any]:
+    """Rows compared, those without a partner within the tolerances, and the
+    spread of the others."""
+    found = error[error.amax(1) <= 1]
+    return dict(
+        compared=len(error),
+        unmatched=len(error) - len(found),
+        boxes=_spread(found[:, :4] * BOX_TOLERANCE),
+        scores=_spread(found[:, 4:] * SCORE_TOLERANCE))
 
-    Returns:
-        dict: ``compared``, ``unmatched``, the largest and mean difference of
-        ``boxes`` (pixels) and ``scores`` among those that match.
-    """
+
+def _match_candidates(ours: Tensor, theirs: Tensor) -> Dict[str, Any]:
+    """Compare rows in place, and those that differ with all others:
+    candidates of nearly equal score may swap places where the best of a level
+    are picked, and the last one picked may be another."""
     error = (ours - theirs).abs()
     wrong = error.amax(1) > 1
-    if wrong.any():
-        # each row that differs looks for its partner among all
-        nearest = torch.cdist(theirs[wrong], ours, p=float('inf')).argmin(1)
-        error[wrong] = (ours[nearest] - theirs[wrong]).abs()
-    wrong = error.amax(1) > 1
-    error = error[~wrong]
-    result: Dict[str, Any] = dict(
-        compared=len(theirs), unmatched=int(wrong.sum()))
-    for name, part, unit in (('boxes', error[:, :4], BOX_TOLERANCE),
-                             ('scores', error[:, 4:], SCORE_TOLERANCE)):
-        result[name] = dict(
-            largest=float(part.max()) * unit if len(part) else 0.,
-            mean=float(part.mean()) * unit if len(part) else 0.)
-    return result
+    error[wrong] = _to_nearest(theirs[wrong], ours)
+    return _summary(error)
 
 
 def _compare_before_nms(deployment: Deployment, sessions: Sequence[Any],
                         image: Any) -> Dict[str, Any]:
     data, inputs = deployment.create_input(image)
     marks = _before_nms(deployment, data, inputs)
-    outputs = run_onnx(sessions[0], inputs)
+    outputs = _run(sessions[0], inputs)
     names = ('boxes', 'scores')
-    result = match_candidates(
-        _candidates(*(torch.from_numpy(outputs[x]) for x in names)),
-        _candidates(*(marks[f'multiclass_nms[0]:input.{x}'] for x in names)))
+    result = _match_candidates(
+        _rows(*(outputs[x][0] for x in names)),
+        _rows(*(marks[f'multiclass_nms[0]:input.{x}'][0] for x in names)))
     agrees = result['unmatched'] <= MAX_SWAPPED * result['compared']
     if len(sessions) > 1:
         regions = marks['bbox_head_forward[0]:input.bbox_feats']
-        outputs = run_onnx(sessions[1], regions)
+        outputs = _run(sessions[1], regions)
         for name in ('cls_score', 'bbox_pred'):
             theirs = marks[f'bbox_head_forward[0]:output.{name}']
-            result[name] = _difference(outputs[name], theirs)
+            result[name] = _spread(outputs[name] - theirs)
             agrees &= result[name]['largest'] <= SCORE_TOLERANCE
-    return dict(result, agrees=bool(agrees))
+    return dict(result, agrees=agrees)
 
 
 def _compare_scores(deployment: Deployment, session: Any,
                     image: Any) -> Dict[str, Any]:
     data, inputs = deployment.create_input(image)
-    with torch.no_grad():
-        samples = deployment.model(
-            inputs, copy.deepcopy(data['data_samples']), mode='predict')
+    samples = _predict(deployment.model, data, inputs)
     theirs = torch.stack([sample.pred_score for sample in samples])
-    ours = next(iter(run_onnx(session, inputs).values()))
-    result: Dict[str, Any] = dict(scores=_difference(ours, theirs))
-    result['top1'] = bool((ours.argmax(1) == theirs.argmax(1).numpy()).all())
-    result['agrees'] = (
-        result['top1'] and result['scores']['largest'] <= SCORE_TOLERANCE)
-    return result
+    ours = next(iter(_run(session, inputs).values()))
+    difference = _spread(ours - theirs)
+    top1 = torch.equal(ours.argmax(1), theirs.argmax(1))
+    return dict(
+        scores=difference,
+        top1=top1,
+        agrees=top1 and difference['largest'] <= SCORE_TOLERANCE)
 
 
 Boxes = Tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -229,59 +205,30 @@ def match_boxes(ours: Boxes, theirs: Boxes) -> Dict[str, Any]:
     Returns:
         dict: ``compared`` detections, ``unmatched`` ones (no partner of the
         same label within the tolerances), and the largest and mean difference
-        of corners (``boxes``, pixels) and of ``scores`` among partners.
+        of coordinates (``boxes``, pixels) and of ``scores`` among partners.
     """
-    floors = [x[1].min() for x in (ours, theirs) if len(x[1])]
-    floor = max(floors) + SCORE_TOLERANCE if len(floors) == 2 else -1.
-    gaps = [
-        *_partner_gaps(ours, theirs, floor),
-        *_partner_gaps(theirs, ours, floor)
-    ]
-    found = [gap for gap in gaps if gap is not None]
-    result: Dict[str, Any] = dict(
-        compared=len(gaps), unmatched=len(gaps) - len(found))
-    for column, key in enumerate(('boxes', 'scores')):
-        values = [gap[column] for gap in found]
-        result[key] = dict(
-            largest=max(values, default=0.),
-            mean=sum(values) / max(len(values), 1))
-    return result
-
-
-def _partner_gaps(first: Boxes, second: Boxes,
-                  floor: float) -> List[Optional[Tuple[float, float]]]:
-    """How far each detection of ``first`` whose score is above the floor is
-    from its partner in ``second``, in corners and in score; None where it has
-    no partner."""
-    gaps: List[Optional[Tuple[float, float]]] = []
-    for box, score, label in zip(*first):
-        if score <= floor:
-            continue
-        corner = np.abs(second[0] - box).max(1, initial=0)
-        score_gap = np.abs(second[1] - score)
-        fits = ((second[2] == label) & (corner <= BOX_TOLERANCE)
-                & (score_gap <= SCORE_TOLERANCE))
-        if not fits.any():
-            gaps.append(None)
-            continue
-        partner = np.where(fits, corner, np.inf).argmin()
-        gaps.append((float(corner[partner]), float(score_gap[partner])))
-    return gaps
+    lowest = [x[1].min() for x in (ours, theirs) if len(x[1])]
+    floor = max(lowest) + SCORE_TOLERANCE if len(lowest) == 2 else -1.
+    rows, high = [], []
+    for boxes, scores, labels in (ours, theirs):
+        # so that scores of different labels are never near
+        apart = scores.astype(np.float64) + 10. * labels
+        rows.append(
+            _rows(torch.from_numpy(boxes), torch.from_numpy(apart)[:, None]))
+        high.append(rows[-1][torch.from_numpy(scores > floor)])
+    return _summary(
+        torch.cat(
+            [_to_nearest(*pair) for pair in zip(high, reversed(rows))]))
 
 
 def _compare_boxes(deployment: Deployment, backend_model: Any,
                    image: Any) -> Dict[str, Any]:
     data, inputs = deployment.create_input(image)
-    with torch.no_grad():
-        theirs = deployment.model(
-            inputs, copy.deepcopy(data['data_samples']), mode='predict')
-        ours = backend_model(
-            inputs, copy.deepcopy(data['data_samples']), mode='predict')
-    result = match_boxes(_instances(ours), _instances(theirs))
+    result = match_boxes(*(_instances(_predict(model, data, inputs))
+                           for model in (backend_model, deployment.model)))
     allowed = max(4, MAX_UNMATCHED_TWO_STAGE * result['compared']) if hasattr(
         deployment.model, 'rpn_head') else 0
-    result['agrees'] = result['unmatched'] <= allowed
-    return result
+    return dict(result, agrees=result['unmatched'] <= allowed)
 
 
 def compare(deployment: Deployment, files: Sequence[str],
@@ -304,17 +251,36 @@ def compare(deployment: Deployment, files: Sequence[str],
     Raises:
         RuntimeError: If the files need custom operators.
     """
-    sessions = [open_onnx(path) for path in files]
+    run: Any = [open_onnx(path) for path in files]
     if deployment.partition is not None:
-        return [
-            _compare_before_nms(deployment, sessions, image)
-            for image in images
-        ]
-    if not deployment.is_detector:
-        return [
-            _compare_scores(deployment, sessions[0], image) for image in images
-        ]
-    backend_model = deployment.task.build_backend_model(list(files))
-    return [
-        _compare_boxes(deployment, backend_model, image) for image in images
-    ]
+        compare_one: Callable = _compare_before_nms
+    elif deployment.deploy_cfg.codebase_config.task == 'ObjectDetection':
+        compare_one = _compare_boxes
+        run = deployment.task.build_backend_model(list(files))
+    else:
+        compare_one, run = _compare_scores, run[0]
+    return [compare_one(deployment, run, image) for image in images]
+
+
+def evaluate_onnx(deployment: Deployment, files: List[str],
+                  work_dir: str) -> Dict[str, float]:
+    """Run MMDeploy's evaluator on exported files, in ONNX Runtime.
+
+    Args:
+        deployment (Deployment): Its model config has a test set.
+        files (list[str]): The ONNX files.
+        work_dir (str): For the log.
+
+    Returns:
+        dict[str, float]: The evaluator's metrics.
+    """
+    model = deployment.task.build_backend_model(
+        files,
+        data_preprocessor_updater=deployment.task.update_data_preprocessor)
+    loader = copy.deepcopy(deployment.model_cfg.test_dataloader)
+    axes = deployment.deploy_cfg.onnx_config.get('dynamic_axes') or {}
+    if 0 not in axes.get('input', {}):
+        loader.batch_size = 1
+    runner = deployment.task.build_test_runner(
+        model, work_dir, dataloader=loader)
+    return {k: float(v) for k, v in runner.test().items()}

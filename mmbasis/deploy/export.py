@@ -3,7 +3,7 @@
 import copy
 import os
 import os.path as osp
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Union
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -23,12 +23,10 @@ class Deployment:
     """A model, a deploy config, and MMDeploy's task between them.
 
     Args:
-        deploy_cfg (str | Config): Deploy config, such as those below
-            ``configs/deploy``.
+        deploy_cfg (str | Config): See ``configs/deploy``.
         model_cfg (str | Config): The stand-alone config of a compressed model
-            (``compressed.py``), or the config of a dense one. A dense config
-            with a compressed checkpoint is completed with the plan that the
-            checkpoint carries.
+            (``compressed.py``), or the config of a dense one, which the plan
+            of a compressed checkpoint completes.
         checkpoint (str): The weights.
 
     Raises:
@@ -65,10 +63,6 @@ class Deployment:
     def backend(self) -> str:
         """Name of the back end, such as ``'onnxruntime'``."""
         return self.deploy_cfg.backend_config.type
-
-    @property
-    def is_detector(self) -> bool:
-        return self.deploy_cfg.codebase_config.task == 'ObjectDetection'
 
     @property
     def partition(self) -> Optional[str]:
@@ -110,6 +104,7 @@ class Deployment:
             before non-maximum suppression.
         """
         from mmdeploy.apis import extract_model, get_predefined_partition_cfg
+        os.makedirs(work_dir, exist_ok=True)
         whole = osp.join(work_dir, self.deploy_cfg.onnx_config.save_file)
         self._export_whole(image, whole)
         if self.partition is None:
@@ -137,7 +132,6 @@ class Deployment:
         from mmdeploy.core.optimizers import reset_mark_function_count
         data, inputs = self.create_input(image)
         onnx = self.deploy_cfg.onnx_config
-        os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
         # earlier exports in this process have counted, too
         reset_mark_function_count()
         with no_mp():
@@ -160,8 +154,7 @@ class Deployment:
     def _axes(self, axes: Dict[str, dict]) -> Dict[str, dict]:
         """The dynamic axes of a part: of its input, only what the deploy
         config allows."""
-        dynamic = self.deploy_cfg.onnx_config.get('dynamic_axes') or {}
-        if dynamic or 'input' not in axes:
+        if self.deploy_cfg.onnx_config.get('dynamic_axes'):
             return axes
         if self.partition == 'single_stage':
             return {}
@@ -189,24 +182,23 @@ def _read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
 
 def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
     """The stand-alone config for a checkpoint."""
-    keys: Sequence[str] = list(content['state_dict'])
-    prefix = next((p for p in _WRAPPERS if keys and keys[0].startswith(p)), '')
-    if prefix:
+    first = next(iter(content['state_dict']), '')
+    if first.startswith(_WRAPPERS):
         raise RuntimeError(
             f'{path} is the checkpoint of a wrapper: its keys start with '
-            f'{prefix!r} ({keys[0]}). Deployment takes the bare model: a '
-            'checkpoint that tools/compress.py or BasisCompressionHook wrote')
+            f"'{first.split('.')[0]}.' ({first}). Deployment takes the bare "
+            'model, as tools/compress.py or BasisCompressionHook wrote it')
     if cfg.get('model') is None:
         raise KeyError(f"the model config has no 'model': found "
                        f'{sorted(cfg.keys())}')
-    plan = plan_of(content)
-    if plan is None and cfg.model.get('plan') is not None:
+    plan, compressed = plan_of(content), cfg.model.get('plan') is not None
+    if plan is not None and not compressed:
+        return standalone_config(cfg, plan, path)
+    if plan is None and compressed:
         raise RuntimeError(
             f'{path} is a dense checkpoint, but the config is of a compressed '
             'model: give the compressed.pth that belongs to it')
-    if plan is not None and cfg.model.get('plan') is None:
-        cfg = standalone_config(cfg, plan, path)
-    elif cfg.model.type == 'mmbasis.BasisModel':
+    if cfg.model.type == 'mmbasis.BasisModel':
         raise RuntimeError(
             'the config is of the training wrapper mmbasis.BasisModel and the '
             f'checkpoint {path} carries no plan: deployment takes the bare '

@@ -5,6 +5,7 @@ import json
 import os
 import os.path as osp
 import re
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -29,13 +30,12 @@ class _Carrier(nn.Module):
     what is left of a timing after that of the carrier alone is the layer, in
     the memory layout that it has inside a network."""
 
-    def __init__(self, channels: int, dims: int,
-                 layer: Optional[nn.Module]) -> None:
+    def __init__(self, channels: int, dims: int, layer: nn.Module) -> None:
         super().__init__()
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
         self.feed = conv[dims](_FEED, channels, 1) if dims else nn.Linear(
             _FEED, channels)
-        self.layer = layer if layer is not None else nn.Identity()
+        self.layer = layer
         # the pooling that ONNX Runtime has for its blocked layout
         self.reduce = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.Identity()
 
@@ -43,54 +43,37 @@ class _Carrier(nn.Module):
         return self.reduce(self.layer(self.feed(x)))
 
 
-def _dims(layer: Layer) -> int:
-    """Spatial dimensions, 0 for a linear layer."""
-    return max(0, layer.module.weight.dim() - 2)
-
-
-def layer_shapes(model: nn.Module, inputs: torch.Tensor,
-                 samples: Optional[list]) -> List[Tuple[Costs, dict]]:
-    """Layers that can be compressed and the input shapes that they see.
-
-    Args:
-        model (nn.Module): The dense model.
-        inputs (Tensor): A batch, ``(N, 3, H, W)``.
-        samples (list, optional): ``data_samples`` for detectors that ask for
-            them even in mode ``'tensor'``.
-
-    Returns:
-        list[tuple[Costs, dict]]: Costs of the layers for these inputs, and
-        for each how often it sees an input shape in one forward pass.
-    """
+def _layer_shapes(
+        model: nn.Module, inputs: torch.Tensor,
+        samples: Optional[list]) -> List[Tuple[Costs, Counter]]:
+    """Costs of the layers that can be compressed, and how often each sees an
+    input shape in one forward pass."""
     layers = [x for x in find_layers(model) if x.obstacle is None]
-    seen: Dict[str, Dict[tuple, int]] = {layer.name: {} for layer in layers}
+    seen: List[Counter] = [Counter() for _ in layers]
     recorder = LayerRecorder(layers)
     with evaluation(model), ExitStack() as stack, recorder:
-        for layer in layers:
+        for layer, counter in zip(layers, seen):
 
             def count(module: nn.Module,
                       args: tuple,
-                      shapes: Dict[tuple, int] = seen[layer.name]) -> None:
-                shape = tuple(args[0].shape)
-                shapes[shape] = shapes.get(shape, 0) + 1
+                      counter: Counter = counter) -> None:
+                counter[tuple(args[0].shape)] += 1
 
             stack.callback(
                 layer.module.register_forward_pre_hook(count).remove)
         model(inputs, samples, mode='tensor')
         recorder.images = recorder.passes = 1
     statistics = recorder.finish()
-    return [(Costs(layer, statistics[layer.name]), seen[layer.name])
-            for layer in layers if seen[layer.name]]
+    return [(Costs(layer, statistics[layer.name]), counter)
+            for layer, counter in zip(layers, seen) if counter]
 
 
-def rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
+def _rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
     """Ranks to measure: multiples of ``round_to`` that save MACs, evenly
     spread."""
     ranks = np.arange(round_to, costs.break_even + 1, round_to)
-    if len(ranks) > count:
-        chosen = np.linspace(0, len(ranks) - 1, count)
-        ranks = ranks[chosen.round().astype(int)]
-    return ranks.tolist()
+    chosen = np.linspace(0, len(ranks) - 1, min(count, len(ranks)))
+    return ranks[chosen.round().astype(int)].tolist()
 
 
 def _geometry(module: nn.Module) -> str:
@@ -120,21 +103,16 @@ class LayerModels:
         folder (str): The folder.
         torchscript (bool): Write TorchScript files for the PyTorch back end
             instead of ONNX. Defaults to False.
-        opset (int): Opset of the ONNX files. Defaults to 13.
     """
 
-    def __init__(self,
-                 folder: str,
-                 torchscript: bool = False,
-                 opset: int = 13) -> None:
+    def __init__(self, folder: str, torchscript: bool = False) -> None:
         self.folder = folder
         self.torchscript = torchscript
-        self.opset = opset
         self.entries: List[Dict[str, Any]] = []
         os.makedirs(folder, exist_ok=True)
 
-    def add(self, name: str, module: nn.Module, shape: Sequence[int],
-            **keys: Any) -> None:
+    def _add(self, name: str, module: nn.Module, shape: Sequence[int],
+             **keys: Any) -> None:
         """Write one model and its entry, unless the entry is there."""
         if any(x['id'] == name for x in self.entries):
             return
@@ -151,31 +129,34 @@ class LayerModels:
                     module.eval(), (inputs, ),
                     path,
                     input_names=['input'],
-                    opset_version=self.opset)
+                    opset_version=13)
         self.entries.append(
             dict(id=name, onnx=file, input_shape=list(shape), **keys))
 
-    def add_layer(self, layer: Layer, shape: Tuple[int, ...], count: int,
-                  ranks: Sequence[int]) -> None:
+    def _add_layer(self, layer: Layer, shape: Tuple[int, ...], count: int,
+                   ranks: Sequence[int]) -> None:
         """Add a layer at one input shape, dense and at ranks.
 
         Layers that differ in nothing that matters share their models.
         """
-        group = f'{_geometry(layer.module)}/{"x".join(map(str, shape))}'
+        size = 'x'.join(map(str, shape))
+        group = f'{_geometry(layer.module)}/{size}'
         known = [x for x in self.entries if x.get('group') == group]
         for entry in known:
             entry['uses'][layer.name] = count
         if known:
             return
-        dims = _dims(layer)
+        # spatial dimensions, 0 for a linear layer
+        dims = max(0, layer.module.weight.dim() - 2)
         axis = 1 if dims else len(shape) - 1
         channels = shape[axis]
         feed = [*shape[:axis], _FEED, *shape[axis + 1:]]
-        carrier = f'{CARRIER}/{"x".join(map(str, shape))}'
-        self.add(carrier, _Carrier(channels, dims, None), feed, role=CARRIER)
+        carrier = f'{CARRIER}/{size}'
+        alone = _Carrier(channels, dims, nn.Identity())
+        self._add(carrier, alone, feed, role=CARRIER)
         for rank in (None, *ranks):
             module = layer.module if rank is None else _basis(layer, rank)
-            self.add(
+            self._add(
                 f'{group}/{"dense" if rank is None else f"rank{rank}"}',
                 _Carrier(channels, dims, module),
                 feed,
@@ -187,32 +168,22 @@ class LayerModels:
                 weight_shape=list(layer.module.weight.shape),
                 uses={layer.name: count})
 
-    def add_model(self, model: nn.Module, shape: Sequence[int],
-                  samples: Optional[list], ranks: Dict[str, int]) -> None:
+    def _add_model(self, model: nn.Module, shape: Sequence[int],
+                   samples: Optional[list], ranks: Dict[str, int]) -> None:
         """Add the whole model up to its raw outputs, dense and at ranks.
 
         Inside a network, layers take longer than alone, where weights and
         activations stay in the cache; two measured networks say how much.
-
-        Args:
-            model (nn.Module): The dense model.
-            shape (Sequence[int]): Of its input.
-            samples (list, optional): See :func:`layer_shapes`.
-            ranks (dict[str, int]): Of the layers to compress.
         """
-        self.add(MODEL_ID, RawOutputs(model, samples), shape, role=MODEL_ID)
+        self._add(MODEL_ID, RawOutputs(model, samples), shape, role=MODEL_ID)
         compressed = copy.deepcopy(model)
         replace_modules(
             compressed, {
                 layer.module: _basis(layer, ranks[layer.name])
                 for layer in find_layers(compressed) if layer.name in ranks
             })
-        self.add(
-            COMPRESSED_ID,
-            RawOutputs(compressed, samples),
-            shape,
-            role=MODEL_ID,
-            ranks=ranks)
+        whole = RawOutputs(compressed, samples)
+        self._add(COMPRESSED_ID, whole, shape, role=MODEL_ID, ranks=ranks)
 
     def add_all(self,
                 model: nn.Module,
@@ -225,30 +196,30 @@ class LayerModels:
 
         Args:
             model (nn.Module): The dense model.
-            shape (Sequence[int]): Of its input.
-            samples (list, optional): See :func:`layer_shapes`.
+            shape (Sequence[int]): Of its input, ``(N, 3, H, W)``.
+            samples (list, optional): ``data_samples`` for detectors that ask
+                for them even in mode ``'tensor'``.
             count (int): Ranks for each layer.
             round_to (int): Ranks are multiples of this.
             listener (Callable): Takes a line of progress for each layer.
         """
-        layers = layer_shapes(model, torch.randn(*shape), samples)
+        layers = _layer_shapes(model, torch.randn(*shape), samples)
         middle = {}
         for index, (costs, seen) in enumerate(layers):
             layer = costs.layer
             listener(f'{index + 1} of {len(layers)}: {layer.name}')
-            ranks = rank_grid(costs, count, round_to)
+            ranks = _rank_grid(costs, count, round_to)
             for layer_shape, uses in seen.items():
-                self.add_layer(layer, layer_shape, uses, ranks)
+                self._add_layer(layer, layer_shape, uses, ranks)
             if ranks:
                 middle[layer.name] = ranks[len(ranks) // 2]
-        self.add_model(model, shape, samples, middle)
+        self._add_model(model, shape, samples, middle)
 
-    def write_index(self) -> str:
-        """Write ``index.json`` and return its path."""
-        path = osp.join(self.folder, 'index.json')
+    def write_index(self) -> None:
+        """Write ``index.json``."""
+        index = dict(version=1, entries=self.entries)
         write_atomically(
-            path, json.dumps(dict(version=1, entries=self.entries), indent=1))
-        return path
+            osp.join(self.folder, 'index.json'), json.dumps(index, indent=1))
 
 
 class RawOutputs(nn.Module):

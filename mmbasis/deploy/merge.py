@@ -44,21 +44,16 @@ def merge_layers(model: nn.Module, names: List[str],
         raise ValueError(f'this {type(model).__name__} carries no plan: only '
                          'a compressed model has layers to merge')
     modules = dict(basis_layers(model))
-    merged = {name: modules[name].to_dense() for name in names}
-    replace_modules(model, {modules[n]: merged[n] for n in names})
-    layers = {k: v for k, v in plan.layers.items() if k not in names}
-    dense = dict(plan.dense)
+    replacements: Dict[nn.Module, nn.Module] = {}
+    layers, dense = dict(plan.layers), dict(plan.dense)
     for name in names:
-        entry, layer = plan.layers[name], merged[name]
-        params = sum(p.numel() for p in (layer.weight, layer.bias)
-                     if p is not None)
+        entry = layers.pop(name)
+        layer = replacements[modules[name]] = modules[name].to_dense()
+        bias = layer.bias is not None
+        params = layer.weight.numel() + (layer.bias.numel() if bias else 0)
         dense[name] = DensePlan(
-            reason,
-            True,
-            entry.shape,
-            entry.macs[0],
-            params,
-            bias=layer.bias is not None)
+            reason, True, entry.shape, entry.macs[0], params, bias=bias)
+    replace_modules(model, replacements)
     plan = replace(plan, layers=layers, dense=dense)
     attach_plan(model, plan)
     return plan
@@ -115,16 +110,16 @@ def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
         return model_cfg, checkpoint, {}
     planned = plan.planner.get('table') or {}
     latencies.check(device=planned.get('device'))
-    init_default_scope(model_cfg.get('default_scope', 'mmengine'))
-    model = build_compressed(dense_architecture(model_cfg), plan)
-    load_weights(model, content, checkpoint)
     slow = _slow_layers(plan, latencies)
     if not slow:
         return model_cfg, checkpoint, {}
+    init_default_scope(model_cfg.get('default_scope', 'mmengine'))
+    architecture = dense_architecture(model_cfg)
+    model = build_compressed(architecture, plan)
+    load_weights(model, content, checkpoint)
     plan = merge_layers(model, list(slow), 'merged: not faster as a basis')
     merged = osp.abspath(osp.join(work_dir, 'merged.pth'))
     meta = {k: v for k, v in content.get('meta', {}).items() if k != 'mmbasis'}
     save_checkpoint(model, plan, merged, meta)
-    dense_cfg = Config(
-        dict(model_cfg.to_dict(), model=dense_architecture(model_cfg)))
+    dense_cfg = Config(dict(model_cfg.to_dict(), model=architecture))
     return standalone_config(dense_cfg, plan, merged), merged, slow

@@ -2,7 +2,9 @@
 """Int8: calibration data for TensorRT, static scales for ONNX Runtime."""
 import copy
 import os
-from typing import Iterator, List, Optional
+import os.path as osp
+import tempfile
+from typing import List, Optional
 
 import numpy as np
 from mmengine.registry import DATASETS
@@ -11,10 +13,7 @@ from .export import Deployment
 
 
 def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
-    """Preprocessed training images.
-
-    They pass through the model's test pipeline, like the images that the
-    network will see.
+    """Training images, preprocessed by the model's test pipeline.
 
     Args:
         deployment (Deployment): Its model config has a ``train_dataloader``
@@ -27,12 +26,11 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     Raises:
         ValueError: If the dataset is smaller than that.
     """
-    cfg = deployment.model_cfg
-    config = copy.deepcopy(cfg.train_dataloader.dataset)
+    cfg = copy.deepcopy(deployment.model_cfg)
+    config = cfg.train_dataloader.dataset
     while config.get('dataset') is not None:  # RepeatDataset and the like
         config = config.dataset
-    test = cfg.test_dataloader.dataset
-    config.pipeline = copy.deepcopy(test.pipeline)
+    config.pipeline = cfg.test_dataloader.dataset.pipeline
     config.test_mode = True
     dataset = DATASETS.build(config)
     if len(dataset) < count:
@@ -48,16 +46,15 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     return images
 
 
-def write_calibration(path: str,
-                      images: List[np.ndarray],
-                      partition: bool = False) -> None:
+def write_calibration(path: str, images: List[np.ndarray],
+                      partition: bool) -> None:
     """Write calibration data as MMDeploy's TensorRT calibrator reads it.
 
     Args:
         path (str): The HDF5 file.
         images (list[ndarray]): Each ``(1, 3, H, W)``.
         partition (bool): The graph is the first part of a detector that is
-            cut before non-maximum suppression. Defaults to False.
+            cut before non-maximum suppression.
     """
     import h5py
     temporary = f'{path}.tmp{os.getpid()}'
@@ -65,8 +62,7 @@ def write_calibration(path: str,
     with h5py.File(temporary, 'w') as file:
         group = file.create_group(f'calib_data/{name}/input')
         for index, image in enumerate(images):
-            group.create_dataset(
-                str(index), data=image, compression='gzip', compression_opts=4)
+            group.create_dataset(str(index), data=image, compression='gzip')
     os.replace(temporary, path)
 
 
@@ -83,28 +79,24 @@ def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    name = onnx.load(path).graph.input[0].name
+    feeds = ({name: x} for x in images)
+
     class Reader(quantization.CalibrationDataReader):
 
-        def __init__(self, name: str) -> None:
-            self.feeds: Iterator[dict] = ({name: x} for x in images)
-
         def get_next(self) -> Optional[dict]:
-            return next(self.feeds, None)
+            return next(feeds, None)
 
-    prepared = f'{output}.tmp{os.getpid()}'
-    name = onnx.load(path).graph.input[0].name
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = osp.join(folder, 'prepared.onnx')
         # symbolic shapes fail on the data-dependent ones of detectors
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
             prepared,
             output,
-            Reader(name),
+            Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=['Conv', 'MatMul', 'Gemm'],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8)
-    finally:
-        if os.path.exists(prepared):
-            os.remove(prepared)

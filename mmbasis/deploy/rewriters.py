@@ -29,16 +29,6 @@ def gather_topk__plain(
 
     MMDeploy's TensorRT version emits its plugin ``GatherTopk``. That one is
     kept where non-maximum suppression, another plugin, is in the graph.
-
-    Args:
-        *inputs (Tensor, optional): Shape ``(N, boxes, ...)``, or
-            ``(1, boxes, ...)`` where ``is_batched`` is False.
-        inds (Tensor): Indices of the boxes to keep, ``(N, K)``.
-        batch_size (int): ``N``.
-        is_batched (bool): Whether every image has its own values.
-
-    Returns:
-        Tensor | list[Tensor]: ``(N, K, ...)``, one for each input.
     """
     ctx = FUNCTION_REWRITER.get_context()
     if ctx.cfg.get('partition_config') is None:
@@ -72,15 +62,6 @@ def rtmdet_head__predict_by_feat(self,
 
     MMDeploy's own rewriter does not clip the boxes to the image, so that
     non-maximum suppression decides differently there.
-
-    Args:
-        self (RTMDetHead): The head.
-        cls_scores (list[Tensor]): Of each level, ``(N, classes, H, W)``.
-        bbox_preds (list[Tensor]): Distances in pixels, ``(N, 4, H, W)``.
-        batch_img_metas (list[dict]): With ``img_shape``, (height, width).
-
-    Returns:
-        tuple[Tensor]: Detections ``(N, K, 5)`` and labels ``(N, K)``.
     """
     cfg, ctx = self.test_cfg, FUNCTION_REWRITER.get_context()
     scores, distances = [

@@ -6,7 +6,7 @@ https://github.com/onnx/onnx-tensorrt, as it stands for TensorRT 8.5 (the last
 for Jetson Xavier) and 10.15.
 """
 import os.path as osp
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any, Dict, List, Set
 
 from .export import Deployment
 
@@ -44,105 +44,46 @@ _RESIZE = dict(
                                     'tf_half_pixel_for_nn', 'asymmetric',
                                     'align_corners'),
     nearest_mode=('floor', 'ceil', 'round_prefer_floor', 'round_prefer_ceil'))
+#: inputs that must be constant, by position
+_CONSTANT = dict(
+    TopK=(1, 'K (at most 3840)'),
+    Squeeze=(1, 'axes'),
+    Unsqueeze=(1, 'axes'),
+    CumSum=(1, 'axis'),
+    Slice=(3, 'axes'))
 
 
-class _Graph:
-    """An ONNX graph's nodes, and which of its tensors are constant."""
-
-    def __init__(self, path: str) -> None:
-        import onnx
-        self.model = onnx.load(path)
-        self.nodes = list(self.model.graph.node)
-        self.constants = {x.name for x in self.model.graph.initializer}
-        # what is computed from constants alone, TensorRT folds as well
-        for node in self.nodes:
-            if node.op_type == 'Constant' or (node.input and all(
-                    x in self.constants for x in node.input if x)):
-                self.constants.update(node.output)
-
-    @property
-    def opset(self) -> int:
-        return max(
-            x.version for x in self.model.opset_import
-            if x.domain in ('', 'ai.onnx'))
-
-
-def _attributes(node: Any) -> Dict[str, Any]:
-    import onnx
-    values = {
-        x.name: onnx.helper.get_attribute_value(x)
-        for x in node.attribute
-    }
-    return {
-        k: v.decode() if isinstance(v, bytes) else v
-        for k, v in values.items()
-    }
-
-
-def _inputs_constant(graph: _Graph, node: Any, *positions: int) -> bool:
-    return all(i >= len(node.input) or not node.input[i]
-               or node.input[i] in graph.constants for i in positions)
-
-
-def _check_resize(graph: _Graph, node: Any, version: str) -> str:
-    for key, value in _attributes(node).items():
-        if key in _RESIZE and value not in _RESIZE[key]:
-            return f'{key}={value!r} is not supported'
+def _restriction(node: Any, version: str, constants: Set[str],
+                 nonzero: Set[str]) -> str:
+    """What TensorRT refuses of a node whose operator it supports, by the names
+    of the tensors that are constant and of those that are not all 0."""
+    from onnx.helper import get_attribute_value
+    values = {x.name: get_attribute_value(x) for x in node.attribute}
+    if node.op_type == 'Resize':
+        for key, accepted in _RESIZE.items():
+            value = values.get(key, accepted[0].encode()).decode()
+            if value not in accepted:
+                return f'{key}={value!r} is not supported'
+    elif node.op_type in ('MaxPool', 'AveragePool'):
+        return _pooling(node, values)
+    elif node.op_type in ('QuantizeLinear', 'DequantizeLinear'):
+        if nonzero.intersection(node.input[2:]):
+            return 'the zero point must be 0'
+    elif node.op_type in _CONSTANT:
+        position, name = _CONSTANT[node.op_type]
+        fits = constants.issuperset(node.input[position:position + 1])
+        if not fits and (node.op_type != 'Slice' or version == '8.5'):
+            return f'{name} must be a constant'
     return ''
 
 
-def _check_pool(graph: _Graph, node: Any, version: str) -> str:
-    attributes = _attributes(node)
+def _pooling(node: Any, attributes: Dict[str, Any]) -> str:
     if len(attributes.get('kernel_shape', [0, 0])) not in (2, 3):
         return 'only 2d and 3d pooling'
     if any(d != 1 for d in attributes.get('dilations', [])):
         return 'dilations must be 1'
-    return 'the output Indices is not supported' if len(
-        [x for x in node.output if x]) > 1 else ''
-
-
-def _constant_input(name: str) -> Callable[[_Graph, Any, str], str]:
-    """The second input must be constant."""
-
-    def check(graph: _Graph, node: Any, version: str) -> str:
-        fits = _inputs_constant(graph, node, 1)
-        return '' if fits else f'{name} must be a constant'
-
-    return check
-
-
-def _check_slice(graph: _Graph, node: Any, version: str) -> str:
-    if version == '8.5' and not _inputs_constant(graph, node, 3):
-        return 'axes must be a constant'
-    return ''
-
-
-def _check_quantize(graph: _Graph, node: Any, version: str) -> str:
-    return _zero_point(graph, node)
-
-
-def _zero_point(graph: _Graph, node: Any) -> str:
-    import onnx.numpy_helper
-    if len(node.input) < 3:
-        return ''
-    for x in graph.model.graph.initializer:
-        if x.name == node.input[2]:
-            values = onnx.numpy_helper.to_array(x)
-            return 'the zero point must be 0' if values.any() else ''
-    return ''
-
-
-_CHECKS: Dict[str, Callable[[_Graph, Any, str], str]] = dict(
-    Resize=_check_resize,
-    MaxPool=_check_pool,
-    AveragePool=_check_pool,
-    TopK=_constant_input('K (at most 3840)'),
-    Squeeze=_constant_input('axes'),
-    Unsqueeze=_constant_input('axes'),
-    Slice=_check_slice,
-    CumSum=_constant_input('axis'),
-    QuantizeLinear=_check_quantize,
-    DequantizeLinear=_check_quantize)
+    return 'the output Indices is not supported' if any(
+        node.output[1:]) else ''
 
 
 def check_tensorrt(path: str) -> Dict[str, List[str]]:
@@ -155,61 +96,70 @@ def check_tensorrt(path: str) -> Dict[str, List[str]]:
         dict[str, list[str]]: For each TensorRT version what it would refuse,
         one line per operator; an empty list where it would take the graph.
     """
-    graph = _Graph(path)
+    import onnx
+    from onnx.numpy_helper import to_array
+    model = onnx.load(path)
+    opset = max(x.version for x in model.opset_import
+                if x.domain in ('', 'ai.onnx'))
+    initializers = model.graph.initializer
+    nonzero = {x.name for x in initializers if to_array(x).any()}
+    # an input that is left out has the empty name
+    constants = {'', *(x.name for x in initializers)}
+    for node in model.graph.node:
+        # what is computed from constants alone is folded before it is parsed
+        if node.op_type == 'Constant' or (any(node.input) and
+                                          constants.issuperset(node.input)):
+            constants.update(node.output)
     problems: Dict[str, List[str]] = {}
-    for version, known in OPERATORS.items():
+    for version in OPERATORS:
         found = []
-        if graph.opset > MAX_OPSET[version]:
-            found.append(f'opset {graph.opset}: up to {MAX_OPSET[version]} '
-                         'is supported')
-        for node in graph.nodes:
-            text = _problem(graph, node, version, known)
-            if text and text not in found:
-                found.append(text)
-        problems[version] = found
+        if opset > MAX_OPSET[version]:
+            found.append(
+                f'opset {opset}: up to {MAX_OPSET[version]} is supported')
+        found += [
+            _problem(node, version, constants, nonzero)
+            for node in model.graph.node
+        ]
+        problems[version] = list(dict.fromkeys(filter(None, found)))
     return problems
 
 
-def _problem(graph: _Graph, node: Any, version: str, known: Set[str]) -> str:
+def _problem(node: Any, version: str, constants: Set[str],
+             nonzero: Set[str]) -> str:
     if node.domain not in ('', 'ai.onnx'):
         return (f'{node.domain}::{node.op_type}: a custom operator, needs '
                 "MMDeploy's plugin library (mmdeploy_tensorrt_ops)")
-    if node.op_type not in known:
+    if node.op_type not in OPERATORS[version]:
         return f'{node.op_type}: not supported'
-    check = _CHECKS.get(node.op_type)
-    # shape arithmetic on constants is folded before it is parsed
-    if check is None or all(x in graph.constants for x in node.output if x):
+    if constants.issuperset(node.output):
         return ''
-    text = check(graph, node, version)
+    text = _restriction(node, version, constants, nonzero)
     return text and f'{node.op_type}: {text}'
 
 
-def trtexec_command(deployment: Deployment,
-                    path: str,
-                    index: int = 0,
-                    calib_cache: Optional[str] = None) -> str:
+def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
     """The command that builds the engine on the device, without MMDeploy.
+
+    Without a calibration cache, which trtexec takes as ``--calib``, int8
+    measures speed with made-up scales.
 
     Args:
         deployment (Deployment): With a TensorRT deploy config, or any other:
             the engine is fp32 then.
         path (str): The ONNX file.
         index (int): Which of the graphs it is. Defaults to the first.
-        calib_cache (str, optional): A calibration cache for int8. Without one
-            trtexec measures speed with made-up scales.
 
     Returns:
         str: One line.
     """
     backend = deployment.deploy_cfg.backend_config
     common = backend.get('common_config') or {}
+    file = osp.basename(path)
     parts = [
-        'trtexec', f'--onnx={osp.basename(path)}',
-        f'--saveEngine={osp.splitext(osp.basename(path))[0]}.engine'
+        'trtexec', f'--onnx={file}',
+        f'--saveEngine={osp.splitext(file)[0]}.engine'
     ]
     parts += [f'--{x}' for x in ('fp16', 'int8') if common.get(f'{x}_mode')]
-    if calib_cache is not None:
-        parts.append(f'--calib={calib_cache}')
     model_inputs = backend.get('model_inputs') or []
     shapes = model_inputs[index].input_shapes if model_inputs else {}
     for which in ('min', 'opt', 'max'):

@@ -12,13 +12,8 @@ from .cifar_resnet import HE_NORMAL
 
 
 class CifarDenseLayer(BaseModule):
-    """BatchNorm, ReLU and a 3x3 convolution whose output is appended.
-
-    Args:
-        in_channels (int): Channels of the input.
-        growth_rate (int): Channels that the layer adds.
-        drop_rate (float): Dropout rate of the added channels.
-    """
+    """BatchNorm, ReLU and a 3x3 convolution whose output, after dropout, is
+    appended to the input."""
 
     def __init__(self, in_channels: int, growth_rate: int,
                  drop_rate: float) -> None:
@@ -37,11 +32,7 @@ class CifarDenseLayer(BaseModule):
 
 
 class CifarTransition(BaseModule):
-    """BatchNorm, ReLU, a 1x1 convolution and 2x2 average pooling.
-
-    Args:
-        channels (int): Channels of input and output.
-    """
+    """BatchNorm, ReLU, a 1x1 convolution and 2x2 average pooling."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -71,15 +62,13 @@ class CifarDenseNet(BaseModule):
             blocks; the source uses 0.2 without data augmentation. Defaults
             to 0.
         in_channels (int): Channels of the image. Defaults to 3.
-        init_cfg (dict or list[dict], optional): Initialisation. None stands
-            for the source's: He-normal convolutions, BatchNorm scales of 1.
+        init_cfg (dict or list[dict], optional): Defaults to the source's
+            initialisation, ``HE_NORMAL``.
 
     Attributes:
         out_channels (int): Channels of the output: what the head needs as
             ``in_channels`` (448 for depth 40, growth rate 12).
     """
-
-    stem_channels = 16
 
     def __init__(self,
                  depth: int = 40,
@@ -91,30 +80,22 @@ class CifarDenseNet(BaseModule):
         if depth < 7 or (depth - 4) % 3:
             raise ValueError(f'depth of CifarDenseNet must be 3n + 4 with '
                              f'n >= 1 (40, 100, ...), but got {depth}')
-        channels = self.stem_channels
+        channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        for i in range(3):
-            layers = []
+        for i in range(1, 4):
+            block = nn.Sequential()
             for _ in range((depth - 4) // 3):
-                layers.append(
-                    CifarDenseLayer(channels, growth_rate, drop_rate))
+                block.append(CifarDenseLayer(channels, growth_rate, drop_rate))
                 channels += growth_rate
-            self.add_module(f'block{i + 1}', nn.Sequential(*layers))
-            if i < 2:
-                self.add_module(f'transition{i + 1}',
-                                CifarTransition(channels))
+            self.add_module(f'block{i}', block)
+            if i < 3:
+                self.add_module(f'transition{i}', CifarTransition(channels))
         self.bn1 = nn.BatchNorm2d(channels)
         self.out_channels = channels
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor]:
-        """Compute the last feature map.
-
-        Args:
-            x (Tensor): Images of shape ``(N, in_channels, H, W)``.
-
-        Returns:
-            tuple[Tensor]: One map of shape ``(N, out_channels, H/4, W/4)``.
-        """
+        """Map images ``(N, in_channels, H, W)`` to one feature map
+        ``(N, out_channels, H/4, W/4)``."""
         x = self.transition1(self.block1(self.conv1(x)))
         x = self.transition2(self.block2(x))
         return (F.relu(self.bn1(self.block3(x))), )

@@ -24,13 +24,11 @@ class CifarBasicBlock(BaseModule):
     Args:
         in_channels (int): Channels of the input.
         out_channels (int): Channels of the output.
-        stride (int): Stride of the first convolution. Defaults to 1.
+        stride (int): Stride of the first convolution.
     """
 
-    def __init__(self,
-                 in_channels: int,
-                 out_channels: int,
-                 stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int,
+                 stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(
             in_channels, out_channels, 3, stride, padding=1, bias=False)
@@ -41,21 +39,16 @@ class CifarBasicBlock(BaseModule):
         self.stride = stride
         self.new_channels = out_channels - in_channels
 
-    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring the input to the shape of the output without parameters."""
-        if self.stride != 1:
-            x = x[:, :, ::self.stride, ::self.stride]
-        if self.new_channels:
-            before = self.new_channels // 2
-            after = self.new_channels - before
-            x = F.pad(x, (0, 0, 0, 0, before, after))
-        return x
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C_out, H/stride, W/stride)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        if self.stride != 1:
+            x = x[:, :, ::self.stride, ::self.stride]
+        if self.new_channels:
+            before = self.new_channels // 2
+            x = F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+        return F.relu(out + x)
 
 
 @MODELS.register_module()
@@ -71,11 +64,9 @@ class CifarResNet(BaseModule):
         depth (int): 6n + 2, the number of weighted layers, classifier
             included: 20, 32, 44, 56 or 110 in the source.
         in_channels (int): Channels of the image. Defaults to 3.
-        init_cfg (dict or list[dict], optional): Initialisation. None stands
-            for the source's: He-normal convolutions, BatchNorm scales of 1.
+        init_cfg (dict or list[dict], optional): Defaults to the source's
+            initialisation, ``HE_NORMAL``.
     """
-
-    stage_channels = (16, 32, 64)
 
     def __init__(self,
                  depth: int,
@@ -86,10 +77,10 @@ class CifarResNet(BaseModule):
             raise ValueError(
                 f'depth of CifarResNet must be 6n + 2 with n >= 1 '
                 f'(20, 32, 44, 56, 110, ...), but got {depth}')
-        channels = self.stage_channels[0]
+        channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        for i, out_channels in enumerate(self.stage_channels):
+        for i, out_channels in enumerate((16, 32, 64)):
             blocks = []
             for j in range((depth - 2) // 6):
                 stride = 2 if i > 0 and j == 0 else 1
@@ -98,13 +89,7 @@ class CifarResNet(BaseModule):
             self.add_module(f'layer{i + 1}', nn.Sequential(*blocks))
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor]:
-        """Compute the last feature map.
-
-        Args:
-            x (Tensor): Images of shape ``(N, in_channels, H, W)``.
-
-        Returns:
-            tuple[Tensor]: One map of shape ``(N, 64, H/4, W/4)``.
-        """
+        """Map images ``(N, in_channels, H, W)`` to one feature map
+        ``(N, 64, H/4, W/4)``."""
         x = F.relu(self.bn1(self.conv1(x)))
         return (self.layer3(self.layer2(self.layer1(x))), )

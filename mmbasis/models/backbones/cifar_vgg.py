@@ -22,8 +22,8 @@ class CifarVGG(BaseModule):
     Args:
         depth (int): 11, 13, 16 or 19. Defaults to 16.
         in_channels (int): Channels of the image. Defaults to 3.
-        init_cfg (dict or list[dict], optional): Initialisation. None stands
-            for He-normal convolutions and BatchNorm scales of 1.
+        init_cfg (dict or list[dict], optional): Initialisation. Defaults to
+            ``HE_NORMAL``.
     """
 
     # convolutions in each of the five stages
@@ -60,15 +60,8 @@ class CifarVGG(BaseModule):
             self.add_module(f'stage{i + 1}', nn.Sequential(*layers))
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor]:
-        """Compute the last feature map.
-
-        Args:
-            x (Tensor): Images of shape ``(N, in_channels, H, W)``, ``H`` and
-                ``W`` at least 32.
-
-        Returns:
-            tuple[Tensor]: One map of shape ``(N, 512, H/32, W/32)``.
-        """
-        for i in range(len(self.stage_channels)):
-            x = getattr(self, f'stage{i + 1}')(x)
+        """Map images ``(N, in_channels, H, W)``, ``H`` and ``W`` at least 32,
+        to one feature map ``(N, 512, H/32, W/32)``."""
+        for stage in self.children():
+            x = stage(x)
         return (x, )

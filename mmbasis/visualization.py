@@ -1,21 +1,18 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Pictures of spectra and plans."""
+"""Pictures of spectra and plans, each written to a PNG at ``path``."""
 import os
 from typing import Any, Dict, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..planning import Analysis, CompressionPlan
+from .planning import Analysis, CompressionPlan
 
 
 def _figure(width: float, height: float) -> Figure:
     """A figure outside pyplot: no window, no global state."""
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def _save(figure: Figure, path: str) -> None:
@@ -27,13 +24,8 @@ def _save(figure: Figure, path: str) -> None:
 
 def plot_spectra(analysis: Analysis, plan: CompressionPlan,
                  path: str) -> None:
-    """Draw what each rank would lose, and the ranks that were chosen.
-
-    Args:
-        analysis (Analysis): With spectra.
-        plan (CompressionPlan): The plan; the layers in it are drawn.
-        path (str): PNG to write.
-    """
+    """Draw what each rank would lose, and the ranks that were chosen, of the
+    layers in a plan; the analysis has their spectra."""
     energies = {
         name: known.spectrum.energy.cpu().numpy()
         for name, known in analysis.statistics.items()
@@ -60,15 +52,10 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
 
 
 def plot_ranks(plan: CompressionPlan, path: str) -> None:
-    """Draw rank and full rank of each layer, and its MACs before and after.
-
-    Args:
-        plan (CompressionPlan): The plan.
-        path (str): PNG to write.
-    """
+    """Draw rank and full rank of each layer, and its MACs before and after."""
     names = list(plan.layers)
     entries = list(plan.layers.values())
-    x = np.arange(len(names))
+    x = range(len(names))
     figure = _figure(max(6, .18 * len(names)), 6)
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.bar(x, [e.full_rank for e in entries], color='lightgray')
@@ -84,12 +71,7 @@ def plot_ranks(plan: CompressionPlan, path: str) -> None:
 def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
                        path: str) -> None:
     """Draw for each layer what its truncation costs by rank: the increase of
-    the loss, or the energy where that is unknown.
-
-    Args:
-        analysis (Analysis): With spectra.
-        plan (CompressionPlan): The plan; ranks in it are marked.
-        path (str): PNG to write.
+    the loss, or the energy where that is unknown. The plan's ranks are marked.
     """
     losses = {
         name: known.spectrum.energy
@@ -109,8 +91,7 @@ def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
     image = axes.imshow(grid, aspect='auto', origin='lower', cmap='viridis')
     figure.colorbar(image, label='log10 of what is lost')
     axes.set(ylabel='rank', title='Loss by rank, and the ranks of the plan')
-    axes.set_xticks(
-        np.arange(len(losses)), list(losses), rotation=90, fontsize=6)
+    axes.set_xticks(range(len(losses)), [*losses], rotation=90, fontsize=6)
     _save(figure, path)
 
 
@@ -119,19 +100,16 @@ def plot_losses(rows: Sequence[Dict[str, Any]], path: str) -> None:
 
     Args:
         rows (Sequence[dict]): ``name``, ``predicted`` and ``measured``.
-        path (str): PNG to write.
+        path (str): The PNG.
     """
     figure = _figure(5, 5)
     axes = figure.add_subplot()
     predicted = np.maximum([row['predicted'] for row in rows], 1e-8)
     measured = np.maximum([row['measured'] for row in rows], 1e-8)
     axes.loglog(predicted, measured, 'o', markersize=4)
-    for name, x, y in zip((row['name'] for row in rows), predicted, measured):
-        axes.annotate(name, (x, y), fontsize=4)
-    ends = [
-        min(predicted.min(), measured.min()),
-        max(predicted.max(), measured.max())
-    ]
+    for row, x, y in zip(rows, predicted, measured):
+        axes.annotate(row['name'], (x, y), fontsize=4)
+    ends = [min(*predicted, *measured), max(*predicted, *measured)]
     axes.plot(ends, ends, color='gray', linewidth=.8)
     axes.set(
         xlabel='predicted increase of the loss',
@@ -147,7 +125,7 @@ def plot_curves(curves: Dict[str, Dict[float, float]], path: str, xlabel: str,
 
     Args:
         curves (dict[str, dict[float, float]]): y by x, by method.
-        path (str): PNG to write.
+        path (str): The PNG.
         xlabel (str): What x is.
         ylabel (str): What y is.
     """
