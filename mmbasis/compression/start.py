@@ -2,7 +2,6 @@
 """What a run starts from."""
 import enum
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Dict, Optional
 
 from ..planning import BasePlanner, CompressionPlan
@@ -30,22 +29,14 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """What a checkpoint is, or what a model was built as.
-
-    Args:
-        plan (CompressionPlan, optional): None if it is dense.
-        teacher (str, optional): The file of the dense weights.
-    """
+    """What a checkpoint is: its plan, None if it is dense, and the file of the
+    dense weights, if it names one."""
     plan: Optional[CompressionPlan] = None
     teacher: Optional[str] = None
 
     @classmethod
     def of(cls, checkpoint: Dict[str, Any]) -> 'Source':
-        """Of a checkpoint that was read.
-
-        Raises:
-            ValueError: If its plan is malformed or of a newer version.
-        """
+        """Of a checkpoint that was read; see :func:`plan_of` for errors."""
         meta = checkpoint.get('meta') or {}
         return cls(plan_of(checkpoint), meta.get(TEACHER_KEY))
 
@@ -103,12 +94,8 @@ def resolve(recipe: Recipe,
     Raises:
         RuntimeError, ValueError: In the cases of an error.
     """
-    begin = _begin if run is Run.TRAIN else partial(_go_on, run)
-    return begin(recipe, checkpoint, model)
-
-
-def _begin(recipe: Recipe, checkpoint: Optional[Source],
-           model: Optional[CompressionPlan]) -> Start:
+    if run is not Run.TRAIN:
+        return _go_on(run, recipe, checkpoint, model)
     if checkpoint is not None and checkpoint.plan is not None:
         return _from_compressed(recipe, checkpoint.plan, model)
     if model is not None:

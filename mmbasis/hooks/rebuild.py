@@ -14,15 +14,10 @@ from ..optim import carry_over, keep_custom_keys, regroup
 
 class Managed:
     """The parameters that a runner manages. Make it before layers are
-    replaced; afterwards :meth:`rebuild` gives the runner the new ones.
-
-    Args:
-        runner (Runner): The runner.
-    """
+    replaced; afterwards :meth:`rebuild` gives the runner the new ones."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        #: the parameters as they were
         self.before = dict(bare_model(runner).named_parameters())
 
     def set_model(self, model: nn.Module) -> None:
@@ -59,7 +54,8 @@ class Managed:
         schedulers = runner.param_schedulers
         states = [_state(x) for x in _wrappers(old)]
         if runner.cfg.get('optim_wrapper') is None:
-            regroup(old, self.before, model)
+            for wrapper in _wrappers(old):
+                regroup(wrapper, self.before, model)
         else:
             self._build(model)
         if carry_over_from is not None:

@@ -71,15 +71,7 @@ class RecalibrationHook(Hook):
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
     """The training loss of a model, with normalisations as in evaluation mode
-    and without dropout.
-
-    Args:
-        model (nn.Module): An MMEngine model.
-        batches (Sequence): Batches as it takes them.
-
-    Returns:
-        float: Mean over batches and processes.
-    """
+    and without dropout; mean over batches and processes."""
     adapter = adapter_of(model)
     with evaluation(model):
         train_deterministically(model)

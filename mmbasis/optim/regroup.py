@@ -1,11 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The groups of an optimizer whose model gets other layers."""
 import copy
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 
 from ..layers import BasisLayer
 
@@ -87,20 +87,19 @@ def regroup(wrapper: OptimWrapper, before: Mapping[str, nn.Parameter],
     """
     after = dict(model.named_parameters())
     dense = dense_names(model)
-    new: Dict[int, List[nn.Parameter]] = {}
+    new: Dict[nn.Parameter, List[nn.Parameter]] = {}
     for name, parameter in after.items():
         origin = _origin(name, dense.get(name), before)
         if origin is not None and parameter.requires_grad:
-            new.setdefault(id(origin), []).append(parameter)
-    kept = {id(x) for x in after.values()}
-    for optimizer in _optimizers(wrapper):
-        for group in optimizer.param_groups:
-            group['params'] = [
-                x for old in group['params'] for x in new.get(id(old), ())
-            ]
-        for parameter in list(optimizer.state):
-            if id(parameter) not in kept:
-                del optimizer.state[parameter]
+            new.setdefault(origin, []).append(parameter)
+    kept = set(after.values())
+    for group in wrapper.optimizer.param_groups:
+        group['params'] = [
+            x for old in group['params'] for x in new.get(old, ())
+        ]
+    for parameter in list(wrapper.optimizer.state):
+        if parameter not in kept:
+            del wrapper.optimizer.state[parameter]
 
 
 def _origin(
@@ -117,11 +116,3 @@ def _origin(
             name, f'{layer}.coefficients.{part}', f'{layer}.basis.weight'
         ]
     return next((before[x] for x in names if x in before), None)
-
-
-def _optimizers(wrapper: OptimWrapper) -> Iterator[Any]:
-    if isinstance(wrapper, OptimWrapperDict):
-        for one in wrapper.values():
-            yield one.optimizer
-    else:
-        yield wrapper.optimizer
