@@ -70,9 +70,7 @@ def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
         meta (dict): Further entries of ``meta``: plain types.
     """
     checkpoint = dict(
-        meta={
-            **meta, META_KEY: plan.to_dict()
-        },
+        meta=dict(meta, **{META_KEY: plan.to_dict()}),
         state_dict=weights_to_cpu(get_state_dict(model)))
     temporary = f'{path}.tmp{os.getpid()}'
     torch.save(checkpoint, temporary)

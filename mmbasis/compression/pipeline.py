@@ -43,12 +43,8 @@ from .surgery import all_or_nothing, apply_plan, get_plan
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """What :func:`run_recipe` did.
-
-    Args:
-        plan (CompressionPlan): The plan that the model follows now.
-        analysis (Analysis): What was known of the dense model.
-    """
+    """What :func:`run_recipe` did: the plan that the model follows now, and
+    what was known of the dense model."""
     plan: CompressionPlan
     analysis: Analysis
 
@@ -100,13 +96,12 @@ def take_batches(dataloader: Iterable,
             all; none is held out then.
         num_held_out (int): How many to hold out, if there are so many.
             Defaults to 1.
-
-    Returns:
-        tuple[list, list]: The batches.
     """
-    stop = None if num_batches is None else num_batches + num_held_out
-    batches = list(itertools.islice(dataloader, stop))
-    return batches[:num_batches], batches[len(batches[:num_batches]):]
+    batches = iter(dataloader)
+    if num_batches is None:
+        return list(batches), []
+    return (list(itertools.islice(batches, num_batches)),
+            list(itertools.islice(batches, num_held_out)))
 
 
 def analyze(model: nn.Module, recipe: Recipe,
@@ -143,11 +138,6 @@ def analyze(model: nn.Module, recipe: Recipe,
     analysis = measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
-    return _with_sensitivity(adapter, analysis, batches, recipe)
-
-
-def _with_sensitivity(adapter: Adapter, analysis: Analysis,
-                      batches: Sequence[Any], recipe: Recipe) -> Analysis:
     try:
         return measure_sensitivity(adapter, analysis, batches)
     except UnknownLossError as error:
@@ -243,26 +233,21 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
         held_out (Sequence): Others, for choices; may be empty.
-
-    Returns:
-        Compression: What was done.
     """
     analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
-    choose = (
-        recipe.recalibration == 'auto' and recipe.data_aware
-        and bool(held_out))
-    needs_reference = recipe.is_sequential or choose
-    reference = copy_module(model) if needs_reference else None
+    choose = recipe.recalibration == 'auto' and recipe.data_aware and held_out
+    reference = model
+    if recipe.is_sequential or choose:
+        reference = copy_module(model)
     with all_or_nothing(model, values=True):
         apply_plan(model, plan, bases_of(analysis))
-        if reference is not None:
-            if recipe.is_sequential:
-                Reconstruction(model, reference, analysis, plan).run(batches)
-            if choose:
-                recalibrate_if_better(
-                    model, batches,
-                    lambda: output_error(model, reference, held_out))
+        if recipe.is_sequential:
+            Reconstruction(model, reference, analysis, plan).run(batches)
+        if choose:
+            recalibrate_if_better(
+                model, batches,
+                lambda: output_error(model, reference, held_out))
         if recipe.recalibration is True:
             recalibrate(model, batches)
     log_plan(plan)

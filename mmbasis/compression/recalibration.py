@@ -95,15 +95,13 @@ def output_error(model: nn.Module, reference: nn.Module,
     Returns:
         float: Mean over batches and processes.
     """
-    errors = []
+    total = torch.zeros(2)  # of errors, and how many they are
     found, wanted = adapter_of(model), adapter_of(reference)
     with evaluation(model), evaluation(reference):
         for data in batches:
-            pairs = zip(found.outputs(data), wanted.outputs(data))
-            errors += [_distance(x, y) for x, y in pairs if x.shape == y.shape]
-    total = torch.stack(
-        [torch.stack(errors).sum(),
-         torch.tensor(float(len(errors)))]) if errors else torch.zeros(2)
+            for x, y in zip(found.outputs(data), wanted.outputs(data)):
+                if x.shape == y.shape:
+                    total += torch.stack([_distance(x, y), torch.tensor(1.)])
     if get_world_size() > 1:
         all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
