@@ -43,15 +43,12 @@ def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
 
 
 def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever they hang, so that shared ones stay shared.
+    """Replace modules, given by the old ones, wherever they hang, so that
+    shared ones stay shared.
 
     What is attached to a dense layer goes to its basis layer, and back;
     moving averages inside the model get to know of it. If that fails, the
     model is as before.
-
-    Args:
-        model (nn.Module): The model, changed in place.
-        new (dict[nn.Module, nn.Module]): Replacement by old module.
     """
     with all_or_nothing(model):
         for old, module in new.items():
@@ -123,13 +120,12 @@ def _copies(
     """Which of other modules, given with their shapes, an average or its parts
     are copies of: the averaged module itself may exist nowhere else."""
     shapes = _shapes(average)
-    source = next((x for x, other in others if shapes and other == shapes),
-                  None)
-    if source is not None:
-        yield source, average
-    else:
-        for child in average.children():
-            yield from _copies(child, others)
+    for source, other in others:
+        if shapes and other == shapes:
+            yield source, average
+            return
+    for child in average.children():
+        yield from _copies(child, others)
 
 
 def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
@@ -261,11 +257,8 @@ def get_plan(model: nn.Module) -> Optional[CompressionPlan]:
 
 def attach_plan(model: nn.Module, plan: CompressionPlan) -> List[str]:
     """Let a compressed model carry its plan, guard it against weights of
-    another structure, and keep its structure in deployment.
-
-    Returns:
-        list[str]: See :func:`keep_structure`.
-    """
+    another structure, and keep its structure in deployment: what
+    :func:`keep_structure` returns."""
     guard(model)
     vars(model)[_PLAN] = plan
     return keep_structure(model)
