@@ -29,18 +29,16 @@ MIN_SCALE = 1e-3
 
 
 class LayerRegression:
-    """Moments of a layer's target and regressors over all batches.
-
-    The regressors are the patches of the layer's input in the compressed
-    network or, where samples are few, what the dense layer makes of them.
+    """Moments of a layer's target and regressors over all batches: patches of
+    its input in the compressed network or, where samples are few, what the
+    dense layer makes of them.
 
     Args:
         layer (Layer): The dense layer.
         statistics (LayerStatistics): What was measured of it.
         samples (int): How many positions will be added in this process.
-        scale (Tensor, optional): What the output is multiplied with before it
-            is added to something, shape ``(P, )``. Errors are those of the
-            product then.
+        scale (Tensor, optional): Factor of the output, ``(P, )``, before it is
+            added to something; errors are those of the product.
     """
 
     def __init__(self,

@@ -57,16 +57,13 @@ def compress(model: nn.Module,
     """Compress a trained model in place.
 
     Args:
-        model (nn.Module): Any model; see :func:`mmbasis.planning.find_layers`
-            for what is compressed, and :mod:`mmbasis.running` for how it is
-            run.
+        model (nn.Module): Any model, see :func:`mmbasis.planning.find_layers`
+            and :mod:`mmbasis.running`.
         planner (BasePlanner | CompressionPlan | dict): A planner, its
             config, or a plan to follow.
         dataloader (Iterable): Calibration batches as the model takes them: a
             few hundred training images.
-        num_batches (int, optional): How many batches to use; one more, if
-            there is one, is held out for choices. Defaults to all, and none
-            is held out.
+        num_batches (int, optional): See :func:`take_batches`.
         **recipe: ``reconstruction``, ``recalibration`` and ``norm`` of
             :class:`~mmbasis.compression.Recipe`.
 
@@ -112,11 +109,7 @@ def analyze(model: nn.Module, recipe: Recipe,
         model (nn.Module): The dense model; it is not changed.
         recipe (Recipe): Says which layers count, and whether their outputs
             on images and the loss matter.
-        batches (Sequence): Batches as the model takes them. One is looked at
-            where the weights alone decide.
-
-    Returns:
-        Analysis: Of all its layers.
+        batches (Sequence): Batches as the model takes them, at least one.
 
     Raises:
         RuntimeError: If there are no batches.
@@ -197,9 +190,8 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
 
 
 def _outputs(adapter: Adapter, data: Any) -> Sequence[Tensor]:
-    """The outputs of a model; none of one that does not run with gradients.
-    Its layers are known up to there, and what nothing takes is a
-    prediction."""
+    """The outputs of a model; none of one that does not run with gradients:
+    what nothing takes up to there is a prediction."""
     try:
         return adapter.outputs(data)
     except RuntimeError as error:

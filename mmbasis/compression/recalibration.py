@@ -50,10 +50,8 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
                           error: Callable[[], float]) -> bool:
-    """Recalibrate, and take it back unless an error falls by it.
-
-    Rough truncation shifts the statistics, and new ones help a lot then;
-    layers that were reconstructed fit the old ones better.
+    """Recalibrate, and take it back unless an error falls by it: new
+    statistics help after rough truncation, less after reconstruction.
 
     Args:
         model (nn.Module): Changed in place, or as before.
@@ -90,10 +88,8 @@ def output_error(model: nn.Module, reference: nn.Module,
     Args:
         model (nn.Module): The compressed model.
         reference (nn.Module): The dense model.
-        batches (Sequence): Batches as both take them.
-
-    Returns:
-        float: Mean over batches and processes.
+        batches (Sequence): Batches as both take them; the error is the mean
+            over these and over processes.
     """
     total = torch.zeros(2)  # of errors, and how many they are
     found, wanted = adapter_of(model), adapter_of(reference)

@@ -13,11 +13,7 @@ PlanLike = Union[str, Mapping[str, Any], CompressionPlan]
 
 
 def as_planner(planner: PlannerLike) -> BasePlanner:
-    """A planner from its config, or itself.
-
-    Raises:
-        TypeError: If it is neither.
-    """
+    """A planner from its config, or itself; a TypeError if it is neither."""
     if isinstance(planner, BasePlanner):
         return planner
     if isinstance(planner, Mapping):
@@ -28,11 +24,7 @@ def as_planner(planner: PlannerLike) -> BasePlanner:
 
 
 def as_plan(plan: PlanLike) -> CompressionPlan:
-    """A plan from its file, its plain data, or itself.
-
-    Raises:
-        TypeError: If it is none of these.
-    """
+    """A plan from its file, its plain data, or itself; else a TypeError."""
     if isinstance(plan, CompressionPlan):
         return plan
     if isinstance(plan, str):
@@ -78,11 +70,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Orthogonality:
-    """The penalty ``weight * sum ||F F^T - I||_F^2`` over basis layers.
-
-    Args:
-        weight (float): At least 0.
-    """
+    """The penalty ``weight * sum ||F F^T - I||_F^2`` over basis layers, with
+    a weight of at least 0."""
     weight: float
 
     def __post_init__(self) -> None:

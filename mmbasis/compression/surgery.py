@@ -68,12 +68,8 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
-    """Leave the modules of a model as they were if an error is raised.
-
-    Args:
-        model (nn.Module): The model.
-        values (bool): Put values back, too, of which a copy is kept.
-    """
+    """Leave the modules of a model as they were if an error is raised; with
+    ``values`` also parameters and buffers, of which a copy is kept."""
     containers = ('_modules', '_parameters', '_load_state_dict_pre_hooks')
     before = [(vars(module), dict(vars(module)),
                [(vars(module)[name], dict(vars(module)[name]))

@@ -89,12 +89,7 @@ class BasisCompressionHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the structure of a compressed checkpoint, before its weights
-        are copied into the model.
-
-        Raises:
-            RuntimeError, ValueError: If config and checkpoint do not go
-                together, see :func:`mmbasis.compression.resolve`.
-        """
+        are copied into the model; an error if they do not go together."""
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = bare_model(runner)
@@ -110,11 +105,7 @@ class BasisCompressionHook(Hook):
             managed.rebuild(model)
 
     def before_train(self, runner: Runner) -> None:
-        """Compress the dense weights, unless the model is compressed.
-
-        Raises:
-            RuntimeError: If there is neither a plan nor a planner.
-        """
+        """Compress the dense weights, unless the model is compressed."""
         model = bare_model(runner)
         start = self._start or resolve(self.recipe, None, self._run,
                                        model.plan)
@@ -136,14 +127,9 @@ class BasisCompressionHook(Hook):
             runner._maybe_compile('train_step')
 
     def truncate(self, runner: Runner, planner: dict) -> None:
-        """Compress the compressed model further in the middle of training; the
-        optimizer's state and the schedules go on.
-
-        Args:
-            runner (Runner): The runner of the training process.
-            planner (dict): Config of the planner, budgets being fractions of
-                the dense model.
-        """
+        """Compress the compressed model further in the middle of training, by
+        the config of a planner whose budgets are fractions of the dense model;
+        the optimizer's state and the schedules go on."""
         model, managed = bare_model(runner), Managed(runner)
         before = model.architecture
         config = {k: v for k, v in self.recipe.config.items() if k != 'plan'}

@@ -61,11 +61,7 @@ class ProgressiveTruncationHook(Hook):
             self.planners[epoch] = dict(stage['planner'])
 
     def before_train(self, runner: Runner) -> None:
-        """Check that the run can be staged.
-
-        Raises:
-            RuntimeError: If it does not compress, or does not count epochs.
-        """
+        """Check that the run compresses and counts epochs."""
         self._compression(runner)
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             raise RuntimeError('ProgressiveTruncationHook counts epochs, but '

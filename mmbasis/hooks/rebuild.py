@@ -32,11 +32,8 @@ class Managed:
                 model: nn.Module,
                 carry_over_from: Optional[nn.Module] = None) -> None:
         """Have distributed wrapper, EMA, optimizer and schedulers hold the
-        parameters of the changed model.
-
-        With a config, the optimizer is built from it again, so that
-        ``paramwise_cfg`` speaks of the new parameters. Otherwise they take
-        the places of the old ones in the optimizer that is there.
+        parameters of the changed model. The optimizer is built from the
+        config again; without one, they take the places of the old ones.
 
         Args:
             model (nn.Module): The changed model.

@@ -177,12 +177,8 @@ class BasisModel(BaseModel):
     def compress(self,
                  dataloader: Iterable,
                  recipe: Optional[Recipe] = None) -> CompressionPlan:
-        """Compress the dense model; it becomes the teacher.
-
-        Args:
-            dataloader (Iterable): Calibration batches.
-            recipe (Recipe, optional): Defaults to the model's own.
-        """
+        """Compress the dense model, which becomes the teacher, by calibration
+        batches and a recipe, by default its own."""
         recipe = recipe or self.recipe
         self._take_teacher()
         return _compress(self.architecture, recipe, dataloader)
@@ -190,12 +186,7 @@ class BasisModel(BaseModel):
     def truncate(self, dataloader: Iterable,
                  recipe: Recipe) -> CompressionPlan:
         """Compress the compressed model further, like the dense model of the
-        same function.
-
-        Args:
-            dataloader (Iterable): Calibration batches.
-            recipe (Recipe): Budgets are fractions of the dense model.
-        """
+        same function; budgets are fractions of the dense model."""
         before = self.plan
         assert before is not None
         model = densified(self.architecture)

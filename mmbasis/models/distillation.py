@@ -39,9 +39,8 @@ class Distillation:
     self. No module: nothing of it is saved, trained or counted.
 
     By default the logits of a classifier are compared, otherwise the outputs
-    of a detector's neck, dense head and region proposals, otherwise those of
-    the backbone. Where a module is a regular expression, its term is the sum
-    over all that it matches.
+    of a detector's neck and heads, otherwise those of the backbone. A term
+    whose module is a regular expression is the sum over all that it matches.
 
     Args:
         architecture (nn.Module): The model; it need not be dense.
@@ -76,12 +75,8 @@ class Distillation:
             self.load(architecture, teaching.checkpoint)
 
     def take(self, architecture: nn.Module, source: Optional[str]) -> None:
-        """Take a copy of a dense model, as it is, for the teacher.
-
-        Args:
-            architecture (nn.Module): The dense model with its weights.
-            source (str, optional): The file that they came from.
-        """
+        """Take a copy of a dense model for the teacher, and note the file that
+        its weights came from."""
         self.teacher = copy_module(architecture)
         self.teacher.requires_grad_(False)
         # its outputs must be those of the student in training

@@ -20,23 +20,14 @@ _PARTS = {
 
 
 def dense_names(model: nn.Module) -> Dict[str, str]:
-    """The name that each parameter of a basis layer has in the dense model.
-
-    Args:
-        model (nn.Module): A compressed model.
-
-    Returns:
-        dict[str, str]: ``conv.weight`` for ``conv.basis.weight`` and so on.
-    """
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, BasisLayer):
-            own = dict(layer.named_parameters())
-            found.update({
-                f'{name}.{part}': f'{name}.{dense}'
-                for part, dense in _PARTS.items() if part in own
-            })
-    return found
+    """The name that each parameter of a basis layer has in the dense model:
+    ``conv.weight`` for ``conv.basis.weight`` and so on."""
+    return {
+        f'{name}.{part}': f'{name}.{_PARTS[part]}'
+        for name, layer in model.named_modules()
+        if isinstance(layer, BasisLayer)
+        for part, _ in layer.named_parameters() if part in _PARTS
+    }
 
 
 def keep_custom_keys(optim_wrapper: Mapping[str, Any],
@@ -76,9 +67,8 @@ def keep_custom_keys(optim_wrapper: Mapping[str, Any],
 def regroup(wrapper: OptimWrapper, before: Mapping[str, nn.Parameter],
             model: nn.Module) -> None:
     """Put the parameters of a model in the place of those that it had before:
-    factors go into the group of the weights that they stand for.
-
-    States of parameters that are gone are dropped.
+    factors go into the group of the weights that they stand for. States of
+    parameters that are gone are dropped.
 
     Args:
         wrapper (OptimWrapper): Its optimizer, changed in place.
