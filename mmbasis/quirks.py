@@ -27,14 +27,7 @@ DETECTOR_PREFIXES: Tuple[str, ...] = ('', 'detector.')
 def two_copies(model: nn.Module) -> Optional[str]:
     """Why a model cannot be compressed in training, if it holds a teacher that
     follows another part parameter by parameter: with ranks of its own it
-    could not. MMDetection's Soft Teacher and MMPretrain's CAE do that.
-
-    Args:
-        model (nn.Module): Any model.
-
-    Returns:
-        str | None: The reason, and what to do.
-    """
+    could not. MMDetection's Soft Teacher and MMPretrain's CAE do that."""
     teacher = getattr(model, 'teacher', None)
     for name, child in model.named_children():
         if type(child) is type(teacher) and child is not teacher:
@@ -46,16 +39,9 @@ def two_copies(model: nn.Module) -> Optional[str]:
 
 
 def repair(model: nn.Module) -> nn.Module:
-    """Repair a model that a library builds with a fault: prediction of
-    MMDetection 3.3.0's ``SSDHead`` asks for ``loss_cls``, which the head does
-    not set.
-
-    Args:
-        model (nn.Module): Any model. Changed in place.
-
-    Returns:
-        nn.Module: The model.
-    """
+    """Repair a model, in place, that a library builds with a fault: prediction
+    of MMDetection 3.3.0's ``SSDHead`` asks for ``loss_cls``, which the head
+    does not set."""
     for module in model.modules():
         names = {cls.__name__ for cls in type(module).__mro__}
         if 'SSDHead' in names and not hasattr(module, 'loss_cls'):

@@ -12,11 +12,9 @@ from mmengine.registry import Registry
 class CompressedModels(Registry):
     """MMEngine's ``MODELS`` for the scope ``mmbasis``.
 
-    ``type='mmbasis.X'`` with a ``plan`` builds model ``X`` of whatever
-    OpenMMLab library and compresses it: ``dict(type='mmbasis.RetinaNet',
-    plan=…, backbone=…, …)``. The config keeps the entries that MMDeploy and
-    the inferencers look for at the top of ``model``, and what is built is a
-    plain ``RetinaNet`` with basis layers.
+    ``dict(type='mmbasis.X', plan=…, …)`` builds model ``X`` of whatever
+    OpenMMLab library, with basis layers. The config keeps the entries that
+    MMDeploy and the inferencers look for at the top of ``model``.
     """
 
     #: ``(architecture, plan) -> model``; the module that defines it sets it

@@ -26,9 +26,8 @@ def single_truncations(model: nn.Module, analysis: Analysis,
         batches (Sequence): Held-out batches.
 
     Yields:
-        dict: ``name``, ``rank``, ``predicted`` (increase of the loss by the
-        layer's sensitivities; energy lost where there are none) and
-        ``measured`` (distance of the outputs from the dense ones, see
+        dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy
+        lost where no sensitivity is known) and ``measured`` (see
         :func:`output_error`).
     """
     reference = copy.deepcopy(model)
@@ -44,9 +43,9 @@ def single_truncations(model: nn.Module, analysis: Analysis,
             measured = output_error(model, reference, batches)
         finally:
             replace_modules(model, {basis: dense})
-        lost = (
-            known.spectrum.energy
-            if known.sensitivity is None else known.sensitivity / 2)
+        lost = known.spectrum.energy
+        if known.sensitivity is not None:
+            lost = known.sensitivity / 2
         yield dict(
             name=layer.name,
             rank=rank,
@@ -55,13 +54,8 @@ def single_truncations(model: nn.Module, analysis: Analysis,
 
 
 def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
-    """Median time of a forward pass on this machine, in milliseconds.
-
-    Args:
-        model (nn.Module): The model.
-        data (Any): A batch.
-        repeats (int): Passes that count, after two that do not.
-    """
+    """Median time of a forward pass of a batch on this machine, in
+    milliseconds, over ``repeats`` passes after two that do not count."""
     times: List[float] = []
     device = next(model.parameters()).device
     adapter = adapter_of(model)

@@ -20,10 +20,7 @@ TEACHER_KEY = 'mmbasis_teacher'
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """Read a checkpoint: a local file, or anything else that MMEngine reads.
-
-    Args:
-        path (str): A path or URL.
+    """Read a checkpoint: a local file, or a URL that MMEngine reads.
 
     Returns:
         dict: The checkpoint, tensors on the CPU. A file that holds a bare
@@ -60,19 +57,10 @@ def plan_of(checkpoint: Dict[str, Any]) -> Optional[CompressionPlan]:
 
 def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
                     meta: Dict[str, Any]) -> None:
-    """Write the weights of a compressed model with its plan, whole or not at
-    all.
-
-    Args:
-        model (nn.Module): The compressed model.
-        plan (CompressionPlan): Its plan.
-        path (str): The file to write.
-        meta (dict): Further entries of ``meta``: plain types.
-    """
+    """Write the weights of a compressed model with its plan and further
+    entries of ``meta``, in plain types; the whole file or none."""
     checkpoint = dict(
-        meta={
-            **meta, META_KEY: plan.to_dict()
-        },
+        meta=dict(meta, **{META_KEY: plan.to_dict()}),
         state_dict=weights_to_cpu(get_state_dict(model)))
     temporary = f'{path}.tmp{os.getpid()}'
     torch.save(checkpoint, temporary)

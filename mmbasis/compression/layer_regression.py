@@ -29,18 +29,16 @@ MIN_SCALE = 1e-3
 
 
 class LayerRegression:
-    """Moments of a layer's target and regressors over all batches.
-
-    The regressors are the patches of the layer's input in the compressed
-    network or, where samples are few, what the dense layer makes of them.
+    """Moments of a layer's target and regressors over all batches: patches of
+    its input in the compressed network or, where samples are few, what the
+    dense layer makes of them.
 
     Args:
         layer (Layer): The dense layer.
         statistics (LayerStatistics): What was measured of it.
         samples (int): How many positions will be added in this process.
-        scale (Tensor, optional): What the output is multiplied with before it
-            is added to something, shape ``(P, )``. Errors are those of the
-            product then.
+        scale (Tensor, optional): Factor of the output, ``(P, )``, before it is
+            added to something; errors are those of the product.
     """
 
     def __init__(self,
@@ -95,13 +93,12 @@ class LayerRegression:
         change = (target - unchanged) * self.scale
         if error is not None:
             change += error
+        regressors = unchanged
         if self.of_input:
             regressors = input_samples(layer, x, y)
-        elif layer.module.bias is None:
-            regressors = unchanged
-        else:
-            bias = layer.module.bias.view(len(unchanged), -1, 1)
-            regressors = unchanged - bias
+        elif layer.module.bias is not None:
+            regressors = unchanged - layer.module.bias.view(
+                len(unchanged), -1, 1)
         right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
         self.joint += sum_of_products(torch.cat([change, right], 1), right)
         self.change.add(change)
@@ -147,9 +144,8 @@ class LayerRegression:
         """Means of change and regressors, and their joint moments over all
         processes; None where the regressors do not vary."""
         if get_world_size() > 1:
-            all_reduce(self.joint)
-            self.change.reduce()
-            self.wanted.reduce()
+            for sums in (self.joint, self.change.sums, self.wanted.sums):
+                all_reduce(sums)
         count, rows = self.joint[:, -1:, -1:], self.rows
         if count.min() < 1:
             return None
@@ -169,13 +165,11 @@ class LayerRegression:
                  rank: Optional[int]) -> Tuple[Tensor, Tensor, Tensor]:
         """Regression in the metric of the loss' gradients, if it is known."""
         weight, scale = self.statistics.gradient, self.scale.double()
-        if weight is None:
-            pass
-        elif weight.shape[-1] == self.rows:
+        if weight is not None and weight.shape[-1] == self.rows:
             weight = weight / (scale @ scale.mT)
         elif self.in_sum:
             weight = None  # a sum has errors in directions that it lacks
-        else:
+        elif weight is not None:
             assert self.statistics.spectrum is not None
             vectors = self.statistics.spectrum.vectors
             coefficients, basis, explained = reduced_rank_regression(
@@ -188,22 +182,17 @@ class _Energy:
     """Mean square of samples, over all processes."""
 
     def __init__(self) -> None:
-        self.count = 0.
-        self.total = self.squares = torch.zeros(())
+        #: number of samples, sum of squares, and sums by channel
+        self.sums = torch.zeros(())
 
     def add(self, samples: Tensor) -> None:
         samples = samples.double()
-        self.count += samples.shape[-1]
-        self.total = samples.sum(-1) + self.total
-        self.squares = samples.square().sum() + self.squares
-
-    def reduce(self) -> None:
-        count = self.squares.new_tensor(self.count)
-        for tensor in (count, self.total, self.squares):
-            all_reduce(tensor)
-        self.count = float(count)
+        count = samples.new_tensor([samples.shape[-1]])
+        squares = samples.square().sum().view(1)
+        total = samples.sum(-1).flatten()
+        self.sums = torch.cat([count, squares, total]) + self.sums
 
     def value(self, centred: bool) -> Tensor:
         """Summed over channels; about the mean if ``centred``."""
-        mean = self.total / self.count * centred
-        return self.squares / self.count - mean.square().sum()
+        mean = self.sums / self.sums[0]
+        return mean[1] - (mean[2:] * centred).square().sum()

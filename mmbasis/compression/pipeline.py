@@ -43,12 +43,8 @@ from .surgery import all_or_nothing, apply_plan, get_plan
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """What :func:`run_recipe` did.
-
-    Args:
-        plan (CompressionPlan): The plan that the model follows now.
-        analysis (Analysis): What was known of the dense model.
-    """
+    """What :func:`run_recipe` did: the plan that the model follows now, and
+    what was known of the dense model."""
     plan: CompressionPlan
     analysis: Analysis
 
@@ -61,16 +57,13 @@ def compress(model: nn.Module,
     """Compress a trained model in place.
 
     Args:
-        model (nn.Module): Any model; see :func:`mmbasis.planning.find_layers`
-            for what is compressed, and :mod:`mmbasis.running` for how it is
-            run.
+        model (nn.Module): Any model, see :func:`mmbasis.planning.find_layers`
+            and :mod:`mmbasis.running`.
         planner (BasePlanner | CompressionPlan | dict): A planner, its
             config, or a plan to follow.
         dataloader (Iterable): Calibration batches as the model takes them: a
             few hundred training images.
-        num_batches (int, optional): How many batches to use; one more, if
-            there is one, is held out for choices. Defaults to all, and none
-            is held out.
+        num_batches (int, optional): See :func:`take_batches`.
         **recipe: ``reconstruction``, ``recalibration`` and ``norm`` of
             :class:`~mmbasis.compression.Recipe`.
 
@@ -100,13 +93,12 @@ def take_batches(dataloader: Iterable,
             all; none is held out then.
         num_held_out (int): How many to hold out, if there are so many.
             Defaults to 1.
-
-    Returns:
-        tuple[list, list]: The batches.
     """
-    stop = None if num_batches is None else num_batches + num_held_out
-    batches = list(itertools.islice(dataloader, stop))
-    return batches[:num_batches], batches[len(batches[:num_batches]):]
+    batches = iter(dataloader)
+    if num_batches is None:
+        return list(batches), []
+    return (list(itertools.islice(batches, num_batches)),
+            list(itertools.islice(batches, num_held_out)))
 
 
 def analyze(model: nn.Module, recipe: Recipe,
@@ -117,11 +109,7 @@ def analyze(model: nn.Module, recipe: Recipe,
         model (nn.Module): The dense model; it is not changed.
         recipe (Recipe): Says which layers count, and whether their outputs
             on images and the loss matter.
-        batches (Sequence): Batches as the model takes them. One is looked at
-            where the weights alone decide.
-
-    Returns:
-        Analysis: Of all its layers.
+        batches (Sequence): Batches as the model takes them, at least one.
 
     Raises:
         RuntimeError: If there are no batches.
@@ -143,11 +131,6 @@ def analyze(model: nn.Module, recipe: Recipe,
     analysis = measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
-    return _with_sensitivity(adapter, analysis, batches, recipe)
-
-
-def _with_sensitivity(adapter: Adapter, analysis: Analysis,
-                      batches: Sequence[Any], recipe: Recipe) -> Analysis:
     try:
         return measure_sensitivity(adapter, analysis, batches)
     except UnknownLossError as error:
@@ -207,9 +190,8 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
 
 
 def _outputs(adapter: Adapter, data: Any) -> Sequence[Tensor]:
-    """The outputs of a model; none of one that does not run with gradients.
-    Its layers are known up to there, and what nothing takes is a
-    prediction."""
+    """The outputs of a model; none of one that does not run with gradients:
+    what nothing takes up to there is a prediction."""
     try:
         return adapter.outputs(data)
     except RuntimeError as error:
@@ -243,26 +225,21 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
         held_out (Sequence): Others, for choices; may be empty.
-
-    Returns:
-        Compression: What was done.
     """
     analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
-    choose = (
-        recipe.recalibration == 'auto' and recipe.data_aware
-        and bool(held_out))
-    needs_reference = recipe.is_sequential or choose
-    reference = copy_module(model) if needs_reference else None
+    choose = recipe.recalibration == 'auto' and recipe.data_aware and held_out
+    reference = model
+    if recipe.is_sequential or choose:
+        reference = copy_module(model)
     with all_or_nothing(model, values=True):
         apply_plan(model, plan, bases_of(analysis))
-        if reference is not None:
-            if recipe.is_sequential:
-                Reconstruction(model, reference, analysis, plan).run(batches)
-            if choose:
-                recalibrate_if_better(
-                    model, batches,
-                    lambda: output_error(model, reference, held_out))
+        if recipe.is_sequential:
+            Reconstruction(model, reference, analysis, plan).run(batches)
+        if choose:
+            recalibrate_if_better(
+                model, batches,
+                lambda: output_error(model, reference, held_out))
         if recipe.recalibration is True:
             recalibrate(model, batches)
     log_plan(plan)

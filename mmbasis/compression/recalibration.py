@@ -50,10 +50,8 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
                           error: Callable[[], float]) -> bool:
-    """Recalibrate, and take it back unless an error falls by it.
-
-    Rough truncation shifts the statistics, and new ones help a lot then;
-    layers that were reconstructed fit the old ones better.
+    """Recalibrate, and take it back unless an error falls by it: new
+    statistics help after rough truncation, less after reconstruction.
 
     Args:
         model (nn.Module): Changed in place, or as before.
@@ -90,20 +88,16 @@ def output_error(model: nn.Module, reference: nn.Module,
     Args:
         model (nn.Module): The compressed model.
         reference (nn.Module): The dense model.
-        batches (Sequence): Batches as both take them.
-
-    Returns:
-        float: Mean over batches and processes.
+        batches (Sequence): Batches as both take them; the error is the mean
+            over these and over processes.
     """
-    errors = []
+    total = torch.zeros(2)  # of errors, and how many they are
     found, wanted = adapter_of(model), adapter_of(reference)
     with evaluation(model), evaluation(reference):
         for data in batches:
-            pairs = zip(found.outputs(data), wanted.outputs(data))
-            errors += [_distance(x, y) for x, y in pairs if x.shape == y.shape]
-    total = torch.stack(
-        [torch.stack(errors).sum(),
-         torch.tensor(float(len(errors)))]) if errors else torch.zeros(2)
+            for x, y in zip(found.outputs(data), wanted.outputs(data)):
+                if x.shape == y.shape:
+                    total += torch.stack([_distance(x, y), torch.tensor(1.)])
     if get_world_size() > 1:
         all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))

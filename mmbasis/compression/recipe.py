@@ -2,24 +2,18 @@
 """What a user wants: how to compress, and how to fine-tune."""
 import math
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 from ..planning import BasePlanner, CompressionPlan
 from ..registry import PLANNERS
 
-#: what configs may say
-FIELDS = ('planner', 'plan', 'calibration', 'reconstruction', 'recalibration',
-          'norm', 'orthogonality', 'distillation')
 PlannerLike = Union[BasePlanner, Mapping[str, Any]]
 PlanLike = Union[str, Mapping[str, Any], CompressionPlan]
 
 
 def as_planner(planner: PlannerLike) -> BasePlanner:
-    """A planner from its config, or itself.
-
-    Raises:
-        TypeError: If it is neither.
-    """
+    """A planner from its config, or itself; a TypeError if it is neither."""
     if isinstance(planner, BasePlanner):
         return planner
     if isinstance(planner, Mapping):
@@ -30,11 +24,7 @@ def as_planner(planner: PlannerLike) -> BasePlanner:
 
 
 def as_plan(plan: PlanLike) -> CompressionPlan:
-    """A plan from its file, its plain data, or itself.
-
-    Raises:
-        TypeError: If it is none of these.
-    """
+    """A plan from its file, its plain data, or itself; else a TypeError."""
     if isinstance(plan, CompressionPlan):
         return plan
     if isinstance(plan, str):
@@ -50,14 +40,10 @@ def _require(condition: bool, key: str, allowed: str, value: Any) -> None:
         raise ValueError(f'{key} must be {allowed}, but got {value!r}')
 
 
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value))
-
-
-def _is_count(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)
-            and value > 0)
+def _require_weight(key: str, value: Any) -> None:
+    _require(
+        isinstance(value, (int, float)) and not isinstance(value, bool)
+        and 0 <= value < math.inf, key, 'a number of at least 0', value)
 
 
 @dataclass(frozen=True)
@@ -73,8 +59,9 @@ class Calibration:
     dataloader: Optional[Mapping[str, Any]] = None
 
     def __post_init__(self) -> None:
-        _require(_is_count(self.num_batches), 'calibration.num_batches',
-                 'a positive integer', self.num_batches)
+        number = self.num_batches
+        _require(type(number) is int and number > 0, 'calibration.num_batches',
+                 'a positive integer', number)
         _require(
             self.dataloader is None or isinstance(self.dataloader, Mapping),
             'calibration.dataloader', 'the config of a data loader',
@@ -83,17 +70,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Orthogonality:
-    """The penalty ``weight * sum ||F F^T - I||_F^2`` over basis layers.
-
-    Args:
-        weight (float): At least 0.
-    """
+    """The penalty ``weight * sum ||F F^T - I||_F^2`` over basis layers, with
+    a weight of at least 0."""
     weight: float
 
     def __post_init__(self) -> None:
-        _require(
-            _is_number(self.weight) and self.weight >= 0,
-            'orthogonality.weight', 'a number of at least 0', self.weight)
+        _require_weight('orthogonality.weight', self.weight)
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ class Term:
             whole names.
         type (str): ``'kl'`` for logits, or ``'mse'`` for features and maps.
         weight (float): At least 0. Defaults to 1.
-        temperature (float): For ``'kl'``, positive. Defaults to 4.
+        temperature (float): Only for ``'kl'``, positive. Defaults to 4.
     """
     module: str
     type: str
@@ -119,21 +101,12 @@ class Term:
             'the name of a module', self.module)
         _require(self.type in ('kl', 'mse'), f'{key}: type', "'kl' or 'mse'",
                  self.type)
-        _require(
-            _is_number(self.weight) and self.weight >= 0, f'{key}: weight',
-            'a number of at least 0', self.weight)
-        _require(
-            _is_number(self.temperature) and self.temperature > 0,
-            f'{key}: temperature', 'a positive number', self.temperature)
-
-    @classmethod
-    def of(cls, config: Any) -> 'Term':
-        """A term from its config."""
-        if isinstance(config, Mapping) and (config.get('type') == 'mse'
-                                            and 'temperature' in config):
-            raise ValueError("a term of distillation: only type='kl' takes a "
-                             f'temperature, but got {dict(config)}')
-        return _from_config(cls, 'a term of distillation', config)
+        _require_weight(f'{key}: weight', self.weight)
+        _require_weight(f'{key}: temperature', self.temperature)
+        _require(self.temperature > 0 and self.type == 'kl'
+                 or self.temperature == Term.temperature,
+                 f'{key}: temperature', "positive, and only for type='kl'",
+                 self.temperature)
 
 
 @dataclass(frozen=True)
@@ -157,11 +130,8 @@ class Teaching:
         _require(self.checkpoint is None or isinstance(self.checkpoint, str),
                  'distillation.checkpoint', 'the name of a file',
                  self.checkpoint)
-        _require(
-            self.task_weight is None
-            or _is_number(self.task_weight) and self.task_weight >= 0,
-            'distillation.task_weight', 'a number of at least 0',
-            self.task_weight)
+        if self.task_weight is not None:
+            _require_weight('distillation.task_weight', self.task_weight)
 
     @classmethod
     def of(cls, config: Any) -> Optional['Teaching']:
@@ -172,15 +142,17 @@ class Teaching:
             terms = config['terms']
             _require(isinstance(terms, (list, tuple)), 'distillation.terms',
                      'a list of terms', terms)
-            config = dict(config, terms=tuple(Term.of(x) for x in terms))
+            config = dict(
+                config,
+                terms=tuple(
+                    _from_config(Term, 'a term of distillation', x)
+                    for x in terms))
         return _from_config(cls, 'distillation', config)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The one description of a compression and of the fine-tuning after it,
-    which hook, wrapper, :func:`mmbasis.compress` and tools share.
-
+    """The one description of a compression and of the fine-tuning after it.
     :meth:`of` makes it from the values that stand in configs.
 
     Args:
@@ -188,20 +160,17 @@ class Recipe:
         plan (CompressionPlan, optional): A plan to follow instead.
         calibration (Calibration): The images that are looked at.
         reconstruction (str, optional): ``'local'`` takes each basis from the
-            spectrum of its layer; ``'sequential'`` then fits the layers one
-            after the other to the dense model's outputs. Defaults to
-            ``'sequential'`` for planners that look at data, otherwise to
-            ``'local'``.
-        recalibration (bool | str): Whether to compute the statistics of the
-            model's batch normalisations again at the end; ``'auto'`` keeps
+            spectrum of its layer; ``'sequential'``, the default for planners
+            that look at data, then fits the layers one after the other to the
+            dense model's outputs.
+        recalibration (bool | str): Whether to compute the statistics of batch
+            normalisations again at the end; ``'auto'``, the default, keeps
             them if they bring the outputs on held-out images nearer to the
-            dense model's, and does nothing for planners that do not look at
-            data. Defaults to ``'auto'``.
+            dense model's, and does nothing for planners without data.
         norm (bool): Put a batch normalisation between basis and coefficients,
             as in the paper. Defaults to False.
-        orthogonality (Orthogonality, optional): A penalty while fine-tuning.
-        distillation (Teaching, optional): The teacher while fine-tuning. None
-            is no teacher.
+        orthogonality (Orthogonality, optional): A penalty in fine-tuning.
+        distillation (Teaching, optional): The teacher; None is no teacher.
         config (Mapping): The values that :meth:`of` was given.
 
     Raises:
@@ -238,40 +207,32 @@ class Recipe:
         default.
 
         Args:
-            **config: ``planner``: itself or its config. ``plan``: itself, its
-                file or the content of that. ``calibration``: fields of
-                :class:`Calibration`. ``reconstruction``, ``recalibration``,
-                ``norm``: see above. ``orthogonality``: fields of
-                :class:`Orthogonality`. ``distillation``: fields of
-                :class:`Teaching`; True is the same with all defaults, False
-                does without.
+            **config: The fields above but ``config``: a planner by its
+                config, a plan by its file or content, the other objects by
+                their fields. ``distillation``: True is a teacher with all
+                defaults, False none.
         """
         given = {k: v for k, v in config.items() if v is not None}
         if 'planner' in given and 'plan' in given:
             raise ValueError('give a planner or a plan, not both')
-        unknown = set(given) - set(FIELDS)
-        if unknown:
-            raise ValueError(f'a recipe has the fields {", ".join(FIELDS)}, '
-                             f'but got {", ".join(sorted(unknown))}')
         convert: Dict[str, Callable] = dict(
             planner=as_planner,
             plan=as_plan,
-            calibration=lambda x: _from_config(Calibration, 'calibration', x),
-            orthogonality=lambda x: _from_config(Orthogonality,
-                                                 'orthogonality', x),
+            calibration=partial(_from_config, Calibration, 'calibration'),
+            orthogonality=partial(_from_config, Orthogonality,
+                                  'orthogonality'),
             distillation=Teaching.of)
         made = {
             k: convert[k](v) if k in convert else v
             for k, v in given.items()
         }
-        return cls(**made, config=given)
+        return _from_config(cls, 'a recipe', dict(made, config=given))
 
     @property
     def asks_for_teacher(self) -> bool:
         """Whether the teacher is spelt out, so that doing without is an
         error."""
-        return not isinstance(
-            self.config.get('distillation', True), bool)
+        return not isinstance(self.config.get('distillation', True), bool)
 
     @property
     def data_aware(self) -> bool:
@@ -285,8 +246,8 @@ class Recipe:
         """Whether sensitivities are wanted; None: where they can be had."""
         if self.planner is not None:
             return self.planner.loss_aware
-        return self.plan.planner.get('loss_aware', False) if self.plan \
-            else False
+        return self.plan is not None and self.plan.planner.get(
+            'loss_aware', False)
 
     @property
     def is_sequential(self) -> bool:

@@ -26,13 +26,12 @@ class Reconstruction:
     """Fits the layers of a compressed model, in the order in which they run,
     to the outputs of the dense model.
 
-    A layer sees what the compressed layers before it make of the images, and
-    is the best of its rank from there to what the dense layer returns
-    (reduced-rank regression, in the metric of the loss' gradients where they
-    are known). Where its output is added to something else, as at the end of
-    a residual block, it corrects the errors of that, too. Layers that the
-    planner kept dense, and prediction layers, are fitted at full rank: that
-    costs nothing.
+    A layer is the best of its rank (reduced-rank regression, in the metric of
+    the loss' gradients where they are known) from what the compressed layers
+    before it return to what the dense layer returns. Where its output is added
+    to something else, as at the end of a residual block, it corrects the
+    errors of that, too. Layers that the planner kept dense, and prediction
+    layers, are fitted at full rank.
 
     Args:
         model (nn.Module): The compressed model, changed in place.
@@ -57,12 +56,8 @@ class Reconstruction:
         self._done, self._start = 0, time.time()
 
     def run(self, batches: Sequence[Any]) -> None:
-        """Fit all layers.
-
-        Args:
-            batches (Sequence): Batches; all of them are on their way through
-                both models at a time.
-        """
+        """Fit all layers to batches, which are all on their way through both
+        models at a time."""
         with evaluation(self.model), evaluation(self.reference):
             self.watch.probe(self.teacher, {
                 name: self.reference.get_submodule(name)
@@ -93,7 +88,6 @@ class Reconstruction:
             len(self.todo), seconds, name,
             '' if fitted else ' (left as it was)')
 
-    # ----------------------------------------- layers that run once a pass
     def _fit_side_by_side(self, names: Sequence[str],
                           batches: Sequence[Any]) -> None:
         if not names:
@@ -124,21 +118,17 @@ class Reconstruction:
 
         def before(module: nn.Module, args: tuple) -> None:
             current = current_pass()
-            if current is None:
-                return
-            if residual:
+            if current is not None and residual:
                 current.inputs[name] = args[0]
-            else:
+            elif current is not None:
                 current.stop(name, args[0])
 
         def behind(module: nn.Module, args: tuple, kwargs: dict,
                    y: Tensor) -> None:
             current = current_pass()
-            if current is None:
-                return
-            if residual:
+            if current is not None and residual:
                 self.watch.mark(name, y)
-            else:
+            elif current is not None:
                 current.stop(name, y)
 
         stack.callback(
@@ -185,7 +175,6 @@ class Reconstruction:
             student.sum.branch.add_(wide * target(student.tensor))
         return fitted
 
-    # --------------------------------------- layers that run several times
     def _fit_shared(self, names: Sequence[str],
                     batches: Sequence[Any]) -> None:
         """Fit layers one after the other, each to all its calls."""
@@ -233,7 +222,6 @@ class Reconstruction:
         self.student.predict(data)
         handle.remove()
 
-    # -------------------------------------------------------------- weights
     def _regression(self,
                     layer: Layer,
                     samples: Sequence[Tensor],
@@ -256,9 +244,9 @@ class Reconstruction:
         if compressed:
             target.set_factors(*orthonormalize(basis, coefficients),
                                None if old_bias is None else bias)
-            return True
-        target.weight.copy_(
-            layer.known_kind.from_matrix(coefficients @ basis, target))
-        if old_bias is not None:
-            old_bias.copy_(bias)
+        else:
+            target.weight.copy_(
+                layer.known_kind.from_matrix(coefficients @ basis, target))
+            if old_bias is not None:
+                old_bias.copy_(bias)
         return True

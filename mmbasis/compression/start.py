@@ -2,7 +2,6 @@
 """What a run starts from."""
 import enum
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Dict, Optional
 
 from ..planning import BasePlanner, CompressionPlan
@@ -20,48 +19,32 @@ class Run(enum.Enum):
 
 class Action(enum.Enum):
     """What is done with the model."""
-    #: nothing: its structure is right
-    KEEP = 'keep'
-    #: it takes the structure of a plan, and the weights of the checkpoint
-    FOLLOW = 'follow'
-    #: its dense weights are compressed
-    COMPRESS = 'compress'
+    KEEP = 'its structure is right'
+    FOLLOW = 'it takes the structure of a plan, then the weights'
+    COMPRESS = 'its dense weights are compressed'
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a checkpoint is, or what a model was built as.
-
-    Args:
-        plan (CompressionPlan, optional): None if it is dense.
-        teacher (str, optional): The file of the dense weights.
-    """
+    """What a checkpoint is: its plan, None if it is dense, and the file of the
+    dense weights, if it names one."""
     plan: Optional[CompressionPlan] = None
     teacher: Optional[str] = None
 
     @classmethod
     def of(cls, checkpoint: Dict[str, Any]) -> 'Source':
-        """Of a checkpoint that was read.
-
-        Raises:
-            ValueError: If its plan is malformed or of a newer version.
-        """
+        """Of a checkpoint that was read; see :func:`plan_of` for errors."""
         meta = checkpoint.get('meta') or {}
         return cls(plan_of(checkpoint), meta.get(TEACHER_KEY))
 
 
 @dataclass(frozen=True)
 class Start:
-    """What :func:`resolve` decided.
-
-    Args:
-        action (Action): What to do.
-        plan (CompressionPlan, optional): The structure of the model before
-            weights are loaded; None while it is dense.
-        note (str): What to log of a choice; empty where there was none.
-    """
+    """What :func:`resolve` decided."""
     action: Action
+    #: the structure that weights are loaded into; None of a dense model
     plan: Optional[CompressionPlan] = None
+    #: what to log of a choice
     note: str = ''
 
 
@@ -69,8 +52,7 @@ def resolve(recipe: Recipe,
             checkpoint: Optional[Source],
             run: Run = Run.TRAIN,
             model: Optional[CompressionPlan] = None) -> Start:
-    """Decide between what a config asks for, what a checkpoint carries and
-    what the run is.
+    """Decide what a run starts from, between config and checkpoint.
 
     ======  ==========  ================  =================================
     run     checkpoint  recipe / model    start
@@ -103,8 +85,9 @@ def resolve(recipe: Recipe,
     Raises:
         RuntimeError, ValueError: In the cases of an error.
     """
-    begin = _begin if run is Run.TRAIN else partial(_go_on, run)
-    return begin(recipe, checkpoint, model)
+    if run is Run.TRAIN:
+        return _begin(recipe, checkpoint, model)
+    return _go_on(run, recipe, checkpoint, model)
 
 
 def _begin(recipe: Recipe, checkpoint: Optional[Source],
@@ -142,14 +125,15 @@ def _go_on(run: Run, recipe: Recipe, checkpoint: Optional[Source],
                 'compressed model: give a checkpoint that mmbasis wrote, or '
                 'test the dense one with its own config')
         return Start(Action.KEEP, model)
-    asked = model or recipe.plan
-    differs = (
-        not same_structure(asked, found) if asked is not None else
-        recipe.planner is not None and not made_by(recipe.planner, found))
-    note = (
+    asked, agrees = model or recipe.plan, True
+    if asked is not None:
+        agrees = same_structure(asked, found)
+    elif recipe.planner is not None:
+        agrees = made_by(recipe.planner, found)
+    note = '' if agrees else (
         f'{run.value.capitalize()} follows the plan of the checkpoint, not '
-        'the one that the config asks for') if differs else ''
-    keep = model is not None and same_structure(model, found)
+        'the one that the config asks for')
+    keep = model is not None and agrees
     return Start(Action.KEEP if keep else Action.FOLLOW, found, note)
 
 
@@ -163,9 +147,8 @@ def _from_compressed(recipe: Recipe, found: CompressionPlan,
                 'of the config: give the config that was written beside it '
                 '(compressed.py), or a dense one')
         return Start(Action.KEEP, found)
-    asked = recipe.planner is not None or recipe.plan is not None
     note = ('The checkpoint is compressed as the config asks for: it is not '
-            'compressed again') if asked else ''
+            'compressed again') if recipe.planner or recipe.plan else ''
     return Start(Action.FOLLOW, found, note)
 
 

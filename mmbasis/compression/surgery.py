@@ -1,10 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Putting a plan into a model, and keeping wrong checkpoints out of it."""
-import copy
 import itertools
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import (
     Any,
     Dict,
@@ -30,24 +28,11 @@ from ..planning import CompressionPlan, LayerPlan, find_layers
 from .merging import keep_structure, recommend_deployed_form
 
 _BASIS_KEY, _COEFFICIENTS_KEY = '.basis.weight', '.coefficients.weight'
-_STATE = '_mmbasis'
+#: where a model keeps its plan: None for a dense one whose loading is guarded
+_PLAN = '_mmbasis'
 
 #: where the basis of a layer comes from: see :meth:`BasisLayer.project`
 Bases = Mapping[str, Tuple[Optional[Tensor], Optional[Tensor]]]
-
-
-@dataclass
-class _State:
-    """What a model remembers of its compression, in ``vars(model)[_STATE]``;
-    its copies have it, too. All else is in its modules: the basis layers, and
-    the methods that :mod:`.merging` overrides on the blocks around them.
-
-    Args:
-        plan (CompressionPlan, optional): None for a dense model.
-        guarded (bool): Whether :func:`check_state_dict` checks what is loaded.
-    """
-    plan: Optional[CompressionPlan] = None
-    guarded: bool = False
 
 
 def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
@@ -58,15 +43,12 @@ def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
 
 
 def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever they hang, so that shared ones stay shared.
+    """Replace modules, given by the old ones, wherever they hang, so that
+    shared ones stay shared.
 
     What is attached to a dense layer goes to its basis layer, and back;
     moving averages inside the model get to know of it. If that fails, the
     model is as before.
-
-    Args:
-        model (nn.Module): The model, changed in place.
-        new (dict[nn.Module, nn.Module]): Replacement by old module.
     """
     with all_or_nothing(model):
         for old, module in new.items():
@@ -86,17 +68,12 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
-    """Leave the modules of a model as they were if an error is raised.
-
-    Args:
-        model (nn.Module): The model.
-        values (bool): Put values back, too, of which a copy is kept.
-    """
+    """Leave the modules of a model as they were if an error is raised; with
+    ``values`` also parameters and buffers, of which a copy is kept."""
     containers = ('_modules', '_parameters', '_load_state_dict_pre_hooks')
     before = [(vars(module), dict(vars(module)),
                [(vars(module)[name], dict(vars(module)[name]))
                 for name in containers]) for module in model.modules()]
-    before_state = copy.copy(vars(model).get(_STATE))
     kept = [(x, x.detach().clone())
             for x in itertools.chain(model.parameters(), model.buffers())
             if values and not is_lazy(x)]
@@ -109,8 +86,6 @@ def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
             for container, content in contents:
                 container.clear()
                 container.update(content)
-        if before_state is not None:
-            vars(model)[_STATE] = before_state
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
@@ -141,13 +116,12 @@ def _copies(
     """Which of other modules, given with their shapes, an average or its parts
     are copies of: the averaged module itself may exist nowhere else."""
     shapes = _shapes(average)
-    source = next((x for x, other in others if shapes and other == shapes),
-                  None)
-    if source is not None:
-        yield source, average
-    else:
-        for child in average.children():
-            yield from _copies(child, others)
+    for source, other in others:
+        if shapes and other == shapes:
+            yield source, average
+            return
+    for child in average.children():
+        yield from _copies(child, others)
 
 
 def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
@@ -156,11 +130,9 @@ def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     modules = dict(model.named_modules())
-    wrong = [
-        f'{name}: {problem}' for name, problem in (
-            (name, _problem(modules.get(name), entry))
-            for name, entry in plan.layers.items()) if problem
-    ]
+    problems = ((name, _problem(modules.get(name), entry))
+                for name, entry in plan.layers.items())
+    wrong = [f'{name}: {problem}' for name, problem in problems if problem]
     if plan.dense:  # it speaks of all layers, unless it is written by hand
         wrong += [
             f'{name}: no such layer' for name in plan.dense
@@ -253,62 +225,47 @@ def densified(model: nn.Module) -> nn.Module:
     """A copy of a compressed model with dense layers of the same function, and
     without a plan."""
     model = copy_module(model)
+    _make_dense(model)
+    return model
+
+
+def _make_dense(model: nn.Module) -> None:
     replace_modules(model, {
         layer: layer.to_dense()
         for _, layer in basis_layers(model)
     })
-    _state(model).plan = None
-    return model
+    if _PLAN in vars(model):
+        vars(model)[_PLAN] = None
 
 
 def restructure(model: nn.Module, plan: CompressionPlan) -> None:
     """Give a model the structure of a plan, whichever it has now, for weights
-    that are loaded afterwards.
-
-    Args:
-        model (nn.Module): Dense or compressed, changed in place, or not at
-            all if the plan does not fit.
-        plan (CompressionPlan): The plan.
-
-    Raises:
-        ValueError: If the plan is of another model.
-    """
+    that are loaded afterwards; see :func:`apply_plan`."""
     with all_or_nothing(model):
-        replace_modules(model, {
-            layer: layer.to_dense()
-            for _, layer in basis_layers(model)
-        })
-        _state(model).plan = None
+        _make_dense(model)
         apply_plan(model, plan, project=False)
-
-
-def _state(model: nn.Module) -> _State:
-    return vars(model).setdefault(_STATE, _State())
 
 
 def get_plan(model: nn.Module) -> Optional[CompressionPlan]:
     """The plan that a compressed model carries, None for a dense one."""
-    return vars(model).get(_STATE, _State()).plan
+    return vars(model).get(_PLAN)
 
 
 def attach_plan(model: nn.Module, plan: CompressionPlan) -> List[str]:
     """Let a compressed model carry its plan, guard it against weights of
-    another structure, and keep its structure in deployment.
-
-    Returns:
-        list[str]: See :func:`keep_structure`.
-    """
-    _state(model).plan = plan
+    another structure, and keep its structure in deployment: what
+    :func:`keep_structure` returns."""
     guard(model)
+    vars(model)[_PLAN] = plan
     return keep_structure(model)
 
 
 def guard(model: nn.Module) -> None:
     """Have every loading of weights checked by :func:`check_state_dict`."""
-    if not _state(model).guarded:
+    if _PLAN not in vars(model):
+        vars(model)[_PLAN] = None
         model._register_load_state_dict_pre_hook(
             check_state_dict, with_module=True)
-        _state(model).guarded = True
 
 
 def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
@@ -357,16 +314,12 @@ def _basis_names(modules: Dict[str, nn.Module], state_dict: dict,
                  prefix: str) -> Set[str]:
     """Names of the basis layers in weights; not of modules of the model that
     have parts of the same names themselves."""
-    names = {
-        key[len(prefix):-len(_BASIS_KEY)]
-        for key in state_dict
-        if key.startswith(prefix) and key.endswith(_BASIS_KEY)
-    }
+    keys = {key[len(prefix):] for key in state_dict if key.startswith(prefix)}
+    names = {k[:-len(_BASIS_KEY)] for k in keys if k.endswith(_BASIS_KEY)}
     return {
         name for name in names
-        if f'{prefix}{name}{_COEFFICIENTS_KEY}' in state_dict and (
-            isinstance(modules.get(name), BasisLayer)
-            or f'{name}.basis' not in modules)
+        if f'{name}{_COEFFICIENTS_KEY}' in keys and (isinstance(
+            modules.get(name), BasisLayer) or f'{name}.basis' not in modules)
     }
 
 

@@ -32,18 +32,11 @@ class BasisCompressionHook(Hook):
     compressed through saving, loading and resuming.
 
     The hook wraps the model in :class:`~mmbasis.models.BasisModel` for
-    training (unless the config does), so the rest of the config stays as it
-    is:
-
-    - at the start of training the dense weights (``load_from``) are
-      compressed; optimizer, schedulers, the distributed wrapper and EMA's
-      average then hold the new parameters;
-    - every checkpoint carries the plan in its ``meta`` and can be read by
-      ``torch.load(weights_only=True)``;
-    - on ``resume``, in testing and when training starts from a compressed
-      checkpoint, the model takes the structure that the checkpoint's plan
-      describes.
-
+    training (unless the config does). The dense weights (``load_from``) are
+    compressed at the start of training; optimizer, schedulers, the
+    distributed wrapper and EMA's average then hold the new parameters. Every
+    checkpoint carries the plan in its ``meta``, without pickle, and whoever
+    loads it takes the structure of that plan:
     :func:`mmbasis.compression.resolve` has the table of what happens when.
 
     Examples:
@@ -53,10 +46,8 @@ class BasisCompressionHook(Hook):
         >>> ]
 
     Args:
-        **recipe: Fields of :class:`mmbasis.compression.Recipe`:
-            ``planner`` or ``plan``, ``calibration``, ``reconstruction``,
-            ``recalibration``, ``norm``, ``orthogonality``, ``distillation``.
-            A field that the config's ``BasisModel`` has is not given here.
+        **recipe: Fields of :class:`mmbasis.compression.Recipe`, except those
+            that the config's ``BasisModel`` has.
 
     Raises:
         ValueError: If a field is unknown or out of range.
@@ -68,13 +59,11 @@ class BasisCompressionHook(Hook):
     def __init__(self, **recipe: Any) -> None:
         #: what is asked for; that of the model is added before the run
         self.recipe = Recipe.of(**recipe)
-        #: what kind of run it is
         self._run = Run.TEST
         #: what was loaded, and what was decided then
         self._source: Optional[Source] = None
         self._start: Optional[Start] = None
 
-    # ------------------------------------------------------------ the model
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
         self._source = self._start = None
@@ -100,12 +89,7 @@ class BasisCompressionHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the structure of a compressed checkpoint, before its weights
-        are copied into the model.
-
-        Raises:
-            RuntimeError, ValueError: If config and checkpoint do not go
-                together, see :func:`mmbasis.compression.resolve`.
-        """
+        are copied into the model; an error if they do not go together."""
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = bare_model(runner)
@@ -121,11 +105,7 @@ class BasisCompressionHook(Hook):
             managed.rebuild(model)
 
     def before_train(self, runner: Runner) -> None:
-        """Compress the dense weights, unless the model is compressed.
-
-        Raises:
-            RuntimeError: If there is neither a plan nor a planner.
-        """
+        """Compress the dense weights, unless the model is compressed."""
         model = bare_model(runner)
         start = self._start or resolve(self.recipe, None, self._run,
                                        model.plan)
@@ -147,14 +127,9 @@ class BasisCompressionHook(Hook):
             runner._maybe_compile('train_step')
 
     def truncate(self, runner: Runner, planner: dict) -> None:
-        """Compress the compressed model further in the middle of training; the
-        optimizer's state and the schedules go on.
-
-        Args:
-            runner (Runner): The runner of the training process.
-            planner (dict): Config of the planner, budgets being fractions of
-                the dense model.
-        """
+        """Compress the compressed model further in the middle of training, by
+        the config of a planner whose budgets are fractions of the dense model;
+        the optimizer's state and the schedules go on."""
         model, managed = bare_model(runner), Managed(runner)
         before = model.architecture
         config = {k: v for k, v in self.recipe.config.items() if k != 'plan'}
@@ -182,16 +157,11 @@ class BasisCompressionHook(Hook):
             if key in checkpoint:
                 checkpoint[key] = to_plain(checkpoint[key])
 
-    # ------------------------------------------------------------- helpers
     def _find_teacher(self, runner: Runner, model: BasisModel,
                       resumed: bool) -> None:
         """Load the teacher of a model that was compressed earlier from the
-        file that its checkpoint names.
-
-        Raises:
-            RuntimeError: If it is not there, and the run is resumed or asks
-                for a teacher.
-        """
+        file that its checkpoint names. Runs that asked for a teacher, now or
+        when they began, do not go on without."""
         distillation = model.distillation
         if distillation is None or distillation.teacher is not None:
             return
@@ -217,19 +187,14 @@ class BasisCompressionHook(Hook):
     def _dataloader(self, runner: Runner) -> Any:
         """Calibration batches."""
         config = self.recipe.calibration.dataloader
-        if config is not None:
-            return Runner.build_dataloader(
-                to_plain(config), seed=runner.seed)
-        return calibration_dataloader(runner, runner.seed)
+        if config is None:
+            return calibration_dataloader(runner, runner.seed)
+        return Runner.build_dataloader(to_plain(config), seed=runner.seed)
 
 
 def _merged(of_model: Recipe, of_hook: Recipe) -> Recipe:
     """The recipe of a ``BasisModel`` with what the hook says of how it is
-    compressed.
-
-    Raises:
-        ValueError: If the hook says something else, or the model the same.
-    """
+    compressed; an error if it says more, or what the model says, too."""
     for key in of_hook.config:
         if key not in ('calibration', 'reconstruction',
                        'recalibration') or key in of_model.config:

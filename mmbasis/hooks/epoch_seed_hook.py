@@ -16,33 +16,18 @@ from mmbasis.registry import HOOKS
 class EpochSeedHook(Hook):
     """Seed the random numbers of each training epoch from its number.
 
-    MMEngine seeds once, when the runner is built, and saves no state of the
-    generators: a resumed run draws other augmentations and dropout masks than
-    the uninterrupted one. With this hook the numbers of an epoch depend on
-    the runner's seed, the epoch and the rank only, so both runs draw the same
-    ones.
+    MMEngine seeds once and saves no state of the generators: a resumed run
+    draws other augmentations and dropout masks than the uninterrupted one.
+    With this hook the numbers depend on the runner's seed, the epoch and the
+    rank only.
 
-    It also takes away the ``worker_init_fn`` that MMEngine gives its data
-    loaders. That one seeds new workers with the same number in every epoch,
-    so that all epochs draw the same crops and flips; without it PyTorch seeds
-    each worker from the main process, whose numbers the hook has just set.
-
-    Resume is exact under these conditions:
-
-    - ``randomness=dict(seed=...)`` is set: the sampler's order comes from it
-      before the checkpoint is read.
-    - The loop is epoch-based and checkpoints are saved at the end of epochs.
-    - ``num_workers`` is the same in both runs, and workers do not persist:
-      their state would outlive the epoch.
+    Resume is exact if ``randomness=dict(seed=...)`` is set, the loop is
+    epoch-based, checkpoints are saved at the end of epochs, and
+    ``num_workers`` is the same in both runs, without persistent workers.
 
     Args:
         enabled (bool): False leaves everything as MMEngine does it. Defaults
             to True.
-
-    Examples:
-        >>> randomness = dict(seed=0)
-        >>> train_dataloader = dict(persistent_workers=False, ...)
-        >>> custom_hooks = [dict(type='mmbasis.EpochSeedHook')]
     """
 
     # after other hooks have drawn numbers of their own
@@ -53,9 +38,6 @@ class EpochSeedHook(Hook):
 
     def before_train(self, runner) -> None:
         """Check the data loader and free its workers of the fixed seed.
-
-        Args:
-            runner (Runner): The runner of the training process.
 
         Raises:
             ValueError: If the data loader keeps its workers.
@@ -73,16 +55,14 @@ class EpochSeedHook(Hook):
                 'EpochSeedHook seeds whole epochs: with '
                 f'{type(runner.train_loop).__name__} a resumed run draws '
                 'other random numbers than an uninterrupted one')
+        # MMEngine seeds workers with the same number in every epoch, PyTorch
+        # from the main process
         init_fn = getattr(loader, 'worker_init_fn', None)
         if isinstance(init_fn, partial) and init_fn.func is worker_init_fn:
             loader.worker_init_fn = None
 
     def before_train_epoch(self, runner) -> None:
-        """Seed Python, NumPy and PyTorch for the epoch.
-
-        Args:
-            runner (Runner): The runner of the training process.
-        """
+        """Seed Python, NumPy and PyTorch for the epoch."""
         if not self.enabled:
             return
         state = np.random.SeedSequence([runner.seed, runner.epoch, get_rank()])

@@ -14,12 +14,10 @@ class ProgressiveTruncationHook(Hook):
     """Lower the ranks in stages while the model is fine-tuned: compress a
     little, tune, compress more.
 
-    Before the epochs that are named, the model as it is then is planned and
-    truncated again, by what :class:`BasisCompressionHook` does at the start of
-    the run and with its calibration images. The optimizer's state is carried
-    over to the new factors and the schedules go on; EMA's average starts
-    afresh. A stage changes nothing but the checkpoints after it, so that
-    resuming is exact.
+    Before the named epochs the model is planned and truncated again, as
+    :class:`BasisCompressionHook` does at the start of the run. The optimizer's
+    state is carried over to the new factors and the schedules go on; EMA's
+    average starts afresh. Resuming is exact.
 
     Examples:
         >>> custom_hooks = [
@@ -63,11 +61,7 @@ class ProgressiveTruncationHook(Hook):
             self.planners[epoch] = dict(stage['planner'])
 
     def before_train(self, runner: Runner) -> None:
-        """Check that the run can be staged.
-
-        Raises:
-            RuntimeError: If it does not compress, or does not count epochs.
-        """
+        """Check that the run compresses and counts epochs."""
         self._compression(runner)
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             raise RuntimeError('ProgressiveTruncationHook counts epochs, but '

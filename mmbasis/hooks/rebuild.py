@@ -14,15 +14,10 @@ from ..optim import carry_over, keep_custom_keys, regroup
 
 class Managed:
     """The parameters that a runner manages. Make it before layers are
-    replaced; afterwards :meth:`rebuild` gives the runner the new ones.
-
-    Args:
-        runner (Runner): The runner.
-    """
+    replaced; afterwards :meth:`rebuild` gives the runner the new ones."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        #: the parameters as they were
         self.before = dict(bare_model(runner).named_parameters())
 
     def set_model(self, model: nn.Module) -> None:
@@ -37,11 +32,8 @@ class Managed:
                 model: nn.Module,
                 carry_over_from: Optional[nn.Module] = None) -> None:
         """Have distributed wrapper, EMA, optimizer and schedulers hold the
-        parameters of the changed model.
-
-        With a config, the optimizer is built from it again, so that
-        ``paramwise_cfg`` speaks of the new parameters. Otherwise they take
-        the places of the old ones in the optimizer that is there.
+        parameters of the changed model. The optimizer is built from the
+        config again; without one, they take the places of the old ones.
 
         Args:
             model (nn.Module): The changed model.
@@ -59,7 +51,8 @@ class Managed:
         schedulers = runner.param_schedulers
         states = [_state(x) for x in _wrappers(old)]
         if runner.cfg.get('optim_wrapper') is None:
-            regroup(old, self.before, model)
+            for wrapper in _wrappers(old):
+                regroup(wrapper, self.before, model)
         else:
             self._build(model)
         if carry_over_from is not None:

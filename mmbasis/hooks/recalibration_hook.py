@@ -21,9 +21,8 @@ class RecalibrationHook(Hook):
     training, and keep them if the loss falls by it.
 
     Running averages lag behind weights that move, and come from augmented
-    images. The new ones are averages over training images with the transforms
-    of testing; others of these say whether they are better. EMA's average of
-    the model gets its own.
+    images. The new ones come from training images with the transforms of
+    testing, as does the loss. EMA's average of the model gets its own.
 
     Args:
         num_batches (int): Training batches for the statistics. Defaults
@@ -71,15 +70,7 @@ class RecalibrationHook(Hook):
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
     """The training loss of a model, with normalisations as in evaluation mode
-    and without dropout.
-
-    Args:
-        model (nn.Module): An MMEngine model.
-        batches (Sequence): Batches as it takes them.
-
-    Returns:
-        float: Mean over batches and processes.
-    """
+    and without dropout; mean over batches and processes."""
     adapter = adapter_of(model)
     with evaluation(model):
         train_deterministically(model)

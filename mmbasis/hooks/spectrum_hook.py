@@ -1,55 +1,29 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import torch
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..compression import basis_layers
 from ..factorization import merge, spectrum_of_factor
 from ..layers import BasisLayer
 from ..registry import HOOKS
+from .orthogonality_hook import PeriodicHook
 
 
 @HOOKS.register_module()
-class SpectrumHook(Hook):
+class SpectrumHook(PeriodicHook):
     """Log how orthonormal the bases are and how their spectra develop.
 
-    To MMEngine's visualizer go, after every ``interval`` epochs (or
-    iterations): ``orthogonality/mean`` and ``orthogonality/max`` over the
-    layers, each of them the largest entry of ``|F F^T - I|`` in a layer, and
-    for each layer ``spectrum/<name>``, the effective rank of its weights
-    ``w F`` (the exponential of the entropy of its energies) as a fraction of
-    its rank: 1 where all directions carry the same energy, near 0 where one
-    carries all and the rank could fall.
-
-    Args:
-        interval (int): Defaults to 1.
-        by_epoch (bool): Whether the interval counts epochs. Defaults to True.
+    MMEngine's visualizer gets ``orthogonality/mean`` and ``orthogonality/max``
+    over the layers, each of them the largest entry of ``|F F^T - I|`` in a
+    layer, and ``spectrum/<name>`` for each layer: the effective rank of its
+    weights ``w F`` as a fraction of its rank, 1 where all directions carry the
+    same energy. For arguments see :class:`PeriodicHook`.
     """
 
     priority = 'LOW'
 
-    def __init__(self, interval: int = 1, by_epoch: bool = True) -> None:
-        if interval < 1:
-            raise ValueError(f'interval must be positive, but got {interval}')
-        self.interval = interval
-        self.by_epoch = by_epoch
-
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None) -> None:
-        if not self.by_epoch and self.every_n_train_iters(
-                runner, self.interval):
-            self._log(runner, runner.iter + 1)
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        if self.by_epoch and self.every_n_epochs(runner, self.interval):
-            self._log(runner, runner.epoch + 1)
-
-    @staticmethod
     @torch.no_grad()
-    def _log(runner: Runner, step: int) -> None:
+    def act(self, runner: Runner, step: int) -> None:
         layers = dict(basis_layers(runner.model))
         if not layers:
             return

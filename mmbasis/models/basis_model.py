@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The model of a run while it is compressed and fine-tuned."""
 import inspect
+from functools import partial
 from typing import Any, Dict, Iterable, List, Optional, Union
 
 import torch
@@ -44,11 +45,10 @@ _OWN = {
 class BasisModel(BaseModel):
     """Any MMEngine model while it is compressed and fine-tuned spectrally.
 
-    The wrapper adds to the losses of the model what fine-tuning needs. Its
-    parameters, buffers and children *are* those of the model (it shares the
-    dictionaries), so that names in checkpoints, ``paramwise_cfg`` and hooks
-    are the bare model's: no prefix comes or goes. Whatever else is read,
-    written or called is the model's, too.
+    It adds to the losses of the model what fine-tuning needs. Parameters,
+    buffers, children and whatever else is read, written or called *are* the
+    model's, so that names in checkpoints, ``paramwise_cfg`` and hooks are the
+    bare model's.
 
     Args:
         architecture (dict | nn.Module): The model, or its config.
@@ -73,7 +73,6 @@ class BasisModel(BaseModel):
                  data_preprocessor: Optional[dict] = None,
                  **recipe: Any) -> None:
         super().__init__()
-        #: what is asked for
         self.recipe = Recipe.of(**recipe)
         if isinstance(architecture, dict):
             if data_preprocessor is not None:
@@ -107,7 +106,6 @@ class BasisModel(BaseModel):
 
     def _build_distillation(
             self, architecture: nn.Module) -> Optional[Distillation]:
-        """The losses of distillation, None where there are none."""
         teaching = self.recipe.distillation
         if _trains_itself(architecture):
             if self.recipe.asks_for_teacher or self.recipe.orthogonality:
@@ -128,14 +126,14 @@ class BasisModel(BaseModel):
 
     def _start_from(self, path: Optional[str]) -> None:
         """Load a checkpoint, if there is one, and follow its plan or ours."""
-        content = None if path is None else read_checkpoint(path)
         asked = self.recipe.plan
-        if content is not None and path is not None:
+        if path is not None:
+            content = read_checkpoint(path)
             source = Source.of(content)
             if source.plan is not None or self.plan is not None:
                 start = resolve(self.recipe, source, model=self.plan)
                 if start.action is Action.FOLLOW and start.plan is not None:
-                    self.follow(start.plan)
+                    restructure(self.architecture, start.plan)
             load_weights(self, content, path)
             self.has_weights, self.source = True, path
             if self.distillation is not None:
@@ -150,7 +148,6 @@ class BasisModel(BaseModel):
                 self._take_teacher()
             apply_plan(self.architecture, asked, project=self.has_weights)
 
-    # --------------------------------------------------- the model's own
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -172,40 +169,24 @@ class BasisModel(BaseModel):
         else:
             delattr(self.__dict__['architecture'], name)
 
-    # ------------------------------------------------------- compression
     @property
     def plan(self) -> Optional[CompressionPlan]:
         """The plan that this model follows; None while it is dense."""
         return get_plan(self.architecture)
 
-    def follow(self, plan: CompressionPlan) -> None:
-        """Take the structure of a plan, for weights that are loaded
-        afterwards."""
-        restructure(self.architecture, plan)
-
     def compress(self,
                  dataloader: Iterable,
                  recipe: Optional[Recipe] = None) -> CompressionPlan:
-        """Compress the dense model; it becomes the teacher.
-
-        Args:
-            dataloader (Iterable): Calibration batches.
-            recipe (Recipe, optional): Defaults to the model's own.
-        """
+        """Compress the dense model, which becomes the teacher, by calibration
+        batches and a recipe, by default its own."""
         recipe = recipe or self.recipe
         self._take_teacher()
         return _compress(self.architecture, recipe, dataloader)
 
     def truncate(self, dataloader: Iterable,
                  recipe: Recipe) -> CompressionPlan:
-        """Compress the compressed model further.
-
-        It is planned and truncated like the dense model of the same function.
-
-        Args:
-            dataloader (Iterable): Calibration batches.
-            recipe (Recipe): Budgets are fractions of the dense model.
-        """
+        """Compress the compressed model further, like the dense model of the
+        same function; budgets are fractions of the dense model."""
         before = self.plan
         assert before is not None
         model = densified(self.architecture)
@@ -220,7 +201,6 @@ class BasisModel(BaseModel):
                 and self.plan is None and self.has_weights):
             self.distillation.take(self.architecture, self.source)
 
-    # ---------------------------------------------------------- training
     def init_weights(self) -> None:
         """Initialise the architecture, unless it holds trained weights."""
         if self.has_weights:
@@ -251,21 +231,14 @@ class BasisModel(BaseModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward the architecture; in mode ``'loss'`` add the losses of
-        spectral fine-tuning.
-
-        Raises:
-            RuntimeError: If training starts while the planner was never run.
-        """
+        fine-tuning, and raise a RuntimeError if the planner was never run."""
         if _mode(self.architecture, args, kwargs) != 'loss':
             return self.architecture(*args, **kwargs)
         self._check_compressed()
-
-        def forward() -> Dict[str, torch.Tensor]:
-            return dict(self.architecture(*args, **kwargs))
-
+        forward = partial(self.architecture, *args, **kwargs)
         if self.distillation is None or (self.distillation.teacher is None
                                          and not self.recipe.asks_for_teacher):
-            losses = forward()
+            losses = dict(forward())
         else:
             losses = self.distillation.losses(self, args, kwargs, forward)
         if self.recipe.orthogonality and self.recipe.orthogonality.weight:

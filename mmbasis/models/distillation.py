@@ -39,9 +39,8 @@ class Distillation:
     self. No module: nothing of it is saved, trained or counted.
 
     By default the logits of a classifier are compared, otherwise the outputs
-    of a detector's neck, dense head and region proposals, otherwise those of
-    the backbone. Where a module is a regular expression, its term is the sum
-    over all that it matches.
+    of a detector's neck and heads, otherwise those of the backbone. A term
+    whose module is a regular expression is the sum over all that it matches.
 
     Args:
         architecture (nn.Module): The model; it need not be dense.
@@ -76,12 +75,8 @@ class Distillation:
             self.load(architecture, teaching.checkpoint)
 
     def take(self, architecture: nn.Module, source: Optional[str]) -> None:
-        """Take a copy of a dense model, as it is, for the teacher.
-
-        Args:
-            architecture (nn.Module): The dense model with its weights.
-            source (str, optional): The file that they came from.
-        """
+        """Take a copy of a dense model for the teacher, and note the file that
+        its weights came from."""
         self.teacher = copy_module(architecture)
         self.teacher.requires_grad_(False)
         # its outputs must be those of the student in training
@@ -203,27 +198,24 @@ def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
     of its head that are as wide as there are classes."""
     if 'head.fc' in names:
         return ['head.fc']
-    found: List[str] = []
     classes = getattr(names.get('head'), 'num_classes', None)
-    for name, module in names.items():
+    if classes is None:
+        return []
+    return [
+        name for name, module in names.items()
+        if name.startswith('head.')
+        and getattr(module, 'out_features', None) == classes
         # not the coefficients, which are as wide as their basis layer
-        if (classes is not None and name.startswith('head.')
-                and getattr(module, 'out_features', None) == classes
-                and not isinstance(names[name.rpartition('.')[0]],
-                                   BasisLayer)):
-            found.append(name)
-    return found
+        and not isinstance(names[name.rpartition('.')[0]], BasisLayer)
+    ]
 
 
 @contextmanager
 def _capture(model: nn.Module,
              names: Iterable[str]) -> Iterator[Dict[str, List[Tensor]]]:
-    """Collect the outputs of named modules: a list of tensors for each, over
-    calls and, where a module returns several, over these.
-
-    Detectors call the ``forward`` of a head directly, past its hooks: so
-    ``forward`` itself is wrapped.
-    """
+    """Collect the outputs of named modules: for each a list of all tensors of
+    all calls. Detectors call the ``forward`` of a head directly, past its
+    hooks: so ``forward`` itself is wrapped."""
     outputs: Dict[str, List[Tensor]] = {name: [] for name in names}
     before = []
     try:
@@ -271,12 +263,9 @@ def _compare(term: Term, name: str, students: Sequence[Tensor],
 
 def _scaled(losses: Dict[str, Any], factor: float) -> Dict[str, Any]:
     """Scale what counts towards the total: entries named ``loss``."""
-
-    def scale(key: str, value: Any) -> Any:
-        if 'loss' not in key:
-            return value
-        if isinstance(value, (tuple, list)):
-            return [factor * x for x in value]
-        return factor * value
-
-    return {key: scale(key, value) for key, value in losses.items()}
+    scaled = dict(losses)
+    for key, value in losses.items():
+        if 'loss' in key:
+            scaled[key] = [factor * x for x in value] if isinstance(
+                value, (tuple, list)) else factor * value
+    return scaled

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The state of an optimizer whose parameters are factorised again."""
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,43 +38,30 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
         if (same is not None and same.shape == parameter.shape
                 and state.get(same)):
             new.optimizer.state[parameter] = state[same]
-    for pair in _changed(old_model, new_model):
-        for parameter, entries in _mapped(*pair, state):
-            new.optimizer.state[parameter] = entries
-    ratio = _lr_ratio(old)
+    modules = dict(old_model.named_modules())
+    for name, layer in new_model.named_modules():
+        if isinstance(layer, BasisLayer):
+            was = modules[name]
+            if not isinstance(was, BasisLayer) or was.rank != layer.rank:
+                new.optimizer.state.update(_mapped(was, layer, state))
+    # how far the schedule has taken the learning rates of all groups
+    first = old.optimizer.param_groups[0]
+    ratio = first['lr'] / first.get('initial_lr', first['lr'])
     for group in new.optimizer.param_groups:
         group['lr'] = group.get('initial_lr', group['lr']) * ratio
     if hasattr(old, 'loss_scaler'):
         new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
 
 
-def _lr_ratio(wrapper: OptimWrapper) -> float:
-    """How far the schedule has taken the learning rates, the same for all
-    groups."""
-    group = wrapper.optimizer.param_groups[0]
-    return group['lr'] / group.get('initial_lr', group['lr'])
-
-
-def _changed(old_model: nn.Module,
-             new_model: nn.Module) -> Iterator[Tuple[nn.Module, BasisLayer]]:
-    """Layers of both models whose factors are others now."""
-    modules = dict(old_model.named_modules())
-    for name, layer in new_model.named_modules():
-        if isinstance(layer, BasisLayer):
-            old = modules[name]
-            if not isinstance(old, BasisLayer) or old.rank != layer.rank:
-                yield old, layer
-
-
 def _mapped(old: nn.Module, new: BasisLayer,
-            state: dict) -> Iterator[Tuple[nn.Parameter, Dict]]:
+            state: dict) -> Dict[nn.Parameter, Dict]:
     """State of a layer's new factors."""
     if isinstance(old, BasisLayer):
         sources = (old.basis.weight, old.coefficients.weight)
     else:
         sources = (old.weight, old.weight)
     if not all(state.get(source) for source in sources):
-        return
+        return {}
     targets = (new.basis.weight, new.coefficients.weight)
     entries: Tuple[Dict, Dict] = ({}, {})
     for key, value in state[sources[0]].items():
@@ -92,7 +79,7 @@ def _mapped(old: nn.Module, new: BasisLayer,
         else:
             for entry, one, target in zip(entries, values, targets):
                 entry[key] = torch.full_like(target, float(one.mean()))
-    yield from zip(targets, entries)
+    return dict(zip(targets, entries))
 
 
 def _product_gradient(old: nn.Module, basis: Tensor,

@@ -1,11 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The groups of an optimizer whose model gets other layers."""
 import copy
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 
 from ..layers import BasisLayer
 
@@ -20,23 +20,14 @@ _PARTS = {
 
 
 def dense_names(model: nn.Module) -> Dict[str, str]:
-    """The name that each parameter of a basis layer has in the dense model.
-
-    Args:
-        model (nn.Module): A compressed model.
-
-    Returns:
-        dict[str, str]: ``conv.weight`` for ``conv.basis.weight`` and so on.
-    """
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, BasisLayer):
-            own = dict(layer.named_parameters())
-            found.update({
-                f'{name}.{part}': f'{name}.{dense}'
-                for part, dense in _PARTS.items() if part in own
-            })
-    return found
+    """The name that each parameter of a basis layer has in the dense model:
+    ``conv.weight`` for ``conv.basis.weight`` and so on."""
+    return {
+        f'{name}.{part}': f'{name}.{_PARTS[part]}'
+        for name, layer in model.named_modules()
+        if isinstance(layer, BasisLayer)
+        for part, _ in layer.named_parameters() if part in _PARTS
+    }
 
 
 def keep_custom_keys(optim_wrapper: Mapping[str, Any],
@@ -76,9 +67,8 @@ def keep_custom_keys(optim_wrapper: Mapping[str, Any],
 def regroup(wrapper: OptimWrapper, before: Mapping[str, nn.Parameter],
             model: nn.Module) -> None:
     """Put the parameters of a model in the place of those that it had before:
-    factors go into the group of the weights that they stand for.
-
-    States of parameters that are gone are dropped.
+    factors go into the group of the weights that they stand for. States of
+    parameters that are gone are dropped.
 
     Args:
         wrapper (OptimWrapper): Its optimizer, changed in place.
@@ -87,20 +77,19 @@ def regroup(wrapper: OptimWrapper, before: Mapping[str, nn.Parameter],
     """
     after = dict(model.named_parameters())
     dense = dense_names(model)
-    new: Dict[int, List[nn.Parameter]] = {}
+    new: Dict[nn.Parameter, List[nn.Parameter]] = {}
     for name, parameter in after.items():
         origin = _origin(name, dense.get(name), before)
         if origin is not None and parameter.requires_grad:
-            new.setdefault(id(origin), []).append(parameter)
-    kept = {id(x) for x in after.values()}
-    for optimizer in _optimizers(wrapper):
-        for group in optimizer.param_groups:
-            group['params'] = [
-                x for old in group['params'] for x in new.get(id(old), ())
-            ]
-        for parameter in list(optimizer.state):
-            if id(parameter) not in kept:
-                del optimizer.state[parameter]
+            new.setdefault(origin, []).append(parameter)
+    kept = set(after.values())
+    for group in wrapper.optimizer.param_groups:
+        group['params'] = [
+            x for old in group['params'] for x in new.get(old, ())
+        ]
+    for parameter in list(wrapper.optimizer.state):
+        if parameter not in kept:
+            del wrapper.optimizer.state[parameter]
 
 
 def _origin(
@@ -117,11 +106,3 @@ def _origin(
             name, f'{layer}.coefficients.{part}', f'{layer}.basis.weight'
         ]
     return next((before[x] for x in names if x in before), None)
-
-
-def _optimizers(wrapper: OptimWrapper) -> Iterator[Any]:
-    if isinstance(wrapper, OptimWrapperDict):
-        for one in wrapper.values():
-            yield one.optimizer
-    else:
-        yield wrapper.optimizer
