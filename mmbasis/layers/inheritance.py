@@ -253,8 +253,9 @@ class _Rebind:
 
 
 def _check_independent(callables: Iterable[Any], old: nn.Module) -> None:
-    """Require that rebuilt callables do not lead to the old layer. Global names
-    are followed within one file only: beyond, they lead to everything."""
+    """Require that rebuilt callables do not lead to the old layer. Global
+    names are followed within one file only: beyond, they lead to
+    everything."""
     forbidden = {id(old), *map(id, old.parameters(recurse=False))}
     seen: Dict[Tuple[int, int], Any] = {}
     queue: list = [(x, None) for x in callables]
