@@ -1,8 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """A model, a dataset and a run that take a second."""
 import copy
+import random
 import sys
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -69,6 +71,20 @@ class ToyAccuracy(BaseMetric):
 
     def compute_metrics(self, results):
         return dict(accuracy=sum(results) / len(results))
+
+
+class Noisy(nn.Module):
+    """Uses every source of randomness, and statistics that training moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return self.drop(self.norm(self.conv(x))) + noise
 
 
 def dense_checkpoint(path, **model):

@@ -11,6 +11,7 @@ from mmbasis.planning import find_layers
 from mmbasis.planning.layers import UNUSED
 from mmbasis.planning.samples import MAX_POSITIONS
 from tests.analyses import measured
+from tests.toy import Noisy
 
 
 def statistics(model, batches, **options):
@@ -255,20 +256,6 @@ def test_layers_called_by_keyword():
 
 
 # ------------------------------------------------------------ side effects
-class Noisy(nn.Module):
-    """Uses every source of randomness, and statistics that training moves."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x):
-        noise = random.random() + np.random.rand() + torch.rand(())
-        return self.drop(self.norm(self.conv(x))) + noise
-
-
 def draws():
     return random.random(), np.random.rand(), torch.rand(()).item()
 

@@ -1,25 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-import random
 
-import numpy as np
 import torch
 import torch.nn as nn
 
 from mmbasis.running import evaluation, train_deterministically
-
-
-class Noisy(nn.Module):
-    """Uses every source of randomness, and statistics that training moves."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x):
-        noise = random.random() + np.random.rand() + torch.rand(())
-        return self.drop(self.norm(self.conv(x))) + noise
+from tests.toy import Noisy
 
 
 def test_evaluation_runs_without_dropout_and_gradients():
