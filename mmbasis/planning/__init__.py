@@ -1,13 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .costs import Costs, Form
+from .costs import Candidates, Costs, Form
 from .latency import LatencyTable
-from .layers import Exclusion, Layer, Reason, check_finite, find_layers
+from .layers import (
+    Exclusion,
+    Layer,
+    Reason,
+    Rules,
+    Selection,
+    check_finite,
+    find_layers,
+)
 from .plan import CompressionPlan, DensePlan, LayerPlan
-from .planners import BasePlanner, Candidates
+from .planners import BasePlanner
 from .rules import EnergyPlanner, FixedPlanner, RatioPlanner
-from .selection import Rules, Selection
 from .sensitivity import measure_sensitivity
 from .statistics import Analysis, LayerStatistics, measure
 

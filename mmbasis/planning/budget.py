@@ -1,20 +1,56 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The planner that spends one budget on the whole network."""
-from typing import List, Optional, Sequence, Union
+import heapq
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from ..registry import PLANNERS
-from .allocation import allocate
-from .costs import Cost
+from .costs import Candidates, Cost, lost_behind
 from .latency import LatencyTable
-from .planners import (
-    BasePlanner,
-    Candidates,
-    Decided,
-    check_fraction,
-    lost_behind,
-)
+from .planners import BasePlanner, Decided, check_fraction
+
+
+def allocate(options: Sequence[Tuple[np.ndarray, np.ndarray]],
+             budget: float) -> List[int]:
+    """Choose one option per layer: little total loss within the budget.
+
+    From the cheapest options on, the layer that saves most loss for its cost
+    makes a step. Up to the first step that costs too much this is a walk along
+    the convex hulls (the Lagrangian relaxation), optimal up to that step.
+
+    Args:
+        options (Sequence[tuple[ndarray, ndarray]]): Costs and losses of each
+            layer's options, in any order.
+        budget (float): Upper bound of the sum of costs.
+
+    Returns:
+        list[int]: Index of the chosen option of each layer.
+
+    Raises:
+        ValueError: If even the cheapest options exceed the budget.
+    """
+    chosen = [int(np.lexsort((losses, costs))[0]) for costs, losses in options]
+    spent = sum(costs[now] for (costs, _), now in zip(options, chosen))
+    slack = budget * (1 + 1e-9) - spent
+    if slack < 0:
+        raise ValueError(f'the smallest ranks cost {spent:.6g}, more than the '
+                         f'budget of {budget:.6g}')
+    steps = [(-np.inf, layer, now) for layer, now in enumerate(chosen)]
+    while steps:
+        _, layer, target = heapq.heappop(steps)
+        costs, losses = options[layer]
+        if costs[target] - costs[chosen[layer]] <= slack:
+            slack -= costs[target] - costs[chosen[layer]]
+            chosen[layer] = target
+        rise = costs - costs[chosen[layer]]
+        gain = losses[chosen[layer]] - losses
+        better, = np.nonzero((rise > 0) & (rise <= slack) & (gain > 0))
+        if len(better):
+            slopes = gain[better] / rise[better]
+            best = slopes.argmax()
+            heapq.heappush(steps, (-slopes[best], layer, int(better[best])))
+    return chosen
 
 
 @PLANNERS.register_module()
@@ -81,11 +117,11 @@ class BudgetPlanner(BasePlanner):
                decided: Decided) -> Sequence[Optional[int]]:
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
-        budget = self.cost.budget(self.budget, [x.costs for x in counted])
-        budget -= sum(of(x.costs, rank) for x, rank in decided)
+        budget = self.cost.budget(self.budget, counted)
+        budget -= sum(of(x, rank) for x, rank in decided)
         # None, the dense layer, comes last
         table = [(*x.ranks, None) for x in free]
-        options = [(np.array([of(x.costs, rank) for rank in ranks]),
+        options = [(np.array([of(x, rank) for rank in ranks]),
                     np.append(losses[list(x.ranks)], 0.))
                    for x, ranks, losses in zip(free, table, _losses(free))]
         try:

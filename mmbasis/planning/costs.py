@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Iterable, Optional, Sequence, Tuple
 
+import numpy as np
+
+from ..factorization import Spectrum
 from .layers import Layer
 from .statistics import LayerStatistics
 
@@ -38,6 +41,12 @@ class Costs:
     statistics: LayerStatistics
     form: Form = PLAIN
 
+    @property
+    def spectrum(self) -> Spectrum:
+        """The spectrum that was measured."""
+        assert self.statistics.spectrum is not None
+        return self.statistics.spectrum
+
     def macs(self, rank: Optional[int] = None) -> float:
         """Multiply-accumulates for one image at a rank (basis filters per
         group); None for the dense layer. A bias costs nothing, as in
@@ -65,13 +74,10 @@ class Costs:
     def break_even(self) -> int:
         """The largest rank at which the layer costs less than it does dense,
         in MACs and in parameters; 0 where there is none."""
-        dense, one = self.macs(), self.macs(1)
-        rank = self.layer.full_rank
-        if one > 0:
-            rank = min(rank, int(-(-dense // one)) - 1)
-        fixed = self.params(0)
-        per_rank = self.params(1) - fixed
-        return max(0, min(rank, (self.params() - fixed - 1) // per_rank))
+        macs, params = self.macs(), self.params()
+        return sum(
+            self.macs(rank) < macs and self.params(rank) < params
+            for rank in range(1, self.layer.full_rank + 1))
 
 
 class Cost:
@@ -110,3 +116,32 @@ class Cost:
         """Why no rank of a layer pays."""
         return (f'no rank pays: break-even is at {costs.break_even + 1}'
                 f', ranks are multiples of {round_to}')
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(Costs):
+    """What a planner may do with one layer, besides keeping it dense.
+
+    Args:
+        cost (Cost): Says which ranks pay.
+        round_to (int): Ranks are multiples of this.
+    """
+    cost: Cost = Cost('macs')
+    round_to: int = 1
+
+    @cached_property
+    def ranks(self) -> Tuple[int, ...]:
+        """Ranks at which the layer would be cheaper than dense, rising."""
+        return self.cost.ranks(self, self.round_to)
+
+    @cached_property
+    def energy_lost(self) -> np.ndarray:
+        """Fraction of the energy that each rank from 0 to full loses."""
+        energy = self.spectrum.energy.cpu().numpy()
+        return lost_behind(energy / max(energy.sum(), 1e-300))
+
+
+def lost_behind(directions: np.ndarray) -> np.ndarray:
+    """What is lost at each rank from 0 to full, given what dropping each
+    direction loses."""
+    return np.append(directions[::-1].cumsum()[::-1], 0.)

@@ -1,10 +1,21 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""The layers of a model that a plan speaks of: what they are."""
+"""The layers of a model: what they are, and which are to be compressed."""
 import enum
 import re
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 import torch
 import torch.nn as nn
@@ -12,6 +23,7 @@ from mmengine.model import BaseAveragedModel
 from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, DenseKind, kind_of, why_not
+from ..running import Targets
 
 
 class Reason(enum.Enum):
@@ -112,60 +124,48 @@ def find_layers(model: nn.Module) -> List[Layer]:
         list[Layer]: Those that can never be compressed carry the obstacle.
     """
     saved = model.state_dict().keys()
-    branches: Tuple[str, ...] = ()
-    averages: Tuple[str, ...] = ()
+    paths = dict(_paths(model))
     owners: Dict[int, List[str]] = defaultdict(list)
-    layers = []
-    for name, module in _walk(model):
-        for parameter in module.parameters(recurse=False):
+    for name, path in paths.items():
+        for parameter in path[-1].parameters(recurse=False):
             owners[id(parameter)].append(name)
-        if isinstance(module, BaseAveragedModel):
-            averages += (f'{name}.', )
-        words = why_not(module)
-        if words == '':
+    layers = []
+    for name, path in paths.items():
+        module, types = path[-1], tuple(type(x).__name__ for x in path)
+        if why_not(module) == '':
             continue
-        obstacle = None
-        if name.startswith(averages):
-            obstacle = AVERAGE
-        elif name.startswith(branches):
-            obstacle = OFFSETS
-        elif words is not None:
-            obstacle = Exclusion(Reason.UNSUPPORTED, words)
-        elif f'{name}.weight'.lstrip('.') not in saved:
+        obstacle = _obstacle(path)
+        if obstacle is None and f'{name}.weight'.lstrip('.') not in saved:
             obstacle = UNSAVED
-        branches += (f'{name}.', )
-        layers.append(
-            Layer(name, module, kind_of(module), _types(model, name),
-                  obstacle))
-    return [_unless_tied(layer, owners) for layer in layers]
+        for parameter in module.parameters(recurse=False):
+            for other in (x for x in owners[id(parameter)] if x != name):
+                obstacle = obstacle or Exclusion(
+                    Reason.TIED, f'shares its parameters with {other}')
+        layers.append(Layer(name, module, kind_of(module), types, obstacle))
+    return layers
 
 
-def _walk(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
-    """All modules outside of basis layers."""
-    inside: Tuple[str, ...] = ()
+def _paths(
+        model: nn.Module) -> Iterator[Tuple[str, Tuple[nn.Module, ...]]]:
+    """All modules outside of basis layers, by name, each at the end of the
+    modules around it."""
+    paths: Dict[str, Tuple[nn.Module, ...]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, BasisLayer):
-            inside += (f'{name}.', )
-        elif not name.startswith(inside):
-            yield name, module
+        path = (*paths.get(name.rpartition('.')[0], ()), module)
+        paths[name] = path
+        if not any(isinstance(x, BasisLayer) for x in path):
+            yield name, path
 
 
-def _unless_tied(layer: Layer, owners: Dict[int, List[str]]) -> Layer:
-    """The layer, with an obstacle if it shares parameters with others."""
-    for parameter in layer.module.parameters(recurse=False):
-        for other in owners[id(parameter)]:
-            if other != layer.name and layer.obstacle is None:
-                words = f'shares its parameters with {other}'
-                return replace(layer, obstacle=Exclusion(Reason.TIED, words))
-    return layer
-
-
-def _types(model: nn.Module, name: str) -> Tuple[str, ...]:
-    names, module = [type(model).__name__], model
-    for part in name.split('.') if name else ():
-        module = getattr(module, part)
-        names.append(type(module).__name__)
-    return tuple(names)
+def _obstacle(path: Sequence[nn.Module]) -> Optional[Exclusion]:
+    """Why a layer cannot be compressed, by where it is and what it is."""
+    *around, module = path
+    if any(isinstance(x, BaseAveragedModel) for x in around):
+        return AVERAGE
+    if any(why_not(x) != '' for x in around):
+        return OFFSETS
+    words = why_not(module)
+    return Exclusion(Reason.UNSUPPORTED, words) if words else None
 
 
 def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
@@ -199,3 +199,76 @@ def check_finite(layers: Sequence[Layer]) -> None:
         raise ValueError('weights are NaN or infinite in '
                          f'{", ".join(broken[:5])} ({len(broken)} layers); '
                          'compress a checkpoint whose training converged')
+
+
+def freeze(instance: Any, name: str) -> None:
+    """Make a mapping in a frozen dataclass a read-only copy."""
+    value = MappingProxyType(dict(getattr(instance, name)))
+    object.__setattr__(instance, name, value)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a model, and which of them stay dense for what reason.
+
+    Args:
+        layers (tuple[Layer]): All layers of the model.
+        excluded (Mapping[str, Exclusion]): By name; all others are chosen.
+    """
+    layers: Tuple[Layer, ...]
+    excluded: Mapping[str, Exclusion] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        freeze(self, 'excluded')
+
+    @property
+    def chosen(self) -> List[Layer]:
+        """The layers that a planner may compress."""
+        return [x for x in self.layers if x.name not in self.excluded]
+
+    def without(self, excluded: Mapping[str, Exclusion]) -> 'Selection':
+        """The same with more layers excluded; earlier reasons stay."""
+        return replace(self, excluded={**excluded, **self.excluded})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a user wants to have compressed.
+
+    Args:
+        include (tuple[str]): Patterns; where given, all else stays dense.
+        exclude (tuple[str]): Patterns of layers that stay dense.
+        prediction_layers (bool): Whether to compress the layers in
+            :class:`~mmbasis.running.Targets` as well, which otherwise only
+            ``include`` does. Defaults to False.
+    """
+    include: Tuple[str, ...] = ()
+    exclude: Tuple[str, ...] = ()
+    prediction_layers: bool = False
+
+    @property
+    def need_targets(self) -> bool:
+        """Whether :meth:`select` looks at the targets."""
+        return not (self.prediction_layers or self.include)
+
+    def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
+        """Choose layers; ValueError if a pattern matches none."""
+        check_patterns(layers, self.include, 'include')
+        check_patterns(layers, self.exclude, 'exclude')
+        judged = {x.name: self._judge(x, targets) for x in layers}
+        excluded = {k: v for k, v in judged.items() if v is not None}
+        return Selection(tuple(layers), excluded)
+
+    def _judge(self, layer: Layer, targets: Targets) -> Optional[Exclusion]:
+        if layer.obstacle is not None:
+            return layer.obstacle
+        hits = [p for p in self.exclude if layer.matches(p)]
+        if self.include and not any(layer.matches(p) for p in self.include):
+            return Exclusion(Reason.NOT_INCLUDED, 'not included')
+        if hits:
+            return Exclusion(Reason.EXCLUDED, f'excluded by {hits[0]!r}')
+        if not self.need_targets:
+            return None
+        if layer.name in targets.offsets:
+            return OFFSETS
+        return PREDICTION if layer.name in targets.predictions else None

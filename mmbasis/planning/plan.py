@@ -2,12 +2,11 @@
 """What becomes of each layer of a model."""
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List
 
 from ..utils.io import write_atomically
 from ..version import __version__
-from .costs import Costs, Form
-from .statistics import Analysis
+from .costs import Costs
 
 #: Raised when a reader of an older version could misread a plan.
 PLAN_VERSION = 1
@@ -46,6 +45,16 @@ class LayerPlan:
                 raise ValueError(f'the plan has a layer whose {key} is no '
                                  f'list: {getattr(self, key)!r}')
 
+    @classmethod
+    def of(cls, costs: Costs, rank: int) -> 'LayerPlan':
+        """The entry of a layer that gets a rank."""
+        layer = costs.layer
+        return cls(rank, layer.full_rank, layer.known_kind.name,
+                   list(layer.module.weight.shape), costs.form.bias
+                   or layer.has_bias, costs.spectrum.energy_kept(rank),
+                   [costs.macs(), costs.macs(rank)],
+                   [costs.params(), costs.params(rank)])
+
 
 @dataclass(frozen=True)
 class DensePlan:
@@ -68,6 +77,13 @@ class DensePlan:
     params: int
     bias: bool = False
 
+    @classmethod
+    def of(cls, costs: Costs, reason: str, compressible: bool) -> 'DensePlan':
+        """The entry of a layer that stays dense for a reason."""
+        return cls(reason, compressible,
+                   list(costs.layer.module.weight.shape), costs.macs(),
+                   costs.params())
+
 
 @dataclass
 class CompressionPlan:
@@ -84,32 +100,6 @@ class CompressionPlan:
     dense: Dict[str, DensePlan] = field(default_factory=dict)
     norm: bool = False
     planner: Dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_ranks(cls, analysis: Analysis, ranks: Mapping[str, int],
-                   reasons: Mapping[str, str], form: Form,
-                   planner: Dict[str, Any]) -> 'CompressionPlan':
-        """Write a planner's decision down with its costs: the ranks of layers
-        and, of the other chosen ones, the reasons to keep them dense."""
-        layers, dense = {}, {}
-        for layer in analysis.layers:
-            known = analysis.statistics[layer.name]
-            costs = Costs(layer, known, form)
-            shape = list(layer.module.weight.shape)
-            rank = ranks.get(layer.name)
-            if rank is None:
-                excluded = analysis.selection.excluded.get(layer.name)
-                dense[layer.name] = DensePlan(
-                    excluded.words if excluded else reasons[layer.name],
-                    excluded is None, shape, costs.macs(), costs.params())
-                continue
-            assert known.spectrum is not None
-            layers[layer.name] = LayerPlan(
-                rank, layer.full_rank, layer.known_kind.name, shape, form.bias
-                or layer.has_bias, known.spectrum.energy_kept(rank),
-                [costs.macs(), costs.macs(rank)],
-                [costs.params(), costs.params(rank)])
-        return cls(layers, dense, form.norm, planner)
 
     def with_dense_costs(self, dense: 'CompressionPlan') -> 'CompressionPlan':
         """The same for a model that was compressed before: what the dense

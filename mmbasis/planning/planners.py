@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
 from numbers import Integral
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
-
 from ..running import Targets
 from ..utils.plain import to_json
-from .costs import PLAIN, Cost, Costs, Form
-from .layers import Layer, check_patterns
-from .plan import CompressionPlan
-from .selection import Rules, Selection
-from .statistics import Analysis, LayerStatistics
+from .costs import PLAIN, Candidates, Cost, Costs, Form
+from .layers import Layer, Rules, Selection, check_patterns
+from .plan import CompressionPlan, DensePlan, LayerPlan
+from .statistics import Analysis
+
+#: layers that are decided already, with their rank or None for dense
+Decided = Sequence[Tuple[Candidates, Optional[int]]]
 
 
 def check_fraction(key: str, value: float) -> float:
@@ -30,8 +28,8 @@ def check_fraction(key: str, value: float) -> float:
 
 def is_rank(value: Any) -> bool:
     """Whether a value is a positive integer."""
-    return (isinstance(value, int) and not isinstance(value, bool)
-            and value >= 1)
+    return (isinstance(value, Integral) and not isinstance(value, bool)
+            and int(value) >= 1)
 
 
 def check_ranks(key: str, ranks: Mapping[str, int | str],
@@ -44,43 +42,17 @@ def check_ranks(key: str, ranks: Mapping[str, int | str],
     return dict(ranks)
 
 
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """What a planner may do with one layer.
-
-    Args:
-        costs (Costs): Its MACs and parameters.
-        ranks (tuple[int]): Ranks at which it would be cheaper than dense,
-            rising. Keeping it dense is a candidate, too.
-    """
-    costs: Costs
-    ranks: tuple[int, ...]
-
-    @property
-    def layer(self) -> Layer:
-        return self.costs.layer
-
-    @property
-    def statistics(self) -> LayerStatistics:
-        """What was measured of it."""
-        return self.costs.statistics
-
-    @cached_property
-    def energy_lost(self) -> np.ndarray:
-        """Fraction of the energy that each rank from 0 to full loses."""
-        assert self.statistics.spectrum is not None
-        energy = self.statistics.spectrum.energy.cpu().numpy()
-        return lost_behind(energy / max(energy.sum(), 1e-300))
+def check_rank(layer: Layer, rank: Any) -> int:
+    """Require a rank that a layer can have; the ValueError names it."""
+    if not is_rank(rank) or rank > layer.full_rank:
+        raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
+                         f'[1, {layer.full_rank}]')
+    return int(rank)
 
 
-def lost_behind(directions: np.ndarray) -> np.ndarray:
-    """What is lost at each rank from 0 to full, given what dropping each
-    direction loses."""
-    return np.append(directions[::-1].cumsum()[::-1], 0.)
-
-
-#: layers that are decided already, with their rank or None for dense
-Decided = Sequence[Tuple[Candidates, Optional[int]]]
+def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
+    """The value of the first pattern that matches a layer, or None."""
+    return next((v for k, v in table.items() if layer.matches(k)), None)
 
 
 class BasePlanner(ABC):
@@ -115,23 +87,15 @@ class BasePlanner(ABC):
     #: what makes a rank pay, and what a budget counts
     cost: Cost = Cost('macs')
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> BasePlanner:
-        planner = super().__new__(cls)
-        try:
-            signature = inspect.signature(cls.__init__)
-            given = signature.bind(planner, *args, **kwargs).arguments
-        except TypeError:  # copying fills it in, and __init__ complains
-            return planner
-        config: dict[str, Any] = dict(type=cls.__name__)
-        for name, value in list(given.items())[1:]:
-            kind = signature.parameters[name].kind
-            config.update(value if kind is inspect.Parameter.VAR_KEYWORD else
-                          {name: value})
-        planner.config = to_json(config)
-        return planner
-
     #: the type and the arguments of the constructor, as plain data
     config: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> BasePlanner:
+        planner = super().__new__(cls)
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        planner.config = to_json(
+            dict(type=cls.__name__, **dict(zip(names, args)), **kwargs))
+        return planner
 
     def __init__(self,
                  include: Sequence[str] = (),
@@ -147,6 +111,8 @@ class BasePlanner(ABC):
             raise ValueError(f'round_to must be a positive integer, but got '
                              f'{round_to!r}')
         self.overrides = check_ranks('overrides', overrides or {}, 'dense')
+        #: patterns that ranks are given to
+        self.named = {k for k, v in self.overrides.items() if v != 'dense'}
         self.rules = Rules(tuple(include), tuple(exclude), prediction_layers)
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
@@ -165,14 +131,10 @@ class BasePlanner(ABC):
         none."""
         check_patterns(layers, list(self.overrides), 'overrides')
         # whoever names a layer asks for it
-        targets = Targets(*(x - self.named() for x in targets))
+        targets = Targets(*(x - self.named for x in targets))
         selection = self.rules.select(layers, targets)
         self.cost.check_layers(selection.chosen)
         return selection
-
-    def named(self) -> set[str]:
-        """Patterns that ranks are given to."""
-        return {k for k, v in self.overrides.items() if v != 'dense'}
 
     # --------------------------------------------------------------- plan
     def plan(self, analysis: Analysis, form: Form = PLAIN) -> CompressionPlan:
@@ -181,43 +143,50 @@ class BasePlanner(ABC):
         Raises:
             ValueError: If the request cannot be met.
         """
-        decided: list[tuple[Candidates, int | None]] = []
+        reasons = {k: x.words for k, x in analysis.selection.excluded.items()}
         free: list[Candidates] = []
-        reasons: dict[str, str] = {}
+        decided: list[tuple[Candidates, int | None]] = []
         for layer in analysis.selection.chosen:
-            costs = Costs(layer, analysis.statistics[layer.name], form)
-            candidates = Candidates(costs,
-                                    self.cost.ranks(costs, self.round_to))
+            candidates = Candidates(layer, analysis.statistics[layer.name],
+                                    form, self.cost, self.round_to)
             settled = self._settle(candidates)
             if settled is None:
                 free.append(candidates)
                 continue
-            rank, reason = settled
+            rank, reasons[layer.name] = settled
             decided.append((candidates, rank))
-            reasons[layer.name] = reason
         for candidates, rank in zip(free, self._chosen(free, decided)):
-            decided.append((candidates, rank))
             reasons[candidates.layer.name] = self.why_dense(candidates)
-        ranks = {x.layer.name: r for x, r in decided if r is not None}
-        return CompressionPlan.from_ranks(analysis, ranks, reasons, form,
-                                          self.describe())
+            decided.append((candidates, rank))
+
+        ranks = {x.layer.name: rank for x, rank in decided}
+        plan = CompressionPlan({}, {}, form.norm, self.describe())
+        for layer in analysis.layers:
+            name = layer.name
+            costs = Costs(layer, analysis.statistics[name], form)
+            rank = ranks.get(name)
+            if rank is None:
+                plan.dense[name] = DensePlan.of(costs, reasons[name],
+                                                name in ranks)
+            else:
+                plan.layers[name] = LayerPlan.of(costs, rank)
+        return plan
 
     def _settle(
             self,
             candidates: Candidates) -> tuple[int | None, str] | None:
         """Rank (None for dense) and reason where there is nothing to
         choose."""
-        layer = candidates.layer
-        override = first_match(layer, self.overrides)
+        override = first_match(candidates.layer, self.overrides)
         if override == 'dense':
             return None, 'dense by override'
         if override is not None:
-            rank = check_rank(layer, override)
-            if self.cost.pays(candidates.costs, rank):
+            rank = check_rank(candidates.layer, override)
+            if self.cost.pays(candidates, rank):
                 return rank, ''
-            return None, _past_break_even(candidates)
+            return None, BasePlanner.why_dense(self, candidates)
         if not candidates.ranks:
-            return None, self.cost.why_not(candidates.costs, self.round_to)
+            return None, self.cost.why_not(candidates, self.round_to)
         return None
 
     def _chosen(self, free: Sequence[Candidates],
@@ -234,7 +203,8 @@ class BasePlanner(ABC):
 
     def why_dense(self, candidates: Candidates) -> str:
         """Why :meth:`choose` kept a layer dense."""
-        return _past_break_even(candidates)
+        return ('the rank it needs is past break-even '
+                f'({candidates.break_even + 1})')
 
     @abstractmethod
     def choose(self, free: Sequence[Candidates],
@@ -250,21 +220,3 @@ class BasePlanner(ABC):
             Sequence[int | None]: A rank for each layer of ``free``; None
             keeps it dense.
         """
-
-
-def _past_break_even(candidates: Candidates) -> str:
-    return ('the rank it needs is past break-even '
-            f'({candidates.costs.break_even + 1})')
-
-
-def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
-    """The value of the first pattern that matches a layer, or None."""
-    return next((v for k, v in table.items() if layer.matches(k)), None)
-
-
-def check_rank(layer: Layer, rank: int) -> int:
-    """Require a rank that a layer can have; the ValueError names it."""
-    if not isinstance(rank, Integral) or not 1 <= rank <= layer.full_rank:
-        raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
-                         f'[1, {layer.full_rank}]')
-    return int(rank)

@@ -1,40 +1,23 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planners that choose the rank of each layer on its own."""
-from abc import abstractmethod
-from typing import Dict, Optional, Sequence, Set, Tuple, Union
-
-import numpy as np
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 from ..registry import PLANNERS
 from ..running import Targets
-from .costs import Cost, Costs
-from .layers import Exclusion, Layer, Reason, check_patterns
+from .costs import Candidates, Cost, Costs
+from .layers import Exclusion, Layer, Reason, Selection, check_patterns
 from .planners import (
     BasePlanner,
-    Candidates,
     Decided,
     check_fraction,
     check_rank,
     check_ranks,
     first_match,
 )
-from .selection import Selection
-
-
-class _LayerPlanner(BasePlanner):
-    """Chooses the rank of each layer on its own."""
-
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[Optional[int]]:
-        return [self.choose_one(candidates) for candidates in free]
-
-    @abstractmethod
-    def choose_one(self, candidates: Candidates) -> Optional[int]:
-        """The rank of a layer; None keeps it dense."""
 
 
 @PLANNERS.register_module()
-class EnergyPlanner(_LayerPlanner):
+class EnergyPlanner(BasePlanner):
     """The paper's rule: in each layer the smallest rank whose cumulative
     energy reaches the same threshold (Tayyab et al., ICIP 2021).
 
@@ -49,15 +32,17 @@ class EnergyPlanner(_LayerPlanner):
         super().__init__(**kwargs)
         self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
 
-    def choose_one(self, candidates: Candidates) -> Optional[int]:
-        assert candidates.statistics.spectrum is not None
-        rank = candidates.statistics.spectrum.rank_for_energy(self.threshold)
-        at = int(np.searchsorted(candidates.ranks, rank))
-        return candidates.ranks[at] if at < len(candidates.ranks) else None
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        needed = [x.spectrum.rank_for_energy(self.threshold) for x in free]
+        return [
+            next((rank for rank in x.ranks if rank >= least), None)
+            for x, least in zip(free, needed)
+        ]
 
 
 @PLANNERS.register_module()
-class RatioPlanner(_LayerPlanner):
+class RatioPlanner(BasePlanner):
     """The same fraction of MACs in every layer.
 
     Args:
@@ -70,12 +55,15 @@ class RatioPlanner(_LayerPlanner):
         super().__init__(**kwargs)
         self.ratio = check_fraction('RatioPlanner: ratio', ratio)
 
-    def choose_one(self, candidates: Candidates) -> Optional[int]:
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
         if self.ratio == 1:
-            return None
-        macs = candidates.costs.macs
-        fits = [r for r in candidates.ranks if macs(r) <= self.ratio * macs()]
-        return fits[-1] if fits else candidates.ranks[0]
+            return [None] * len(free)
+        return [
+            max((rank for rank in x.ranks
+                 if x.macs(rank) <= self.ratio * x.macs()),
+                default=x.ranks[0]) for x in free
+        ]
 
 
 class AnyCost(Cost):
@@ -89,7 +77,7 @@ class AnyCost(Cost):
 
 
 @PLANNERS.register_module()
-class FixedPlanner(_LayerPlanner):
+class FixedPlanner(BasePlanner):
     """Ranks given by the user.
 
     Args:
@@ -109,6 +97,7 @@ class FixedPlanner(_LayerPlanner):
         if not ranks:
             raise ValueError('FixedPlanner: ranks is empty')
         self.ranks = check_ranks('FixedPlanner: ranks', ranks, 'full')
+        self.named |= self.ranks.keys()
         if allow_costlier:
             self.cost = AnyCost(self.cost.metric)
 
@@ -120,14 +109,12 @@ class FixedPlanner(_LayerPlanner):
             for layer in layers if first_match(layer, self.ranks) is None
         })
 
-    def named(self) -> Set[str]:
-        return super().named() | self.ranks.keys()
-
-    def choose_one(self, candidates: Candidates) -> Optional[int]:
-        layer = candidates.layer
-        rank = first_match(layer, self.ranks)
-        if rank == 'full':
-            rank = layer.full_rank
-        multiple = -(-check_rank(layer, rank) // self.round_to)
-        rank = min(multiple * self.round_to, layer.full_rank)
-        return rank if self.cost.pays(candidates.costs, rank) else None
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[Optional[int]]:
+        chosen = []
+        for x in free:
+            rank, full = first_match(x.layer, self.ranks), x.layer.full_rank
+            rank = full if rank == 'full' else check_rank(x.layer, rank)
+            rank = min(-(-rank // self.round_to) * self.round_to, full)
+            chosen.append(rank if self.cost.pays(x, rank) else None)
+        return chosen

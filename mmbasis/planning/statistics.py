@@ -14,9 +14,8 @@ from torch import Tensor
 from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
 from ..layers import observe
 from ..running import Adapter, evaluation
-from .layers import UNUSED, Layer
+from .layers import UNUSED, Layer, Selection, freeze
 from .samples import Moments, input_samples, output_samples
-from .selection import Selection, freeze
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mmbasis.planning.allocation import allocate
+from mmbasis.planning.budget import allocate
 
 
 def total(options, chosen):
