@@ -13,8 +13,12 @@ from .layers import (
     find_layers,
 )
 from .plan import CompressionPlan, DensePlan, LayerPlan
-from .planners import BasePlanner
-from .rules import EnergyPlanner, FixedPlanner, RatioPlanner
+from .planners import (
+    BasePlanner,
+    EnergyPlanner,
+    FixedPlanner,
+    RatioPlanner,
+)
 from .sensitivity import measure_sensitivity
 from .statistics import Analysis, LayerStatistics, measure
 

@@ -1,10 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What layers cost in milliseconds on a device, as tools/latency_table.py
 measured it."""
+from __future__ import annotations
+
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 
@@ -18,23 +20,15 @@ MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
 
 @dataclass
 class Curve:
-    """Latency of one layer at one input shape.
-
-    Args:
-        shape (list[int]): Of the dense weights.
-        dense (float): Latency of the dense layer, ms.
-        noise (float): Two latencies that differ by less are equal, ms.
-        ranks (ndarray): Measured ranks, rising.
-        latencies (ndarray): Of the basis layer at those ranks, ms, never
-            falling: see :meth:`LatencyTable.load`.
-    """
-    shape: List[int]
+    """Latency of one layer at one input shape, in one forward pass of the
+    model, ms: dense, and at the measured ranks, rising."""
+    shape: list[int]
     dense: float
     noise: float
     ranks: np.ndarray
     latencies: np.ndarray
 
-    def cost(self, rank: Optional[int]) -> float:
+    def cost(self, rank: int | None) -> float:
         """Latency at a rank, None for dense; between two measured ranks it is
         that of the higher one, and past the last not less than dense."""
         if rank is None:
@@ -45,53 +39,51 @@ class Curve:
         return float(max(self.dense, self.latencies[-1]))
 
 
-@dataclass
 class LatencyTable(Cost):
-    """Measured latencies of the layers of one model on one device.
+    """Measured latencies of the layers of one model on one device. Where a
+    lower rank was measured slower than a higher one, its latency counts for
+    the higher one too.
 
     Args:
         path (str): Where it was read from, for messages.
-        device_name (str): The board, or the processor.
-        backend (str): ``'onnxruntime'``, ``'torch'``, ``'tensorrt'`` …
-        precision (str): ``'fp32'``, ``'fp16'`` or ``'int8'``.
-        curves (dict[str, list[tuple[Curve, int]]]): For each layer, the
-            curves of the input shapes it sees and how often it sees them in
-            one forward pass.
-        model_ms (float, optional): Latency of the whole dense model.
-        compressed_ms (float, optional): Of the whole model at some ranks.
-        compressed_ranks (dict[str, int]): Those ranks.
+        data (dict): What ``tools/latency_table.py measure`` wrote there.
     """
-    path: str
-    device_name: str
-    backend: str
-    precision: str
-    curves: Dict[str, List[Tuple[Curve, int]]]
-    model_ms: Optional[float] = None
-    compressed_ms: Optional[float] = None
-    compressed_ranks: Dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __init__(self, path: str, data: dict[str, Any]) -> None:
         super().__init__('latency')
+        device = data['device']
+        entries = {e['id']: e for e in data['entries']}
+        self.path = path
+        self.device_name = str(device.get('board') or device.get('cpu'))
+        self.backend, self.precision = data['backend'], data['precision']
+        #: for each layer, the curves of the input shapes it sees
+        self.curves = _curves(entries)
+        #: latency of the whole dense model
+        self.model_ms: float | None = entries.get(MODEL_ID, {}).get(
+            'median_ms')
         #: how much longer layers take inside the model than alone
         self._dense_scale = self._basis_scale = 1.
-        if self.model_ms is None:
-            return
-        # the predictions of the dense and of the compressed model are those
-        # that were measured, as far as that is no speed-up of basis layers
+        if self.model_ms is not None:
+            self._scale_to(self.model_ms, entries.get(COMPRESSED_ID))
+
+    def _scale_to(self, dense_ms: float,
+                  compressed: dict[str, Any] | None) -> None:
+        """Predict the latencies of the dense and of the compressed model that
+        were measured, as far as that is no speed-up of basis layers."""
         alone = sum(self.cost(name, None) for name in self.curves)
-        if alone > self.model_ms:
-            self._dense_scale = self._basis_scale = self.model_ms / alone
-        if self.compressed_ms is None:
+        if alone > dense_ms:
+            self._dense_scale = self._basis_scale = dense_ms / alone
+        if compressed is None:
             return
-        ranks = self.compressed_ranks
+        ranks = compressed.get('ranks', {})
         basis = sum(
             self.cost(name, rank) for name, rank in ranks.items()
             if name in self.curves)
-        excess = self.compressed_ms - self.predict(ranks)
+        excess = compressed['median_ms'] - self.predict(ranks)
         if basis > 0 and excess > 0:
             self._basis_scale *= 1 + excess / basis
 
-    def describe(self) -> Dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """Plain data for a plan's record; :meth:`load` takes it."""
         return dict(
             path=self.path,
@@ -99,15 +91,9 @@ class LatencyTable(Cost):
             backend=self.backend,
             precision=self.precision)
 
-    # --------------------------------------------------------------- read
     @classmethod
-    def load(cls, path: str, **target: Optional[str]) -> 'LatencyTable':
-        """Read and check a table. Where a lower rank was measured slower than
-        a higher one, its latency counts for the higher one too.
-
-        Args:
-            path (str): JSON file of ``tools/latency_table.py measure``.
-            **target: What it must be of, see :meth:`check`.
+    def load(cls, path: str, **target: str | None) -> LatencyTable:
+        """Read a table and :meth:`check` what it is of.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -116,14 +102,7 @@ class LatencyTable(Cost):
         """
         data = _read(path)
         try:
-            device = data['device']
-            entries = {e['id']: e for e in data['entries']}
-            compressed = entries.get(COMPRESSED_ID, {})
-            table = cls(path, str(device.get('board') or device.get('cpu')),
-                        data['backend'], data['precision'], _curves(entries),
-                        entries.get(MODEL_ID, {}).get('median_ms'),
-                        compressed.get('median_ms'),
-                        compressed.get('ranks', {}))
+            table = cls(path, data)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f'{path} is malformed: {error!r} in its entries; '
                              'was the index of tools/latency_table.py export '
@@ -131,23 +110,18 @@ class LatencyTable(Cost):
         table.check(**target)
         return table
 
-    def check(self,
-              device: Optional[str] = None,
-              backend: Optional[str] = None,
-              precision: Optional[str] = None) -> None:
+    def check(self, **target: str | None) -> None:
         """Require that the table was measured on a target.
 
         Args:
-            device (str, optional): Text that the device's name must contain.
-            backend (str, optional): Back end that it must be of.
-            precision (str, optional): Precision that it must be of.
+            **target: Its ``backend``, its ``precision``, and text that the
+                name of its ``device`` must contain; None is any.
 
         Raises:
             ValueError: Naming what differs.
         """
-        wanted = dict(device=device, backend=backend, precision=precision)
-        for key, value in wanted.items():
-            found = self.describe()[key]
+        for key, value in target.items():
+            found = self.describe().get(key, 'unknown')
             fits = value is None or value == found or (
                 key == 'device' and value.lower() in found.lower())
             if not fits:
@@ -163,15 +137,15 @@ class LatencyTable(Cost):
             curves = self.curves.get(layer.name)
             if curves is None:
                 wrong.append(f'{layer.name} is not in it')
-            elif curves[0][0].shape != shape:
+            elif curves[0].shape != shape:
                 wrong.append(f'{layer.name} has weights {shape}, in the '
-                             f'table {curves[0][0].shape}')
+                             f'table {curves[0].shape}')
         if wrong:
             raise ValueError(
                 f'the latency table {self.path} is of another model: '
                 f'{"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
 
-    def of(self, costs: Costs, rank: Optional[int]) -> float:
+    def of(self, costs: Costs, rank: int | None) -> float:
         return self.cost(costs.layer.name, rank)
 
     def pays(self, costs: Costs, rank: int) -> bool:
@@ -189,25 +163,23 @@ class LatencyTable(Cost):
         dense = self.predict({})
         return fraction * dense - (dense - super().budget(1, layers))
 
-    def cost(self, name: str, rank: Optional[int]) -> float:
+    def cost(self, name: str, rank: int | None) -> float:
         """Milliseconds that a layer takes in one forward pass of the model, at
         all its input shapes; ``rank`` None is the dense layer."""
         scale = self._dense_scale if rank is None else self._basis_scale
-        return scale * sum(n * curve.cost(rank)
-                           for curve, n in self.curves[name])
+        return scale * sum(curve.cost(rank) for curve in self.curves[name])
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""
-        return self._basis_scale * sum(n * curve.noise
-                                       for curve, n in self.curves[name])
+        return self._basis_scale * sum(x.noise for x in self.curves[name])
 
     def is_faster(self, name: str, rank: int) -> bool:
         """Whether a layer is faster at a rank than dense, beyond noise."""
         return self.cost(name, rank) + self.noise(name) < self.cost(name, None)
 
-    def measured_ranks(self, name: str) -> List[int]:
+    def measured_ranks(self, name: str) -> list[int]:
         """The ranks that were measured at all input shapes of a layer."""
-        sets = [set(curve.ranks.tolist()) for curve, _ in self.curves[name]]
+        sets = (set(curve.ranks.tolist()) for curve in self.curves[name])
         return sorted(set.intersection(*sets))
 
     def rest(self) -> float:
@@ -215,14 +187,14 @@ class LatencyTable(Cost):
         layers = sum(self.cost(name, None) for name in self.curves)
         return max(0., (self.model_ms or 0.) - layers)
 
-    def predict(self, ranks: Dict[str, int]) -> float:
+    def predict(self, ranks: dict[str, int]) -> float:
         """Milliseconds for one forward pass of the whole model, given the
         ranks of the layers that are compressed."""
         return self.rest() + sum(
             self.cost(name, ranks.get(name)) for name in self.curves)
 
 
-def _read(path: str) -> dict:
+def _read(path: str) -> dict[str, Any]:
     """The content of a complete table."""
     with open(path, encoding='utf-8') as file:
         try:
@@ -242,25 +214,25 @@ def _read(path: str) -> dict:
     return data
 
 
-def _curves(entries: Dict[str, dict]) -> Dict[str, List[Tuple[Curve, int]]]:
-    groups: Dict[str, List[dict]] = defaultdict(list)
+def _curves(entries: dict[str, dict]) -> dict[str, list[Curve]]:
+    groups: dict[str, list[dict]] = defaultdict(list)
     for entry in entries.values():
         if entry.get('role') == 'layer':
             groups[entry['group']].append(entry)
-    curves: Dict[str, List[Tuple[Curve, int]]] = defaultdict(list)
+    curves: dict[str, list[Curve]] = defaultdict(list)
     for group in groups.values():
         # what feeds the layer is not the layer's
-        feeds = [entries[e['carrier']]['median_ms'] for e in group]
         times = {
-            e['rank']: max(e['median_ms'] - feed, 1e-6)
-            for e, feed in zip(group, feeds)
+            e['rank']: max(
+                e['median_ms'] - entries[e['carrier']]['median_ms'], 1e-6)
+            for e in group
         }
         dense = times.pop(None)
         ranks = sorted(times)
-        curve = Curve(group[0]['weight_shape'], dense,
-                      max(e['noise_ms'] for e in group),
-                      np.array(ranks, dtype=int),
-                      np.maximum.accumulate([times[rank] for rank in ranks]))
+        latencies = np.maximum.accumulate([times[rank] for rank in ranks])
+        noise = max(e['noise_ms'] for e in group)
         for name, count in group[0]['uses'].items():
-            curves[name].append((curve, count))
+            curves[name].append(
+                Curve(group[0]['weight_shape'], count * dense, count * noise,
+                      np.array(ranks, dtype=int), count * latencies))
     return dict(curves)

@@ -1,21 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The layers of a model: what they are, and which are to be compressed."""
+from __future__ import annotations
+
 import enum
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import (
-    Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-)
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -78,12 +70,12 @@ class Layer:
     """
     name: str
     module: nn.Module
-    kind: Optional[Type[DenseKind]]
-    types: Tuple[str, ...] = ()
-    obstacle: Optional[Exclusion] = None
+    kind: type[DenseKind] | None
+    types: tuple[str, ...] = ()
+    obstacle: Exclusion | None = None
 
     @property
-    def known_kind(self) -> Type[DenseKind]:
+    def known_kind(self) -> type[DenseKind]:
         """Its kind; TypeError if none is known."""
         if self.kind is None:
             raise TypeError(f'{self.name}, a {type(self.module).__name__}, '
@@ -91,7 +83,7 @@ class Layer:
         return self.kind
 
     @property
-    def matrix_shape(self) -> Tuple[int, int, int]:
+    def matrix_shape(self) -> tuple[int, int, int]:
         """``(G, P / G, D)``: groups, outputs per group, weights per output."""
         return self.known_kind.matrix_shape(self.module)
 
@@ -110,7 +102,7 @@ class Layer:
         return bool(re.fullmatch(pattern, self.name)) or pattern in self.types
 
 
-def find_layers(model: nn.Module) -> List[Layer]:
+def find_layers(model: nn.Module) -> list[Layer]:
     """All convolution and linear layers of a model, in order of definition.
 
     A layer that several modules share is listed once, under its first name.
@@ -125,7 +117,7 @@ def find_layers(model: nn.Module) -> List[Layer]:
     """
     saved = model.state_dict().keys()
     paths = dict(_paths(model))
-    owners: Dict[int, List[str]] = defaultdict(list)
+    owners: dict[int, list[str]] = defaultdict(list)
     for name, path in paths.items():
         for parameter in path[-1].parameters(recurse=False):
             owners[id(parameter)].append(name)
@@ -146,10 +138,10 @@ def find_layers(model: nn.Module) -> List[Layer]:
 
 
 def _paths(
-        model: nn.Module) -> Iterator[Tuple[str, Tuple[nn.Module, ...]]]:
+        model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
     """All modules outside of basis layers, by name, each at the end of the
     modules around it."""
-    paths: Dict[str, Tuple[nn.Module, ...]] = {}
+    paths: dict[str, tuple[nn.Module, ...]] = {}
     for name, module in model.named_modules():
         path = (*paths.get(name.rpartition('.')[0], ()), module)
         paths[name] = path
@@ -157,15 +149,20 @@ def _paths(
             yield name, path
 
 
-def _obstacle(path: Sequence[nn.Module]) -> Optional[Exclusion]:
+def _obstacle(path: Sequence[nn.Module]) -> Exclusion | None:
     """Why a layer cannot be compressed, by where it is and what it is."""
     *around, module = path
-    if any(isinstance(x, BaseAveragedModel) for x in around):
+    if any(isinstance(x, BaseAveragedModel) for x in around[1:]):
         return AVERAGE
     if any(why_not(x) != '' for x in around):
         return OFFSETS
     words = why_not(module)
     return Exclusion(Reason.UNSUPPORTED, words) if words else None
+
+
+def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
+    """The value of the first pattern that matches a layer, or None."""
+    return next((v for k, v in table.items() if layer.matches(k)), None)
 
 
 def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
@@ -215,18 +212,18 @@ class Selection:
         layers (tuple[Layer]): All layers of the model.
         excluded (Mapping[str, Exclusion]): By name; all others are chosen.
     """
-    layers: Tuple[Layer, ...]
+    layers: tuple[Layer, ...]
     excluded: Mapping[str, Exclusion] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         freeze(self, 'excluded')
 
     @property
-    def chosen(self) -> List[Layer]:
+    def chosen(self) -> list[Layer]:
         """The layers that a planner may compress."""
         return [x for x in self.layers if x.name not in self.excluded]
 
-    def without(self, excluded: Mapping[str, Exclusion]) -> 'Selection':
+    def without(self, excluded: Mapping[str, Exclusion]) -> Selection:
         """The same with more layers excluded; earlier reasons stay."""
         return replace(self, excluded={**excluded, **self.excluded})
 
@@ -242,8 +239,8 @@ class Rules:
             :class:`~mmbasis.running.Targets` as well, which otherwise only
             ``include`` does. Defaults to False.
     """
-    include: Tuple[str, ...] = ()
-    exclude: Tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     prediction_layers: bool = False
 
     @property
@@ -259,7 +256,7 @@ class Rules:
         excluded = {k: v for k, v in judged.items() if v is not None}
         return Selection(tuple(layers), excluded)
 
-    def _judge(self, layer: Layer, targets: Targets) -> Optional[Exclusion]:
+    def _judge(self, layer: Layer, targets: Targets) -> Exclusion | None:
         if layer.obstacle is not None:
             return layer.obstacle
         hits = [p for p in self.exclude if layer.matches(p)]

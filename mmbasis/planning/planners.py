@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What planners have in common: from an analysis to a plan."""
+"""Planners, and what they have in common: from an analysis to a plan."""
 from __future__ import annotations
 
 import inspect
@@ -7,10 +7,19 @@ from abc import ABC, abstractmethod
 from numbers import Integral
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
+from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.plain import to_json
 from .costs import PLAIN, Candidates, Cost, Costs, Form
-from .layers import Layer, Rules, Selection, check_patterns
+from .layers import (
+    Exclusion,
+    Layer,
+    Reason,
+    Rules,
+    Selection,
+    check_patterns,
+    first_match,
+)
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .statistics import Analysis
 
@@ -48,11 +57,6 @@ def check_rank(layer: Layer, rank: Any) -> int:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
                          f'[1, {layer.full_rank}]')
     return int(rank)
-
-
-def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
-    """The value of the first pattern that matches a layer, or None."""
-    return next((v for k, v in table.items() if layer.matches(k)), None)
 
 
 class BasePlanner(ABC):
@@ -220,3 +224,107 @@ class BasePlanner(ABC):
             Sequence[int | None]: A rank for each layer of ``free``; None
             keeps it dense.
         """
+
+
+@PLANNERS.register_module()
+class EnergyPlanner(BasePlanner):
+    """The paper's rule: in each layer the smallest rank whose cumulative
+    energy reaches the same threshold (Tayyab et al., ICIP 2021).
+
+    Args:
+        threshold (float): Fraction of the energy to keep, in ``(0, 1]``.
+        **kwargs: See :class:`BasePlanner`; ``data_aware`` defaults to False,
+            as in the paper.
+    """
+    DATA_AWARE = False
+
+    def __init__(self, threshold: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[int | None]:
+        needed = [x.spectrum.rank_for_energy(self.threshold) for x in free]
+        return [
+            next((rank for rank in x.ranks if rank >= least), None)
+            for x, least in zip(free, needed)
+        ]
+
+
+@PLANNERS.register_module()
+class RatioPlanner(BasePlanner):
+    """The same fraction of MACs in every layer.
+
+    Args:
+        ratio (float): Fraction of each layer's MACs to keep, in ``(0, 1]``.
+            A layer whose smallest rank costs more gets that rank.
+        **kwargs: See :class:`BasePlanner`.
+    """
+
+    def __init__(self, ratio: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ratio = check_fraction('RatioPlanner: ratio', ratio)
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[int | None]:
+        if self.ratio == 1:
+            return [None] * len(free)
+        return [
+            max((rank for rank in x.ranks
+                 if x.macs(rank) <= self.ratio * x.macs()),
+                default=x.ranks[0]) for x in free
+        ]
+
+
+class AnyCost(Cost):
+    """Lets every rank pay."""
+
+    def pays(self, costs: Costs, rank: int) -> bool:
+        return True
+
+    def ranks(self, costs: Costs, round_to: int) -> tuple[int, ...]:
+        return tuple(range(1, costs.layer.full_rank + 1))
+
+
+@PLANNERS.register_module()
+class FixedPlanner(BasePlanner):
+    """Ranks given by the user.
+
+    Args:
+        ranks (dict[str, int | str]): Rank by pattern, or ``'full'``; the
+            first pattern that matches counts, layers without one stay dense.
+            Numbers are rounded up to a multiple of ``round_to``.
+        allow_costlier (bool): Accept ranks past break-even, at which the
+            layer costs more than it does dense. Defaults to False.
+        **kwargs: See :class:`BasePlanner`.
+    """
+
+    def __init__(self,
+                 ranks: dict[str, int | str],
+                 allow_costlier: bool = False,
+                 **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not ranks:
+            raise ValueError('FixedPlanner: ranks is empty')
+        self.ranks = check_ranks('FixedPlanner: ranks', ranks, 'full')
+        self.named |= self.ranks.keys()
+        if allow_costlier:
+            self.cost = AnyCost(self.cost.metric)
+
+    def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
+        check_patterns(layers, list(self.ranks), 'ranks')
+        words = Exclusion(Reason.NO_RANK_GIVEN, 'no rank given')
+        return super().select(layers, targets).without({
+            layer.name: words
+            for layer in layers if first_match(layer, self.ranks) is None
+        })
+
+    def choose(self, free: Sequence[Candidates],
+               decided: Decided) -> Sequence[int | None]:
+        chosen = []
+        for x in free:
+            rank, full = first_match(x.layer, self.ranks), x.layer.full_rank
+            rank = full if rank == 'full' else check_rank(x.layer, rank)
+            rank = min(-(-rank // self.round_to) * self.round_to, full)
+            chosen.append(rank if self.cost.pays(x, rank) else None)
+        return chosen

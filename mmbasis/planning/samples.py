@@ -1,12 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Samples of what layers take and return, and moments of them."""
-from dataclasses import dataclass
-from functools import partial
-from typing import Tuple
-
 import numpy as np
 import torch
-from mmengine.dist import all_reduce
 from torch import Tensor
 
 from .layers import Layer
@@ -44,66 +39,21 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
         left (Tensor): Shape ``(G, M, positions)``.
         right (Tensor): Shape ``(G, N, positions)``.
     """
-    count = left.shape[-1]
-    shift_l, left, rest_l = _centre(left)
-    shift_r, right, rest_r = _centre(right)
+    mean_l, mean_r = left.mean(-1, True), right.mean(-1, True)
+    left, right = left - mean_l, right - mean_r
+    rest_l, rest_r = (x.sum(-1, True).double() for x in (left, right))
+    mean_l, mean_r = mean_l.double(), mean_r.double()
     products = (left @ right.mT).double()
-    products += shift_l @ rest_r.mT + rest_l @ shift_r.mT
-    return products + count * shift_l @ shift_r.mT
+    products += mean_l @ rest_r.mT + rest_l @ mean_r.mT
+    return products + left.shape[-1] * mean_l @ mean_r.mT
 
 
-def _centre(samples: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Rounded means, deviations from them, and the sums of these."""
-    mean = samples.mean(-1, True)
-    samples = samples - mean
-    return mean.double(), samples, samples.sum(-1, True).double()
-
-
-@dataclass
-class Moments:
-    """Sums over positions of a layer's outputs, or of its inputs where these
-    are fewer (an expansion), in float64.
-
-    Args:
-        of_input (bool): Whether the moments are those of the input.
-        count (Tensor): Number of positions, a scalar.
-        total (Tensor): Sum, shape ``(G, N)``.
-        second (Tensor): Sum of outer products, shape ``(G, N, N)``.
-    """
-    of_input: bool
-    count: Tensor
-    total: Tensor
-    second: Tensor
-
-    @classmethod
-    def zeros(cls, layer: Layer) -> 'Moments':
-        """Moments of nothing, on the device of the layer's weights."""
-        of_input = is_expansion(layer)
-        groups, rows, in_size = layer.matrix_shape
-        size = in_size if of_input else rows
-        zeros = partial(layer.module.weight.new_zeros, dtype=torch.float64)
-        return cls(of_input, zeros(()), zeros((groups, size)),
-                   zeros((groups, size, size)))
-
-    def add(self, samples: Tensor) -> None:
-        """Add samples of shape ``(G, N, positions)``."""
-        self.count += samples.shape[-1]
-        self.total += samples.sum(-1, dtype=torch.float64)
-        self.second += sum_of_products(samples, samples)
-
-    def reduce(self) -> None:
-        """Sum over all processes."""
-        for tensor in (self.count, self.total, self.second):
-            all_reduce(tensor)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        mean = self.mean.unsqueeze(-1)
-        return self.second / self.count - mean @ mean.mT
+def joint_moment(samples: Tensor) -> Tensor:
+    """Sum over positions of the outer products of samples, of shape
+    ``(G, N, positions)``, with a 1 behind each: float64, shape
+    ``(G, N + 1, N + 1)``; the last column has the sum and the count."""
+    samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
+    return sum_of_products(samples, samples)
 
 
 def is_expansion(layer: Layer) -> bool:

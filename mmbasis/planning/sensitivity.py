@@ -3,8 +3,7 @@
 loss."""
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -31,94 +30,57 @@ from .statistics import Analysis, LayerStatistics
 MAX_ROWS = 2048
 
 
-class GradientRecorder(ExitStack):
-    """Second moments ``G = E[g g^T]`` of the loss' gradients at the outputs
-    of the chosen layers of an analysis.
+class _Gradients:
+    """Second moment ``G = E[g g^T]`` of the loss' gradients at the output of
+    a layer whose spectrum is known."""
 
-    Use it as a context manager around forward and backward passes.
+    def __init__(self, layer: Layer, known: LayerStatistics) -> None:
+        assert known.spectrum is not None
+        self.layer, self.known, self.spectrum = layer, known, known.spectrum
+        groups, rows, in_size = layer.matrix_shape
+        size = in_size if _is_wide(layer) else rows
+        zeros = self.spectrum.values.new_zeros
+        self.moment, self.count = zeros((groups, size, size)), zeros(())
 
-    Args:
-        analysis (Analysis): With spectra.
-    """
-
-    def __init__(self, analysis: Analysis) -> None:
-        super().__init__()
-        self.layers = analysis.selection.chosen
-        self.statistics = dict(analysis.statistics)
-        self.moments: Dict[str, Tensor] = {}
-        self.counts: Dict[str, Tensor] = {}
-        for layer in self.layers:
-            groups, rows, in_size = layer.matrix_shape
-            size = in_size if _is_wide(layer) else rows
-            zeros = self._spectrum(layer).values.new_zeros
-            self.moments[layer.name] = zeros((groups, size, size))
-            self.counts[layer.name] = zeros(())
-
-    def _spectrum(self, layer: Layer) -> Any:
-        return self.statistics[layer.name].spectrum
-
-    def __enter__(self) -> 'GradientRecorder':
-        for layer in self.layers:
-            hook = partial(self._watch, layer)
-            self.callback(observe(layer.module, hook).remove)
-        return super().__enter__()
-
-    def _watch(self, layer: Layer, module: nn.Module, args: tuple,
-               kwargs: dict, output: Tensor) -> Optional[Tensor]:
+    def watch(self, module: nn.Module, args: tuple, kwargs: dict,
+              output: Tensor) -> Optional[Tensor]:
+        """Hook on the forward pass of the layer."""
         if not torch.is_grad_enabled():
             return None  # checkpointing runs it again with gradients
         if not output.requires_grad:
             # of a constant, queries for example; in-place layers may not
             # change a leaf
             output = output.requires_grad_() + 0
-        output.register_hook(partial(self._add, layer))
+        output.register_hook(self._add)
         return output
 
-    def _add(self, layer: Layer, gradient: Tensor) -> None:
-        samples = output_samples(layer, gradient)
-        if _is_wide(layer):
-            samples = self._spectrum(layer).vectors.to(samples).mT @ samples
+    def _add(self, gradient: Tensor) -> None:
+        samples = output_samples(self.layer, gradient)
+        if _is_wide(self.layer):
+            samples = self.spectrum.vectors.to(samples).mT @ samples
         # squares of vanishing gradients are too small for float32
         size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         samples = samples / size
-        products = (samples @ samples.mT).double()
-        self.moments[layer.name] += products * size.double()**2
-        self.counts[layer.name] += samples.shape[-1]
+        self.moment += (samples @ samples.mT).double() * size.double()**2
+        self.count += samples.shape[-1]
 
-    def finish(self) -> Dict[str, LayerStatistics]:
-        """Sum over processes: statistics by layer name, with ``gradient`` and
-        ``sensitivity`` where a gradient came; the other layers are logged."""
-        unknown = []
-        for layer in self.layers:
-            moment = self.moments.pop(layer.name)
-            count = self.counts[layer.name]
-            all_reduce(moment)
-            all_reduce(count)
-            # none came (no_grad, detach), or nothing but zeros or NaN
-            if moment.any() and moment.isfinite().all():
-                self.statistics[layer.name] = self._with_sensitivity(
-                    layer, moment / count)
-            else:
-                unknown.append(layer.name)
-        if unknown:
-            MMLogger.get_current_instance().warning(
-                'No gradient (or only zeros or NaN) reached %d of %d layers '
-                '(%s): what they are worth to the loss is unknown, and their '
-                'energy counts instead', len(unknown), len(self.layers),
-                ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
-        return self.statistics
-
-    def _with_sensitivity(self, layer: Layer,
-                          gradient: Tensor) -> LayerStatistics:
-        spectrum = self._spectrum(layer)
-        if _is_wide(layer):
+    def finish(self) -> LayerStatistics:
+        """Sum over processes: with ``gradient`` and ``sensitivity`` if a
+        gradient came."""
+        all_reduce(self.moment)
+        all_reduce(self.count)
+        # none came (no_grad, detach), or nothing but zeros or NaN
+        if not (self.moment.any() and self.moment.isfinite().all()):
+            return self.known
+        gradient, vectors = self.moment.div_(self.count), self.spectrum.vectors
+        if _is_wide(self.layer):
             along = gradient.diagonal(dim1=-2, dim2=-1)
         else:
-            along = (spectrum.vectors * (gradient @ spectrum.vectors)).sum(-2)
-        known = self.statistics[layer.name]
+            along = (vectors * (gradient @ vectors)).sum(-2)
         # positions add up: an error stands at each of them
-        sensitivity = (spectrum.values * along).sum(0) * known.out_positions
-        return replace(known, gradient=gradient, sensitivity=sensitivity)
+        sensitivity = (self.spectrum.values *
+                       along).sum(0) * self.known.out_positions
+        return replace(self.known, gradient=gradient, sensitivity=sensitivity)
 
 
 def _is_wide(layer: Layer) -> bool:
@@ -146,20 +108,37 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
     Raises:
         UnknownLossError: If the model has no loss that is known.
     """
-    model = adapter.model
-    with undisturbed(model), evaluation(model):
+    model, logger = adapter.model, MMLogger.get_current_instance()
+    gradients = [
+        _Gradients(x, analysis.statistics[x.name])
+        for x in analysis.selection.chosen
+    ]
+    with undisturbed(model), evaluation(model), ExitStack() as hooks:
         is_classifier = classifies(adapter, batches[0])
         if not is_classifier:
             train_deterministically(model)
-        with torch.enable_grad(), GradientRecorder(analysis) as recorder:
-            for index, data in enumerate(batches):
-                # detectors draw among proposals, and queries to denoise
-                torch.manual_seed(index)
+        for x in gradients:
+            hooks.callback(observe(x.layer.module, x.watch).remove)
+        for index, data in enumerate(batches):
+            # detectors draw among proposals, and queries to denoise
+            torch.manual_seed(index)
+            with torch.enable_grad():
                 # layers behind frozen ones must get their gradients, too
                 inputs = adapter.prepare(data, gradients=True)
                 loss = fisher_loss(adapter, inputs, index, is_classifier)
                 if loss.requires_grad:
                     loss.backward()
-                MMLogger.get_current_instance().info(
-                    'Sensitivity: batch %d/%d', index + 1, len(batches))
-    return replace(analysis, statistics=recorder.finish())
+            logger.info('Sensitivity: batch %d/%d', index + 1, len(batches))
+    found = {x.layer.name: x.finish() for x in gradients}
+    _log_unknown([k for k, x in found.items() if x.sensitivity is None],
+                 len(found))
+    return replace(analysis, statistics={**analysis.statistics, **found})
+
+
+def _log_unknown(names: Sequence[str], count: int) -> None:
+    if names:
+        MMLogger.get_current_instance().warning(
+            'No gradient (or only zeros or NaN) reached %d of %d layers '
+            '(%s): what they are worth to the loss is unknown, and their '
+            'energy counts instead', len(names), count,
+            ', '.join([*names[:5], '…'][:len(names)]))

@@ -15,7 +15,12 @@ from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
 from ..layers import observe
 from ..running import Adapter, evaluation
 from .layers import UNUSED, Layer, Selection, freeze
-from .samples import Moments, input_samples, output_samples
+from .samples import (
+    input_samples,
+    is_expansion,
+    joint_moment,
+    output_samples,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +75,8 @@ class Analysis:
 class LayerRecorder(ExitStack):
     """Record, over forward passes, positions and moments of layers.
 
-    Use it as a context manager around the passes.
+    Use it as a context manager around the passes, and count these in
+    ``passes`` and their images in ``images``.
 
     Args:
         layers (Sequence[Layer]): The layers.
@@ -83,41 +89,30 @@ class LayerRecorder(ExitStack):
         super().__init__()
         self.layers = layers
         self.images = self.passes = 0
-        self._moments = {x.name: Moments.zeros(x) for x in moments}
+        #: of the outputs, or of the inputs where these are fewer
+        self.moments: Dict[str, Tensor] = {}
+        for layer in moments:
+            groups, rows, in_size = layer.matrix_shape
+            size = 1 + (in_size if is_expansion(layer) else rows)
+            self.moments[layer.name] = layer.module.weight.new_zeros(
+                (groups, size, size), dtype=torch.float64)
+        #: positions of weights and outputs, and calls, of each layer
         self._table = torch.zeros(len(layers), 3, dtype=torch.float64)
-        self._positions = dict(
-            zip((x.name for x in layers), self._table))
-
-    def __enter__(self) -> 'LayerRecorder':
-        for layer in self.layers:
-            hook = partial(self._record, layer)
+        for layer, row in zip(layers, self._table):
+            hook = partial(self._record, layer, row)
             self.callback(observe(layer.module, hook).remove)
-        return super().__enter__()
 
-    def run(self, adapter: Adapter, batches: Sequence[Any]) -> None:
-        """Run a model on batches."""
-        for data in batches:
-            adapter.predict(data)
-            self.images += adapter.count_images(data)
-            self.passes += 1
-            MMLogger.get_current_instance().info(
-                'Calibration: batch %d/%d, %d images', self.passes,
-                len(batches), self.images)
-
-    def _record(self, layer: Layer, module: nn.Module, args: tuple,
-                kwargs: dict, y: Tensor) -> None:
+    def _record(self, layer: Layer, row: Tensor, module: nn.Module,
+                args: tuple, kwargs: dict, y: Tensor) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        channels = getattr(module, 'out_channels', None)
-        out_positions = y.numel() // (channels or module.out_features)
-        weight_positions = out_positions
-        if layer.kind is not None:
-            weight_positions = layer.kind.weight_positions(module, x, y)
-        self._positions[layer.name] += torch.tensor(
-            [weight_positions, out_positions, 1], dtype=torch.float64)
-        moments = self._moments.get(layer.name)
-        if moments is not None:
-            moments.add(
-                input_samples(layer, x, y) if moments.of_input else
+        channels = getattr(module, 'out_channels', None) or module.out_features
+        positions = y.numel() // channels
+        at_weights = positions if layer.kind is None else (
+            layer.kind.weight_positions(module, x, y))
+        row += torch.tensor([at_weights, positions, 1], dtype=torch.float64)
+        if layer.name in self.moments:
+            self.moments[layer.name] += joint_moment(
+                input_samples(layer, x, y) if is_expansion(layer) else
                 output_samples(layer, y))
 
     def finish(self) -> Dict[str, LayerStatistics]:
@@ -136,34 +131,35 @@ class LayerRecorder(ExitStack):
             raise RuntimeError('calibration saw no image: the dataloader is '
                                'empty')
         found = {}
-        for layer in self.layers:
-            weights, outputs, calls = self._positions[layer.name].tolist()
-            statistics = LayerStatistics(weights / images, outputs / images,
-                                         calls / passes)
-            moments = self._moments.pop(layer.name, None)
-            if moments is not None:
-                moments.reduce()
-            if moments is not None and weights:
-                statistics = _with_spectrum(layer, statistics, moments)
-            found[layer.name] = statistics
+        for layer, row in zip(self.layers, self._table.tolist()):
+            known = LayerStatistics(row[0] / images, row[1] / images,
+                                    row[2] / passes)
+            moment = self.moments.pop(layer.name, None)
+            if moment is not None:
+                all_reduce(moment)
+                if known.weight_positions:
+                    known = _with_spectrum(layer, known, moment)
+            found[layer.name] = known
         return found
 
 
 def _with_spectrum(layer: Layer, statistics: LayerStatistics,
-                   moments: Moments) -> LayerStatistics:
-    covariance, mean = moments.covariance, moments.mean
+                   moment: Tensor) -> LayerStatistics:
+    moment = moment / moment[0, -1, -1]
+    mean = moment[:, :-1, -1:]
+    covariance = moment[:, :-1, :-1] - mean @ mean.mT
     if not torch.isfinite(covariance).all():
         raise ValueError(f'{layer.name} returns NaN or infinite values on '
                          'the calibration images')
     matrix = weight_matrix(layer)
-    if moments.of_input:
+    if is_expansion(layer):
         spectrum = spectrum_of_factor(matrix, covariance)
-        mean = (matrix @ mean.unsqueeze(-1)).squeeze(-1)
+        mean = matrix @ mean
     else:
         spectrum = spectrum_of_moment(covariance, matrix)
         if layer.has_bias:
             mean = mean - layer.module.bias.detach().double().view_as(mean)
-    return replace(statistics, spectrum=spectrum, mean=mean)
+    return replace(statistics, spectrum=spectrum, mean=mean.squeeze(-1))
 
 
 def weight_matrix(layer: Layer) -> Tensor:
@@ -195,10 +191,18 @@ def measure(adapter: Adapter,
         RuntimeError: If there are no batches.
         ValueError: If an output is not finite.
     """
-    recorder = LayerRecorder(selection.layers,
-                             selection.chosen if data_aware else ())
-    with evaluation(adapter.model), recorder:
-        recorder.run(adapter, batches if data_aware else batches[:1])
+    logger = MMLogger.get_current_instance()
+    if not data_aware:
+        batches = batches[:1]
+    with evaluation(adapter.model), LayerRecorder(
+            selection.layers,
+            selection.chosen if data_aware else ()) as recorder:
+        for data in batches:
+            adapter.predict(data)
+            recorder.images += adapter.count_images(data)
+            recorder.passes += 1
+            logger.info('Calibration: batch %d/%d, %d images',
+                        recorder.passes, len(batches), recorder.images)
     statistics = recorder.finish()
     selection = selection.without({
         name: UNUSED

@@ -27,7 +27,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmbasis.compression import Recipe, analyze, compress, make_plan
 from mmbasis.layers import BasisLayer
 from mmbasis.planning import BudgetPlanner, find_layers
-from mmbasis.planning.samples import Moments
+from mmbasis.planning.statistics import LayerRecorder
 from mmbasis.running import evaluation
 from mmbasis.utils.io import write_atomically
 
@@ -112,11 +112,10 @@ def everything(model, batches) -> None:
 
 def our_bytes(model) -> int:
     """Memory of the moments alone."""
-    moments = [
-        Moments.zeros(x) for x in find_layers(model) if x.obstacle is None
-    ]
-    return sum(m.numel() * m.element_size() for x in moments
-               for m in (x.total, x.second))
+    layers = [x for x in find_layers(model) if x.obstacle is None]
+    with LayerRecorder(layers, layers) as recorder:
+        return sum(m.numel() * m.element_size()
+                   for m in recorder.moments.values())
 
 
 def timed(function, *args) -> float:
