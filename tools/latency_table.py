@@ -134,7 +134,7 @@ def show(args: argparse.Namespace) -> None:
     """Print what each layer costs."""
     table = LatencyTable.load(args.table)
     console = Console()
-    console.print(f'{table.device_name}, {table.backend}, {table.precision}, '
+    console.print(f'{", ".join(list(table.target.values())[1:])}, '
                   f'whole model {table.model_ms} ms, outside the layers '
                   f'{table.rest():.3f} ms')
     rows = Table('layer', 'dense, ms', 'noise, ms', 'ms at rank')

@@ -19,8 +19,12 @@ from .planners import (
     FixedPlanner,
     RatioPlanner,
 )
-from .sensitivity import measure_sensitivity
-from .statistics import Analysis, LayerStatistics, measure
+from .statistics import (
+    Analysis,
+    LayerStatistics,
+    measure,
+    measure_sensitivity,
+)
 
 __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',

@@ -1,18 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The planner that spends one budget on the whole network."""
+from __future__ import annotations
+
 import heapq
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, Sequence
 
 import numpy as np
 
 from ..registry import PLANNERS
-from .costs import Candidates, Cost, lost_behind
+from .costs import Candidates, Cost
 from .latency import LatencyTable
 from .planners import BasePlanner, Decided, check_fraction
 
 
-def allocate(options: Sequence[Tuple[np.ndarray, np.ndarray]],
-             budget: float) -> List[int]:
+def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
+             budget: float) -> list[int]:
     """Choose one option per layer: little total loss within the budget.
 
     From the cheapest options on, the layer that saves most loss for its cost
@@ -79,12 +81,12 @@ class BudgetPlanner(BasePlanner):
     """
 
     def __init__(self,
-                 macs: Optional[float] = None,
-                 params: Optional[float] = None,
-                 latency: Optional[float] = None,
-                 table: Union[None, str, dict] = None,
-                 loss_aware: Optional[bool] = None,
-                 **kwargs) -> None:
+                 macs: float | None = None,
+                 params: float | None = None,
+                 latency: float | None = None,
+                 table: str | dict | None = None,
+                 loss_aware: bool | None = None,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if loss_aware and not self.data_aware:
             raise ValueError('BudgetPlanner: loss_aware=True needs '
@@ -98,23 +100,22 @@ class BudgetPlanner(BasePlanner):
                 f'latency with its table, but got {given}, table={table!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
+        self.cost = Cost(self.metric)
         if table is not None:
-            self.cost: Cost = LatencyTable.load(
-                **(dict(path=table) if isinstance(table, str) else table))
-        else:
-            self.cost = Cost(self.metric)
+            table = dict(path=table) if isinstance(table, str) else table
+            self.cost = LatencyTable.load(**table)
 
     def describe(self) -> dict:
         record = super().describe()
         if isinstance(self.cost, LatencyTable):
-            record['table'] = self.cost.describe()
+            record['table'] = self.cost.target
         return record
 
     def why_dense(self, candidates: Candidates) -> str:
         return 'worth more dense than what it costs'
 
     def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[Optional[int]]:
+               decided: Decided) -> Sequence[int | None]:
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
         budget = self.cost.budget(self.budget, counted)
@@ -132,15 +133,19 @@ class BudgetPlanner(BasePlanner):
         return [ranks[index] for ranks, index in zip(table, chosen)]
 
 
-def _losses(free: Sequence[Candidates]) -> List[np.ndarray]:
+def _losses(free: Sequence[Candidates]) -> list[np.ndarray]:
     """What each rank from 0 to full loses, in one unit for all layers: where
     the sensitivity is unknown, the share of energy times what layers of known
     sensitivity typically lose in all."""
     known = [x.statistics.sensitivity for x in free]
-    lost = [None if x is None else lost_behind(x.cpu().numpy()) for x in known]
-    totals = [x[0] for x in lost if x is not None and x[0]]
-    unit = float(np.median(totals)) if totals else 1.
-    return [
-        unit * candidates.energy_lost if losses is None else losses
-        for candidates, losses in zip(free, lost)
-    ]
+    totals = [float(x.sum()) for x in known if x is not None and x.any()]
+    unit = np.median(totals) if totals else 1.
+    losses = []
+    for x, sensitivity in zip(free, known):
+        if sensitivity is None:
+            energy = x.spectrum.energy
+            sensitivity = unit * energy / energy.sum().clamp_min(1e-300)
+        # of all the directions that are dropped
+        lost = sensitivity.cpu().numpy()[::-1].cumsum()[::-1]
+        losses.append(np.append(lost, 0.))
+    return losses

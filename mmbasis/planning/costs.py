@@ -1,10 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What layers cost, dense and as basis layers."""
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Iterable, Optional, Sequence, Tuple
-
-import numpy as np
+from typing import Iterable, Sequence
 
 from ..factorization import Spectrum
 from .layers import Layer
@@ -13,33 +13,20 @@ from .statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class Form:
-    """How a basis layer is built, apart from its rank.
-
-    Args:
-        bias (bool): Give the coefficients a bias even where the dense layer
-            has none. Defaults to False.
-        norm (bool): Put a batch normalisation between basis and
-            coefficients. Defaults to False.
-    """
+    """How a basis layer is built, apart from its rank: with a bias of the
+    coefficients even where the dense layer has none, and with a batch
+    normalisation between basis and coefficients."""
     bias: bool = False
     norm: bool = False
 
 
-PLAIN = Form()
-
-
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """MACs and parameters of one layer.
-
-    Args:
-        layer (Layer): The layer.
-        statistics (LayerStatistics): How often it is applied.
-        form (Form): How its basis layer is built.
-    """
+    """MACs and parameters of one layer, given how often it is applied and how
+    its basis layer is built."""
     layer: Layer
     statistics: LayerStatistics
-    form: Form = PLAIN
+    form: Form = Form()
 
     @property
     def spectrum(self) -> Spectrum:
@@ -47,7 +34,7 @@ class Costs:
         assert self.statistics.spectrum is not None
         return self.statistics.spectrum
 
-    def macs(self, rank: Optional[int] = None) -> float:
+    def macs(self, rank: int | None = None) -> float:
         """Multiply-accumulates for one image at a rank (basis filters per
         group); None for the dense layer. A bias costs nothing, as in
         MMEngine's analysis."""
@@ -58,17 +45,15 @@ class Costs:
         return groups * rank * (
             in_size * known.weight_positions + rows * known.out_positions)
 
-    def params(self, rank: Optional[int] = None) -> int:
+    def params(self, rank: int | None = None) -> int:
         """Number of parameters at a rank; None for the dense layer."""
         module, has_bias = self.layer.module, self.layer.has_bias
         if rank is None:
             return module.weight.numel() + (
                 module.bias.numel() if has_bias else 0)
         groups, rows, in_size = self.layer.matrix_shape
-        params = groups * rank * (in_size + rows)
-        if self.form.bias or has_bias:
-            params += groups * rows
-        return params + (2 * groups * rank if self.form.norm else 0)
+        params = groups * rank * (in_size + rows + 2 * self.form.norm)
+        return params + groups * rows * (self.form.bias or has_bias)
 
     @cached_property
     def break_even(self) -> int:
@@ -78,6 +63,13 @@ class Costs:
         return sum(
             self.macs(rank) < macs and self.params(rank) < params
             for rank in range(1, self.layer.full_rank + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(Costs):
+    """What a planner may do with one layer: besides keeping it dense, give it
+    one of the ranks that pay, rising."""
+    ranks: tuple[int, ...] = ()
 
 
 class Cost:
@@ -90,7 +82,7 @@ class Cost:
     def __init__(self, metric: str) -> None:
         self.metric = metric
 
-    def of(self, costs: Costs, rank: Optional[int]) -> float:
+    def of(self, costs: Costs, rank: int | None) -> float:
         """Cost of a layer at a rank; None for the dense layer."""
         return getattr(costs, self.metric)(rank)
 
@@ -98,7 +90,7 @@ class Cost:
         """Whether a layer is cheaper at a rank than dense."""
         return rank <= costs.break_even
 
-    def ranks(self, costs: Costs, round_to: int) -> Tuple[int, ...]:
+    def ranks(self, costs: Costs, round_to: int) -> tuple[int, ...]:
         """The multiples of ``round_to`` that pay, rising."""
         return tuple(
             rank for rank in range(round_to, costs.break_even + 1, round_to)
@@ -116,32 +108,3 @@ class Cost:
         """Why no rank of a layer pays."""
         return (f'no rank pays: break-even is at {costs.break_even + 1}'
                 f', ranks are multiples of {round_to}')
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates(Costs):
-    """What a planner may do with one layer, besides keeping it dense.
-
-    Args:
-        cost (Cost): Says which ranks pay.
-        round_to (int): Ranks are multiples of this.
-    """
-    cost: Cost = Cost('macs')
-    round_to: int = 1
-
-    @cached_property
-    def ranks(self) -> Tuple[int, ...]:
-        """Ranks at which the layer would be cheaper than dense, rising."""
-        return self.cost.ranks(self, self.round_to)
-
-    @cached_property
-    def energy_lost(self) -> np.ndarray:
-        """Fraction of the energy that each rank from 0 to full loses."""
-        energy = self.spectrum.energy.cpu().numpy()
-        return lost_behind(energy / max(energy.sum(), 1e-300))
-
-
-def lost_behind(directions: np.ndarray) -> np.ndarray:
-    """What is lost at each rank from 0 to full, given what dropping each
-    direction loses."""
-    return np.append(directions[::-1].cumsum()[::-1], 0.)

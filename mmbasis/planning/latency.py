@@ -21,7 +21,7 @@ MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
 @dataclass
 class Curve:
     """Latency of one layer at one input shape, in one forward pass of the
-    model, ms: dense, and at the measured ranks, rising."""
+    model, ms: dense, at the measured ranks, rising, and behind these."""
     shape: list[int]
     dense: float
     noise: float
@@ -33,10 +33,7 @@ class Curve:
         that of the higher one, and past the last not less than dense."""
         if rank is None:
             return self.dense
-        at = int(np.searchsorted(self.ranks, rank))
-        if at < len(self.ranks):
-            return float(self.latencies[at])
-        return float(max(self.dense, self.latencies[-1]))
+        return float(self.latencies[np.searchsorted(self.ranks, rank)])
 
 
 class LatencyTable(Cost):
@@ -53,9 +50,12 @@ class LatencyTable(Cost):
         super().__init__('latency')
         device = data['device']
         entries = {e['id']: e for e in data['entries']}
-        self.path = path
-        self.device_name = str(device.get('board') or device.get('cpu'))
-        self.backend, self.precision = data['backend'], data['precision']
+        #: what it is of, for a plan's record; :meth:`load` takes it
+        self.target: dict[str, str] = dict(
+            path=path,
+            device=str(device.get('board') or device.get('cpu')),
+            backend=data['backend'],
+            precision=data['precision'])
         #: for each layer, the curves of the input shapes it sees
         self.curves = _curves(entries)
         #: latency of the whole dense model
@@ -82,14 +82,6 @@ class LatencyTable(Cost):
         excess = compressed['median_ms'] - self.predict(ranks)
         if basis > 0 and excess > 0:
             self._basis_scale *= 1 + excess / basis
-
-    def describe(self) -> dict[str, str]:
-        """Plain data for a plan's record; :meth:`load` takes it."""
-        return dict(
-            path=self.path,
-            device=self.device_name,
-            backend=self.backend,
-            precision=self.precision)
 
     @classmethod
     def load(cls, path: str, **target: str | None) -> LatencyTable:
@@ -121,15 +113,14 @@ class LatencyTable(Cost):
             ValueError: Naming what differs.
         """
         for key, value in target.items():
-            found = self.describe().get(key, 'unknown')
+            found = self.target.get(key, 'unknown')
             fits = value is None or value == found or (
                 key == 'device' and value.lower() in found.lower())
             if not fits:
                 raise ValueError(
-                    f'{self.path} was measured with {key} {found!r}, not '
-                    f'{value!r}: measure a table there')
+                    f'{self.target["path"]} was measured with {key} '
+                    f'{found!r}, not {value!r}: measure a table there')
 
-    # -------------------------------------------------------------- costs
     def check_layers(self, layers: Sequence[Layer]) -> None:
         wrong = []
         for layer in layers:
@@ -142,8 +133,8 @@ class LatencyTable(Cost):
                              f'table {curves[0].shape}')
         if wrong:
             raise ValueError(
-                f'the latency table {self.path} is of another model: '
-                f'{"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
+                f'the latency table {self.target["path"]} is of another '
+                f'model: {"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
 
     def of(self, costs: Costs, rank: int | None) -> float:
         return self.cost(costs.layer.name, rank)
@@ -229,7 +220,8 @@ def _curves(entries: dict[str, dict]) -> dict[str, list[Curve]]:
         }
         dense = times.pop(None)
         ranks = sorted(times)
-        latencies = np.maximum.accumulate([times[rank] for rank in ranks])
+        latencies = np.maximum.accumulate([
+            *(times[rank] for rank in ranks), dense])
         noise = max(e['noise_ms'] for e in group)
         for name, count in group[0]['uses'].items():
             curves[name].append(

@@ -35,22 +35,13 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True)
 class Exclusion:
-    """That a layer stays dense, and why.
-
-    Args:
-        reason (Reason): For programs.
-        words (str): For people.
-    """
+    """Why a layer stays dense, for programs and in words for people."""
     reason: Reason
     words: str
 
 
-#: what is said of layers without a name of their own in the message
 OFFSETS = Exclusion(Reason.OFFSETS, 'offset branch')
 PREDICTION = Exclusion(Reason.PREDICTION, 'prediction layer')
-AVERAGE = Exclusion(Reason.AVERAGE, 'moving average of other layers')
-UNSAVED = Exclusion(Reason.UNSAVED,
-                    'the model leaves its weights out of checkpoints')
 UNUSED = Exclusion(Reason.UNUSED, 'not used in the forward pass')
 
 
@@ -61,12 +52,10 @@ class Layer:
     Args:
         name (str): Its first name in ``model.named_modules()``.
         module (nn.Module): The dense layer.
-        kind (type, optional): What is known of such layers, see
-            :class:`mmbasis.layers.DenseKind`; None if nothing is.
-        types (tuple[str]): Names of its class and of the classes of all
-            modules around it.
-        obstacle (Exclusion, optional): Why it cannot be compressed, whatever
-            the user asks for.
+        kind (type, optional): What is known of such layers, if anything.
+        types (tuple[str]): Names of the classes of all modules around it, and
+            of its own.
+        obstacle (Exclusion, optional): Why it can never be compressed.
     """
     name: str
     module: nn.Module
@@ -76,10 +65,8 @@ class Layer:
 
     @property
     def known_kind(self) -> type[DenseKind]:
-        """Its kind; TypeError if none is known."""
-        if self.kind is None:
-            raise TypeError(f'{self.name}, a {type(self.module).__name__}, '
-                            'is of no known kind of layer')
+        """Its kind, of a layer whose kind is known."""
+        assert self.kind is not None, f'{self.name} is of no known kind'
         return self.kind
 
     @property
@@ -128,7 +115,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
             continue
         obstacle = _obstacle(path)
         if obstacle is None and f'{name}.weight'.lstrip('.') not in saved:
-            obstacle = UNSAVED
+            obstacle = Exclusion(
+                Reason.UNSAVED,
+                'the model leaves its weights out of checkpoints')
         for parameter in module.parameters(recurse=False):
             for other in (x for x in owners[id(parameter)] if x != name):
                 obstacle = obstacle or Exclusion(
@@ -153,7 +142,7 @@ def _obstacle(path: Sequence[nn.Module]) -> Exclusion | None:
     """Why a layer cannot be compressed, by where it is and what it is."""
     *around, module = path
     if any(isinstance(x, BaseAveragedModel) for x in around[1:]):
-        return AVERAGE
+        return Exclusion(Reason.AVERAGE, 'moving average of other layers')
     if any(why_not(x) != '' for x in around):
         return OFFSETS
     words = why_not(module)
@@ -206,12 +195,8 @@ def freeze(instance: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers of a model, and which of them stay dense for what reason.
-
-    Args:
-        layers (tuple[Layer]): All layers of the model.
-        excluded (Mapping[str, Exclusion]): By name; all others are chosen.
-    """
+    """All layers of a model, and by name the reasons of those that stay dense;
+    the others are chosen."""
     layers: tuple[Layer, ...]
     excluded: Mapping[str, Exclusion] = field(default_factory=dict)
 
@@ -230,15 +215,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a user wants to have compressed.
-
-    Args:
-        include (tuple[str]): Patterns; where given, all else stays dense.
-        exclude (tuple[str]): Patterns of layers that stay dense.
-        prediction_layers (bool): Whether to compress the layers in
-            :class:`~mmbasis.running.Targets` as well, which otherwise only
-            ``include`` does. Defaults to False.
-    """
+    """What a user wants to have compressed, see :class:`BasePlanner`."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     prediction_layers: bool = False

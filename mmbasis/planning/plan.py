@@ -14,19 +14,11 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is represented.
-
-    Args:
-        rank (int): Basis filters per group.
-        full_rank (int): The rank at which nothing is lost.
-        kind (str): Name of the kind of layer.
-        shape (list[int]): Shape of the dense weights.
-        bias (bool): Whether the coefficients have a bias.
-        energy (float): Fraction of the layer's energy that is kept.
-        macs (list[float]): Multiply-accumulates of one image, before and
-            after.
-        params (list[int]): Parameters, before and after.
-    """
+    """How one layer is represented: basis filters per group, as many of them
+    as lose nothing, name of the kind of layer, shape of the dense weights,
+    whether the coefficients have a bias, fraction of the layer's energy that
+    is kept, and multiply-accumulates of one image and parameters, each before
+    and after."""
     rank: int
     full_rank: int
     kind: str
@@ -58,18 +50,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class DensePlan:
-    """A layer that stays as it is.
-
-    Args:
-        reason (str): Why.
-        compressible (bool): Whether it was the planner's choice: such layers
-            count towards the budget.
-        shape (list[int]): Shape of the weights.
-        macs (float): Multiply-accumulates of one image.
-        params (int): Parameters.
-        bias (bool): Whether it got a bias that the architecture does not
-            give it: it was merged from a basis layer that had one.
-    """
+    """A layer that stays as it is: why, whether it was the planner's choice
+    (such layers count towards the budget), shape of the weights,
+    multiply-accumulates of one image, parameters, and whether it got a bias
+    that the architecture does not give it (it was merged from a basis layer
+    that had one)."""
     reason: str
     compressible: bool
     shape: List[int]
@@ -113,7 +98,6 @@ class CompressionPlan:
                 kept[name] = replace(kept[name], bias=entry.bias)
         return replace(self, layers=layers, dense=kept)
 
-    # ------------------------------------------------------------ totals
     def totals(self, convs_only: bool = False) -> Dict[str, Dict[str, float]]:
         """MACs and parameters of the layers that the budget counts.
 
@@ -134,18 +118,12 @@ class CompressionPlan:
             for key, x in (('macs', macs), ('params', params))
         }
 
-    # -------------------------------------------------------- plain data
     def to_dict(self) -> Dict[str, Any]:
         """The plan as plain types, as it stands in checkpoints and JSON."""
         own = asdict(self)
-        return dict(
-            version=PLAN_VERSION,
-            mmbasis=__version__,
-            planner=own['planner'],
-            norm=self.norm,
-            totals=self.totals(),
-            layers=own['layers'],
-            dense=own['dense'])
+        head = dict(version=PLAN_VERSION, mmbasis=__version__)
+        head.update(planner=own.pop('planner'), norm=own.pop('norm'))
+        return dict(head, totals=self.totals(), **own)
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'CompressionPlan':

@@ -10,7 +10,7 @@ from typing import Any, Mapping, Optional, Sequence, Tuple
 from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.plain import to_json
-from .costs import PLAIN, Candidates, Cost, Costs, Form
+from .costs import Candidates, Cost, Costs, Form
 from .layers import (
     Exclusion,
     Layer,
@@ -124,12 +124,9 @@ class BasePlanner(ABC):
     def describe(self) -> dict[str, Any]:
         """What the plan records of its planner: what it was constructed with,
         and whether data and loss were looked at."""
-        return dict(
-            self.config,
-            data_aware=self.data_aware,
-            loss_aware=self.loss_aware)
+        return dict(self.config, data_aware=self.data_aware,
+                    loss_aware=self.loss_aware)
 
-    # ------------------------------------------------------------- layers
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
         """Choose the layers to plan for; ValueError if a pattern matches
         none."""
@@ -140,8 +137,9 @@ class BasePlanner(ABC):
         self.cost.check_layers(selection.chosen)
         return selection
 
-    # --------------------------------------------------------------- plan
-    def plan(self, analysis: Analysis, form: Form = PLAIN) -> CompressionPlan:
+    def plan(self,
+             analysis: Analysis,
+             form: Form = Costs.form) -> CompressionPlan:
         """Choose ranks, or say why a layer stays dense.
 
         Raises:
@@ -151,8 +149,9 @@ class BasePlanner(ABC):
         free: list[Candidates] = []
         decided: list[tuple[Candidates, int | None]] = []
         for layer in analysis.selection.chosen:
-            candidates = Candidates(layer, analysis.statistics[layer.name],
-                                    form, self.cost, self.round_to)
+            costs = Costs(layer, analysis.statistics[layer.name], form)
+            candidates = Candidates(layer, costs.statistics, form,
+                                    self.cost.ranks(costs, self.round_to))
             settled = self._settle(candidates)
             if settled is None:
                 free.append(candidates)
@@ -166,21 +165,19 @@ class BasePlanner(ABC):
         ranks = {x.layer.name: rank for x, rank in decided}
         plan = CompressionPlan({}, {}, form.norm, self.describe())
         for layer in analysis.layers:
-            name = layer.name
+            name, rank = layer.name, ranks.get(layer.name)
             costs = Costs(layer, analysis.statistics[name], form)
-            rank = ranks.get(name)
-            if rank is None:
+            if rank is not None:
+                plan.layers[name] = LayerPlan.of(costs, rank)
+            else:
                 plan.dense[name] = DensePlan.of(costs, reasons[name],
                                                 name in ranks)
-            else:
-                plan.layers[name] = LayerPlan.of(costs, rank)
         return plan
 
     def _settle(
             self,
             candidates: Candidates) -> tuple[int | None, str] | None:
-        """Rank (None for dense) and reason where there is nothing to
-        choose."""
+        """Rank or None, and reason, where there is nothing to choose."""
         override = first_match(candidates.layer, self.overrides)
         if override == 'dense':
             return None, 'dense by override'

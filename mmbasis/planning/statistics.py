@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What a few batches say of each layer."""
+"""What a few batches say of each layer: what it returns, and what the loss
+makes of errors there."""
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,16 +12,16 @@ from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 
+from .. import running
 from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
 from ..layers import observe
-from ..running import Adapter, evaluation
 from .layers import UNUSED, Layer, Selection, freeze
-from .samples import (
-    input_samples,
-    is_expansion,
-    joint_moment,
-    output_samples,
-)
+from .samples import input_samples, is_expansion, joint_moment, output_samples
+
+#: Of layers with more output channels than this, and fewer inputs, gradients
+#: are looked at along the directions of the spectrum only, in which all
+#: outputs lie: a moment of 32768 channels takes 8 GB.
+MAX_ROWS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,8 @@ class Analysis:
 class LayerRecorder(ExitStack):
     """Record, over forward passes, positions and moments of layers.
 
-    Use it as a context manager around the passes, and count these in
-    ``passes`` and their images in ``images``.
+    Use it as a context manager around :meth:`run` or passes of your own; count
+    these in ``passes`` and their images in ``images``.
 
     Args:
         layers (Sequence[Layer]): The layers.
@@ -101,6 +102,16 @@ class LayerRecorder(ExitStack):
         for layer, row in zip(layers, self._table):
             hook = partial(self._record, layer, row)
             self.callback(observe(layer.module, hook).remove)
+
+    def run(self, adapter: running.Adapter, batches: Sequence[Any]) -> None:
+        """Run a model on batches."""
+        for data in batches:
+            adapter.predict(data)
+            self.images += adapter.count_images(data)
+            self.passes += 1
+            MMLogger.get_current_instance().info(
+                'Calibration: batch %d/%d, %d images', self.passes,
+                len(batches), self.images)
 
     def _record(self, layer: Layer, row: Tensor, module: nn.Module,
                 args: tuple, kwargs: dict, y: Tensor) -> None:
@@ -167,7 +178,7 @@ def weight_matrix(layer: Layer) -> Tensor:
     return layer.known_kind.to_matrix(layer.module).detach().double()
 
 
-def measure(adapter: Adapter,
+def measure(adapter: running.Adapter,
             selection: Selection,
             batches: Sequence[Any],
             data_aware: bool = True) -> Analysis:
@@ -191,26 +202,135 @@ def measure(adapter: Adapter,
         RuntimeError: If there are no batches.
         ValueError: If an output is not finite.
     """
-    logger = MMLogger.get_current_instance()
-    if not data_aware:
-        batches = batches[:1]
-    with evaluation(adapter.model), LayerRecorder(
-            selection.layers,
-            selection.chosen if data_aware else ()) as recorder:
-        for data in batches:
-            adapter.predict(data)
-            recorder.images += adapter.count_images(data)
-            recorder.passes += 1
-            logger.info('Calibration: batch %d/%d, %d images',
-                        recorder.passes, len(batches), recorder.images)
+    moments = selection.chosen if data_aware else ()
+    with running.evaluation(adapter.model), LayerRecorder(
+            selection.layers, moments) as recorder:
+        recorder.run(adapter, batches if data_aware else batches[:1])
     statistics = recorder.finish()
     selection = selection.without({
         name: UNUSED
         for name, known in statistics.items() if not known.weight_positions
     })
-    for layer in selection.chosen:
-        known = statistics[layer.name]
-        if known.spectrum is None:
-            statistics[layer.name] = replace(
-                known, spectrum=spectrum_of_factor(weight_matrix(layer)))
+    for layer in selection.chosen if not data_aware else ():
+        spectrum = spectrum_of_factor(weight_matrix(layer))
+        statistics[layer.name] = replace(
+            statistics[layer.name], spectrum=spectrum)
     return Analysis(selection, statistics)
+
+
+class _Gradients:
+    """Second moment ``G = E[g g^T]`` of the loss' gradients at the output of
+    a layer whose spectrum is known."""
+
+    def __init__(self, layer: Layer, known: LayerStatistics) -> None:
+        assert known.spectrum is not None
+        self.layer, self.known, self.spectrum = layer, known, known.spectrum
+        groups, rows, in_size = layer.matrix_shape
+        size = in_size if _is_wide(layer) else rows
+        zeros = self.spectrum.values.new_zeros
+        self.moment, self.count = zeros((groups, size, size)), zeros(())
+
+    def watch(self, module: nn.Module, args: tuple, kwargs: dict,
+              output: Tensor) -> Optional[Tensor]:
+        """Hook on the forward pass of the layer."""
+        if not torch.is_grad_enabled():
+            return None  # checkpointing runs it again with gradients
+        if not output.requires_grad:
+            # of a constant, queries for example; in-place layers may not
+            # change a leaf
+            output = output.requires_grad_() + 0
+        output.register_hook(self._add)
+        return output
+
+    def _add(self, gradient: Tensor) -> None:
+        samples = output_samples(self.layer, gradient)
+        if _is_wide(self.layer):
+            samples = self.spectrum.vectors.to(samples).mT @ samples
+        # squares of vanishing gradients are too small for float32
+        size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        samples = samples / size
+        self.moment += (samples @ samples.mT).double() * size.double()**2
+        self.count += samples.shape[-1]
+
+    def finish(self) -> LayerStatistics:
+        """Sum over processes: with ``gradient`` and ``sensitivity`` if a
+        gradient came."""
+        all_reduce(self.moment)
+        all_reduce(self.count)
+        # none came (no_grad, detach), or nothing but zeros or NaN
+        if not (self.moment.any() and self.moment.isfinite().all()):
+            return self.known
+        gradient, vectors = self.moment.div_(self.count), self.spectrum.vectors
+        if _is_wide(self.layer):
+            along = gradient.diagonal(dim1=-2, dim2=-1)
+        else:
+            along = (vectors * (gradient @ vectors)).sum(-2)
+        # positions add up: an error stands at each of them
+        sensitivity = (self.spectrum.values *
+                       along).sum(0) * self.known.out_positions
+        return replace(self.known, gradient=gradient, sensitivity=sensitivity)
+
+
+def _is_wide(layer: Layer) -> bool:
+    _, rows, in_size = layer.matrix_shape
+    return rows > max(MAX_ROWS, in_size)
+
+
+def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
+                        batches: Sequence[Any]) -> Analysis:
+    """Measure what the loss makes of errors in the chosen layers.
+
+    To second order, dropping direction ``u_i`` of an output ``y`` changes
+    the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is
+    taken as the product of the two expectations and summed over positions.
+
+    Args:
+        adapter (Adapter): Runs the dense model.
+        analysis (Analysis): With spectra.
+        batches (Sequence): Batches with annotations, as in training.
+
+    Returns:
+        Analysis: With ``gradient`` and ``sensitivity`` of each chosen layer
+        that a gradient reached; those of the others stay unknown.
+
+    Raises:
+        UnknownLossError: If the model has no loss that is known.
+    """
+    model = adapter.model
+    gradients = [
+        _Gradients(x, analysis.statistics[x.name])
+        for x in analysis.selection.chosen
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(running.undisturbed(model))
+        stack.enter_context(running.evaluation(model))
+        for x in gradients:
+            stack.callback(observe(x.layer.module, x.watch).remove)
+        _backward(adapter, batches)
+    found = {x.layer.name: x.finish() for x in gradients}
+    unknown = [name for name, x in found.items() if x.sensitivity is None]
+    if unknown:
+        MMLogger.get_current_instance().warning(
+            'No gradient (or only zeros or NaN) reached %d of %d layers '
+            '(%s): what they are worth to the loss is unknown, and their '
+            'energy counts instead', len(unknown), len(found),
+            ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
+    return replace(analysis, statistics={**analysis.statistics, **found})
+
+
+def _backward(adapter: running.Adapter, batches: Sequence[Any]) -> None:
+    """Take the gradients of the loss on each batch."""
+    is_classifier = running.classifies(adapter, batches[0])
+    if not is_classifier:
+        running.train_deterministically(adapter.model)
+    for index, data in enumerate(batches):
+        # detectors draw among proposals, and queries to denoise
+        torch.manual_seed(index)
+        with torch.enable_grad():
+            # layers behind frozen ones must get their gradients, too
+            inputs = adapter.prepare(data, gradients=True)
+            loss = running.fisher_loss(adapter, inputs, index, is_classifier)
+            if loss.requires_grad:
+                loss.backward()
+        MMLogger.get_current_instance().info('Sensitivity: batch %d/%d',
+                                             index + 1, len(batches))

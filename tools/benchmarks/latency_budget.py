@@ -189,7 +189,7 @@ def main() -> None:
     chosen['latency'] = plans.make(
         type='BudgetPlanner',
         latency=args.latency,
-        table=table.path,
+        table=table.target['path'],
         round_to=args.round_to)
     macs = kept(chosen['latency'])
     chosen['macs'] = plans.make(type='BudgetPlanner', macs=macs)
@@ -219,7 +219,7 @@ def main() -> None:
         config=args.config,
         input_shape=list(args.input_shape),
         weights=args.checkpoint or 'random',
-        device=table.device_name,
+        device=table.target['device'],
         threads=args.threads,
         repeats=args.repeats,
         load_average=[before, os.getloadavg()],
