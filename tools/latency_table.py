@@ -23,7 +23,7 @@ from rich.table import Table
 from mmbasis.compression import load_weights, read_checkpoint
 from mmbasis.deploy.layer_models import LayerModels
 from mmbasis.models import build_dense
-from mmbasis.planning.latency import LatencyTable
+from mmbasis.planning import LatencyTable
 from mmbasis.utils import load_config
 
 # the benchmark of the Jetson tool

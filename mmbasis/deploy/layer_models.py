@@ -16,7 +16,7 @@ import torch.nn as nn
 from ..compression.surgery import replace_modules
 from ..layers import BasisLayer
 from ..planning import Costs, Layer, find_layers
-from ..planning.latency import CARRIER, COMPRESSED_ID, MODEL_ID
+from ..planning.costs import CARRIER, COMPRESSED_ID, MODEL_ID
 from ..planning.statistics import LayerRecorder
 from ..running import evaluation
 from ..utils.io import write_atomically

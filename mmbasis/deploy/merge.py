@@ -19,8 +19,7 @@ from ..compression import (
 )
 from ..compression.surgery import replace_modules
 from ..models import build_compressed, dense_architecture, standalone_config
-from ..planning import CompressionPlan, DensePlan
-from ..planning.latency import LatencyTable
+from ..planning import CompressionPlan, DensePlan, LatencyTable
 
 
 def merge_layers(model: nn.Module, names: List[str],

@@ -1,8 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .costs import Candidates, Costs, Form
-from .latency import LatencyTable
+from .costs import Candidates, Costs, Form, LatencyTable
 from .layers import (
     Exclusion,
     Layer,
@@ -13,18 +12,8 @@ from .layers import (
     find_layers,
 )
 from .plan import CompressionPlan, DensePlan, LayerPlan
-from .planners import (
-    BasePlanner,
-    EnergyPlanner,
-    FixedPlanner,
-    RatioPlanner,
-)
-from .statistics import (
-    Analysis,
-    LayerStatistics,
-    measure,
-    measure_sensitivity,
-)
+from .planners import BasePlanner, EnergyPlanner, FixedPlanner, RatioPlanner
+from .statistics import Analysis, LayerStatistics, measure, measure_sensitivity
 
 __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',

@@ -8,9 +8,8 @@ from typing import Any, Sequence
 import numpy as np
 
 from ..registry import PLANNERS
-from .costs import Candidates, Cost
-from .latency import LatencyTable
-from .planners import BasePlanner, Decided, check_fraction
+from .costs import Candidates, Cost, LatencyTable
+from .planners import BasePlanner, Decided, Ranks, check_fraction
 
 
 def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -80,6 +79,8 @@ class BudgetPlanner(BasePlanner):
         **kwargs: See :class:`BasePlanner`.
     """
 
+    why_dense = 'worth more dense than what it costs'
+
     def __init__(self,
                  macs: float | None = None,
                  params: float | None = None,
@@ -105,17 +106,7 @@ class BudgetPlanner(BasePlanner):
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
 
-    def describe(self) -> dict:
-        record = super().describe()
-        if isinstance(self.cost, LatencyTable):
-            record['table'] = self.cost.target
-        return record
-
-    def why_dense(self, candidates: Candidates) -> str:
-        return 'worth more dense than what it costs'
-
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[int | None]:
+    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
         budget = self.cost.budget(self.budget, counted)

@@ -1,14 +1,24 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What layers cost, dense and as basis layers."""
+"""What layers cost, dense and as basis layers: MACs, parameters, or time on a
+device."""
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
+
+import numpy as np
 
 from ..factorization import Spectrum
 from .layers import Layer
 from .statistics import LayerStatistics
+
+#: of the latency tables of tools/latency_table.py
+SCHEMA, VERSION = 'mmbasis.latency_table', 1
+#: ids of the entries that are no layer
+MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,10 @@ class Candidates(Costs):
 
 
 class Cost:
-    """What a budget counts: MACs or parameters. Others derive from it.
-
-    Args:
-        metric (str): A method of :class:`Costs`, ``'macs'`` or ``'params'``.
-    """
+    """What a budget counts: ``'macs'`` or ``'params'`` of :class:`Costs`.
+    Others derive from it."""
+    #: what a plan's record says of it
+    record: dict[str, Any] = {}
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -108,3 +117,210 @@ class Cost:
         """Why no rank of a layer pays."""
         return (f'no rank pays: break-even is at {costs.break_even + 1}'
                 f', ranks are multiples of {round_to}')
+
+
+@dataclass
+class Curve:
+    """Latency of one layer at one input shape, in one forward pass of the
+    model, ms: dense, at the measured ranks, rising, and behind these."""
+    shape: list[int]
+    dense: float
+    noise: float
+    ranks: np.ndarray
+    latencies: np.ndarray
+
+    def cost(self, rank: int | None) -> float:
+        """Latency at a rank, None for dense; between two measured ranks it is
+        that of the higher one, and past the last not less than dense."""
+        if rank is None:
+            return self.dense
+        return float(self.latencies[np.searchsorted(self.ranks, rank)])
+
+
+class LatencyTable(Cost):
+    """Measured latencies of the layers of one model on one device. Where a
+    lower rank was measured slower than a higher one, its latency counts for
+    the higher one too.
+
+    Args:
+        path (str): Where it was read from, for messages.
+        data (dict): What ``tools/latency_table.py measure`` wrote there.
+    """
+
+    def __init__(self, path: str, data: dict[str, Any]) -> None:
+        super().__init__('latency')
+        device = data['device']
+        entries = {e['id']: e for e in data['entries']}
+        #: what it is of; :meth:`load` takes it
+        self.target: dict[str, str] = dict(
+            path=path,
+            device=str(device.get('board') or device.get('cpu')),
+            backend=data['backend'],
+            precision=data['precision'])
+        self.record = dict(table=self.target)
+        #: for each layer, the curves of the input shapes it sees
+        self.curves = _curves(entries)
+        #: latency of the whole dense model
+        self.model_ms: float | None = entries.get(MODEL_ID, {}).get(
+            'median_ms')
+        #: how much longer layers take inside the model than alone
+        self._dense_scale = self._basis_scale = 1.
+        if self.model_ms is not None:
+            self._scale_to(self.model_ms, entries.get(COMPRESSED_ID))
+
+    def _scale_to(self, dense_ms: float,
+                  compressed: dict[str, Any] | None) -> None:
+        """Predict the latencies of the dense and of the compressed model that
+        were measured, as far as that is no speed-up of basis layers."""
+        alone = sum(self.cost(name, None) for name in self.curves)
+        if alone > dense_ms:
+            self._dense_scale = self._basis_scale = dense_ms / alone
+        if compressed is None:
+            return
+        ranks = compressed.get('ranks', {})
+        basis = sum(
+            self.cost(name, rank) for name, rank in ranks.items()
+            if name in self.curves)
+        excess = compressed['median_ms'] - self.predict(ranks)
+        if basis > 0 and excess > 0:
+            self._basis_scale *= 1 + excess / basis
+
+    @classmethod
+    def load(cls, path: str, **target: str | None) -> LatencyTable:
+        """Read a table and :meth:`check` what it is of.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no complete latency table, or of another
+                target.
+        """
+        data = _read(path)
+        try:
+            table = cls(path, data)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f'{path} is malformed: {error!r} in its entries; '
+                             'was the index of tools/latency_table.py export '
+                             'measured?') from None
+        table.check(**target)
+        return table
+
+    def check(self, **target: str | None) -> None:
+        """Require the ``backend``, the ``precision`` and, in its name, the
+        ``device`` of a target, None for any; the ValueError names what
+        differs."""
+        for key, value in target.items():
+            found = self.target.get(key, 'unknown')
+            fits = value is None or value == found or (
+                key == 'device' and value.lower() in found.lower())
+            if not fits:
+                raise ValueError(
+                    f'{self.target["path"]} was measured with {key} '
+                    f'{found!r}, not {value!r}: measure a table there')
+
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        wrong = []
+        for layer in layers:
+            shape = list(layer.module.weight.shape)
+            curves = self.curves.get(layer.name)
+            if curves is None:
+                wrong.append(f'{layer.name} is not in it')
+            elif curves[0].shape != shape:
+                wrong.append(f'{layer.name} has weights {shape}, in the '
+                             f'table {curves[0].shape}')
+        if wrong:
+            raise ValueError(
+                f'the latency table {self.target["path"]} is of another '
+                f'model: {"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
+
+    def of(self, costs: Costs, rank: int | None) -> float:
+        return self.cost(costs.layer.name, rank)
+
+    def pays(self, costs: Costs, rank: int) -> bool:
+        return super().pays(costs, rank) and self.is_faster(
+            costs.layer.name, rank)
+
+    def why_not(self, costs: Costs, round_to: int) -> str:
+        if costs.break_even < round_to:
+            return super().why_not(costs, round_to)
+        return 'no rank is faster than the dense layer, by the latency table'
+
+    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
+        """What some layers may take if the whole model keeps a fraction of
+        its latency, ms; negative where all else takes longer alone."""
+        dense = self.predict({})
+        return fraction * dense - (dense - super().budget(1, layers))
+
+    def cost(self, name: str, rank: int | None) -> float:
+        """Milliseconds that a layer takes in one forward pass of the model, at
+        all its input shapes; ``rank`` None is the dense layer."""
+        scale = self._dense_scale if rank is None else self._basis_scale
+        return scale * sum(curve.cost(rank) for curve in self.curves[name])
+
+    def noise(self, name: str) -> float:
+        """Differences of :meth:`cost` below this mean nothing, ms."""
+        return self._basis_scale * sum(x.noise for x in self.curves[name])
+
+    def is_faster(self, name: str, rank: int) -> bool:
+        """Whether a layer is faster at a rank than dense, beyond noise."""
+        return self.cost(name, rank) + self.noise(name) < self.cost(name, None)
+
+    def measured_ranks(self, name: str) -> list[int]:
+        """The ranks that were measured at all input shapes of a layer."""
+        sets = (set(curve.ranks.tolist()) for curve in self.curves[name])
+        return sorted(set.intersection(*sets))
+
+    def rest(self) -> float:
+        """Milliseconds of the dense model outside the layers of the table."""
+        layers = sum(self.cost(name, None) for name in self.curves)
+        return max(0., (self.model_ms or 0.) - layers)
+
+    def predict(self, ranks: dict[str, int]) -> float:
+        """Milliseconds for one forward pass of the whole model, given the
+        ranks of the layers that are compressed."""
+        return self.rest() + sum(
+            self.cost(name, ranks.get(name)) for name in self.curves)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The content of a complete table."""
+    with open(path, encoding='utf-8') as file:
+        try:
+            data = json.load(file)
+        except ValueError as error:
+            raise ValueError(f'{path} is not JSON: {error}') from None
+    if not isinstance(data, dict) or data.get('schema') != SCHEMA:
+        raise ValueError(f'{path} is no latency table: make one by '
+                         'tools/latency_table.py')
+    if data.get('version') != VERSION:
+        raise ValueError(
+            f'{path} is a latency table of version {data.get("version")!r}, '
+            f'this mmbasis reads version {VERSION}')
+    if data.get('status') != 'complete':
+        raise ValueError(f'{path} is not complete: run tools/latency_table.py '
+                         'measure again, it goes on where it stopped')
+    return data
+
+
+def _curves(entries: dict[str, dict]) -> dict[str, list[Curve]]:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for entry in entries.values():
+        if entry.get('role') == 'layer':
+            groups[entry['group']].append(entry)
+    curves: dict[str, list[Curve]] = defaultdict(list)
+    for group in groups.values():
+        # what feeds the layer is not the layer's
+        times = {
+            e['rank']: max(
+                e['median_ms'] - entries[e['carrier']]['median_ms'], 1e-6)
+            for e in group
+        }
+        dense = times.pop(None)
+        ranks = sorted(times)
+        latencies = np.maximum.accumulate([
+            *(times[rank] for rank in ranks), dense])
+        noise = max(e['noise_ms'] for e in group)
+        for name, count in group[0]['uses'].items():
+            curves[name].append(
+                Curve(group[0]['weight_shape'], count * dense, count * noise,
+                      np.array(ranks, dtype=int), count * latencies))
+    return dict(curves)

@@ -88,6 +88,10 @@ class Layer:
         matches its whole name, or the name of a class in ``types``."""
         return bool(re.fullmatch(pattern, self.name)) or pattern in self.types
 
+    def look_up(self, table: Mapping[str, Any]) -> Any:
+        """The value of the first pattern that matches, or None."""
+        return next((v for k, v in table.items() if self.matches(k)), None)
+
 
 def find_layers(model: nn.Module) -> list[Layer]:
     """All convolution and linear layers of a model, in order of definition.
@@ -147,11 +151,6 @@ def _obstacle(path: Sequence[nn.Module]) -> Exclusion | None:
         return OFFSETS
     words = why_not(module)
     return Exclusion(Reason.UNSUPPORTED, words) if words else None
-
-
-def first_match(layer: Layer, table: Mapping[str, Any]) -> Any:
-    """The value of the first pattern that matches a layer, or None."""
-    return next((v for k, v in table.items() if layer.matches(k)), None)
 
 
 def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],

@@ -74,12 +74,9 @@ class DensePlan:
 class CompressionPlan:
     """What becomes of each layer of one model: plain data, JSON on disk.
 
-    Args:
-        layers (dict[str, LayerPlan]): By layer name, in order of definition.
-        dense (dict[str, DensePlan]): The layers that stay as they are.
-        norm (bool): Whether a batch normalisation stands between basis and
-            coefficients. Defaults to False.
-        planner (dict): The configuration of the planner, for the record.
+    By name, in order of definition, the layers that get a basis and those that
+    stay dense, whether a batch normalisation stands between basis and
+    coefficients, and the record of the planner.
     """
     layers: Dict[str, LayerPlan]
     dense: Dict[str, DensePlan] = field(default_factory=dict)

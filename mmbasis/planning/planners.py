@@ -11,20 +11,13 @@ from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.plain import to_json
 from .costs import Candidates, Cost, Costs, Form
-from .layers import (
-    Exclusion,
-    Layer,
-    Reason,
-    Rules,
-    Selection,
-    check_patterns,
-    first_match,
-)
+from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .statistics import Analysis
 
 #: layers that are decided already, with their rank or None for dense
 Decided = Sequence[Tuple[Candidates, Optional[int]]]
+Ranks = Sequence[Optional[int]]
 
 
 def check_fraction(key: str, value: float) -> float:
@@ -90,7 +83,8 @@ class BasePlanner(ABC):
     loss_aware: bool | None = False
     #: what makes a rank pay, and what a budget counts
     cost: Cost = Cost('macs')
-
+    #: why :meth:`choose` kept a layer dense
+    why_dense = 'the rank it needs is past break-even ({})'
     #: the type and the arguments of the constructor, as plain data
     config: dict[str, Any]
 
@@ -125,7 +119,7 @@ class BasePlanner(ABC):
         """What the plan records of its planner: what it was constructed with,
         and whether data and loss were looked at."""
         return dict(self.config, data_aware=self.data_aware,
-                    loss_aware=self.loss_aware)
+                    loss_aware=self.loss_aware, **self.cost.record)
 
     def select(self, layers: Sequence[Layer], targets: Targets) -> Selection:
         """Choose the layers to plan for; ValueError if a pattern matches
@@ -159,7 +153,8 @@ class BasePlanner(ABC):
             rank, reasons[layer.name] = settled
             decided.append((candidates, rank))
         for candidates, rank in zip(free, self._chosen(free, decided)):
-            reasons[candidates.layer.name] = self.why_dense(candidates)
+            reasons[candidates.layer.name] = self.why_dense.format(
+                candidates.break_even + 1)
             decided.append((candidates, rank))
 
         ranks = {x.layer.name: rank for x, rank in decided}
@@ -174,18 +169,18 @@ class BasePlanner(ABC):
                                                 name in ranks)
         return plan
 
-    def _settle(
-            self,
-            candidates: Candidates) -> tuple[int | None, str] | None:
+    def _settle(self,
+                candidates: Candidates) -> tuple[int | None, str] | None:
         """Rank or None, and reason, where there is nothing to choose."""
-        override = first_match(candidates.layer, self.overrides)
+        override = candidates.layer.look_up(self.overrides)
         if override == 'dense':
             return None, 'dense by override'
         if override is not None:
             rank = check_rank(candidates.layer, override)
             if self.cost.pays(candidates, rank):
                 return rank, ''
-            return None, BasePlanner.why_dense(self, candidates)
+            return None, BasePlanner.why_dense.format(
+                candidates.break_even + 1)
         if not candidates.ranks:
             return None, self.cost.why_not(candidates, self.round_to)
         return None
@@ -202,14 +197,8 @@ class BasePlanner(ABC):
             for x, rank in zip(free, ranks)
         ]
 
-    def why_dense(self, candidates: Candidates) -> str:
-        """Why :meth:`choose` kept a layer dense."""
-        return ('the rank it needs is past break-even '
-                f'({candidates.break_even + 1})')
-
     @abstractmethod
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[int | None]:
+    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
         """Choose the rank of each layer.
 
         Args:
@@ -239,8 +228,7 @@ class EnergyPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
 
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[int | None]:
+    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
         needed = [x.spectrum.rank_for_energy(self.threshold) for x in free]
         return [
             next((rank for rank in x.ranks if rank >= least), None)
@@ -262,8 +250,7 @@ class RatioPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.ratio = check_fraction('RatioPlanner: ratio', ratio)
 
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[int | None]:
+    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
         if self.ratio == 1:
             return [None] * len(free)
         return [
@@ -313,14 +300,13 @@ class FixedPlanner(BasePlanner):
         words = Exclusion(Reason.NO_RANK_GIVEN, 'no rank given')
         return super().select(layers, targets).without({
             layer.name: words
-            for layer in layers if first_match(layer, self.ranks) is None
+            for layer in layers if layer.look_up(self.ranks) is None
         })
 
-    def choose(self, free: Sequence[Candidates],
-               decided: Decided) -> Sequence[int | None]:
+    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
         chosen = []
         for x in free:
-            rank, full = first_match(x.layer, self.ranks), x.layer.full_rank
+            rank, full = x.layer.look_up(self.ranks), x.layer.full_rank
             rank = full if rank == 'full' else check_rank(x.layer, rank)
             rank = min(-(-rank // self.round_to) * self.round_to, full)
             chosen.append(rank if self.cost.pays(x, rank) else None)

@@ -29,15 +29,12 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``sum left right^T`` over positions, float64, shape ``(G, M, N)``.
+    """``sum left right^T`` over positions, of shapes ``(G, M, positions)`` and
+    ``(G, N, positions)``: float64, ``(G, M, N)``.
 
     The fast product is of centred float32 samples; what the means contribute
     is added in float64. Where means dwarf deviations, a plain product would
     round the covariance away.
-
-    Args:
-        left (Tensor): Shape ``(G, M, positions)``.
-        right (Tensor): Shape ``(G, N, positions)``.
     """
     mean_l, mean_r = left.mean(-1, True), right.mean(-1, True)
     left, right = left - mean_l, right - mean_r
@@ -46,14 +43,6 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     products = (left @ right.mT).double()
     products += mean_l @ rest_r.mT + rest_l @ mean_r.mT
     return products + left.shape[-1] * mean_l @ mean_r.mT
-
-
-def joint_moment(samples: Tensor) -> Tensor:
-    """Sum over positions of the outer products of samples, of shape
-    ``(G, N, positions)``, with a 1 behind each: float64, shape
-    ``(G, N + 1, N + 1)``; the last column has the sum and the count."""
-    samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
-    return sum_of_products(samples, samples)
 
 
 def is_expansion(layer: Layer) -> bool:

@@ -16,7 +16,12 @@ from .. import running
 from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
 from ..layers import observe
 from .layers import UNUSED, Layer, Selection, freeze
-from .samples import input_samples, is_expansion, joint_moment, output_samples
+from .samples import (
+    input_samples,
+    is_expansion,
+    output_samples,
+    sum_of_products,
+)
 
 #: Of layers with more output channels than this, and fewer inputs, gradients
 #: are looked at along the directions of the spectrum only, in which all
@@ -32,18 +37,16 @@ class LayerStatistics:
         weight_positions (float): How often the weights are applied for one
             image, so that ``weight.numel() * weight_positions`` is its MACs.
         out_positions (float): Output positions for one image.
-        calls (float): Calls in one forward pass; more than one where the
-            layer is shared.
+        calls (float): Calls in one forward pass.
         spectrum (Spectrum, optional): Directions of its output: of the
             output's covariance on data, or of the weights.
         mean (Tensor, optional): Mean output without bias, ``(G, P / G)``.
         gradient (Tensor, optional): Second moment of the loss' gradient at
-            its output, shape ``(G, P / G, P / G)``; ``(G, R, R)``, in
-            coordinates of the spectrum's vectors, where that takes too much.
-            None where no gradient was taken, or none reached the layer.
+            its output, ``(G, P / G, P / G)``; where that takes too much,
+            ``(G, R, R)`` in coordinates of the spectrum's vectors.
         sensitivity (Tensor, optional): Increase of the loss by dropping each
-            direction of the spectrum, shape ``(R, )``. None where it is
-            unknown, which is not the same as zero.
+            direction of the spectrum, shape ``(R, )``. None is unknown: no
+            gradient was taken, or none reached the layer.
     """
     weight_positions: float = 0
     out_positions: float = 0
@@ -56,12 +59,8 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """All that planning needs to know of a model.
-
-    Args:
-        selection (Selection): Its layers, and which of them are chosen.
-        statistics (Mapping[str, LayerStatistics]): By layer name.
-    """
+    """All that planning needs to know of a model: which layers are chosen, and
+    by name what was measured of them."""
     selection: Selection
     statistics: Mapping[str, LayerStatistics]
 
@@ -90,7 +89,8 @@ class LayerRecorder(ExitStack):
         super().__init__()
         self.layers = layers
         self.images = self.passes = 0
-        #: of the outputs, or of the inputs where these are fewer
+        #: sums of outer products of outputs, or of inputs where these are
+        #: fewer, with a 1 behind them, so that sum and count are in there
         self.moments: Dict[str, Tensor] = {}
         for layer in moments:
             groups, rows, in_size = layer.matrix_shape
@@ -122,9 +122,11 @@ class LayerRecorder(ExitStack):
             layer.kind.weight_positions(module, x, y))
         row += torch.tensor([at_weights, positions, 1], dtype=torch.float64)
         if layer.name in self.moments:
-            self.moments[layer.name] += joint_moment(
-                input_samples(layer, x, y) if is_expansion(layer) else
+            samples = input_samples(layer, x, y) if is_expansion(layer) else (
                 output_samples(layer, y))
+            ones = torch.ones_like(samples[:, :1])
+            samples = torch.cat([samples, ones], 1)
+            self.moments[layer.name] += sum_of_products(samples, samples)
 
     def finish(self) -> Dict[str, LayerStatistics]:
         """Sum over processes: statistics by layer name, with spectra where

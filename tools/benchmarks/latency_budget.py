@@ -40,7 +40,7 @@ from mmbasis.compression import (
 )
 from mmbasis.deploy.layer_models import LayerModels, RawOutputs
 from mmbasis.models import build_dense
-from mmbasis.planning.latency import LatencyTable
+from mmbasis.planning import LatencyTable
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 
