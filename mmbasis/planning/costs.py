@@ -121,20 +121,13 @@ class Cost:
 
 @dataclass
 class Curve:
-    """Latency of one layer at one input shape, in one forward pass of the
-    model, ms: dense, at the measured ranks, rising, and behind these."""
+    """Latency of a layer in one forward pass of the model, ms: dense, at the
+    measured ranks, rising, and past these."""
     shape: list[int]
     dense: float
     noise: float
     ranks: np.ndarray
     latencies: np.ndarray
-
-    def cost(self, rank: int | None) -> float:
-        """Latency at a rank, None for dense; between two measured ranks it is
-        that of the higher one, and past the last not less than dense."""
-        if rank is None:
-            return self.dense
-        return float(self.latencies[np.searchsorted(self.ranks, rank)])
 
 
 class LatencyTable(Cost):
@@ -158,7 +151,6 @@ class LatencyTable(Cost):
             backend=data['backend'],
             precision=data['precision'])
         self.record = dict(table=self.target)
-        #: for each layer, the curves of the input shapes it sees
         self.curves = _curves(entries)
         #: latency of the whole dense model
         self.model_ms: float | None = entries.get(MODEL_ID, {}).get(
@@ -221,12 +213,12 @@ class LatencyTable(Cost):
         wrong = []
         for layer in layers:
             shape = list(layer.module.weight.shape)
-            curves = self.curves.get(layer.name)
-            if curves is None:
+            curve = self.curves.get(layer.name)
+            if curve is None:
                 wrong.append(f'{layer.name} is not in it')
-            elif curves[0].shape != shape:
+            elif curve.shape != shape:
                 wrong.append(f'{layer.name} has weights {shape}, in the '
-                             f'table {curves[0].shape}')
+                             f'table {curve.shape}')
         if wrong:
             raise ValueError(
                 f'the latency table {self.target["path"]} is of another '
@@ -251,14 +243,18 @@ class LatencyTable(Cost):
         return fraction * dense - (dense - super().budget(1, layers))
 
     def cost(self, name: str, rank: int | None) -> float:
-        """Milliseconds that a layer takes in one forward pass of the model, at
-        all its input shapes; ``rank`` None is the dense layer."""
-        scale = self._dense_scale if rank is None else self._basis_scale
-        return scale * sum(curve.cost(rank) for curve in self.curves[name])
+        """Milliseconds that a layer takes in one forward pass of the model,
+        None for the dense layer; between two measured ranks it is that of the
+        higher one, and past the last not less than dense."""
+        curve = self.curves[name]
+        if rank is None:
+            return self._dense_scale * curve.dense
+        at = np.searchsorted(curve.ranks, rank)
+        return self._basis_scale * float(curve.latencies[at])
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""
-        return self._basis_scale * sum(x.noise for x in self.curves[name])
+        return self._basis_scale * self.curves[name].noise
 
     def is_faster(self, name: str, rank: int) -> bool:
         """Whether a layer is faster at a rank than dense, beyond noise."""
@@ -266,8 +262,7 @@ class LatencyTable(Cost):
 
     def measured_ranks(self, name: str) -> list[int]:
         """The ranks that were measured at all input shapes of a layer."""
-        sets = (set(curve.ranks.tolist()) for curve in self.curves[name])
-        return sorted(set.intersection(*sets))
+        return self.curves[name].ranks.tolist()
 
     def rest(self) -> float:
         """Milliseconds of the dense model outside the layers of the table."""
@@ -301,26 +296,30 @@ def _read(path: str) -> dict[str, Any]:
     return data
 
 
-def _curves(entries: dict[str, dict]) -> dict[str, list[Curve]]:
-    groups: dict[str, list[dict]] = defaultdict(list)
+def _curves(entries: dict[str, dict]) -> dict[str, Curve]:
+    """By layer, the sums over all input shapes that it sees."""
+    groups: dict[str, dict] = defaultdict(dict)
     for entry in entries.values():
         if entry.get('role') == 'layer':
-            groups[entry['group']].append(entry)
-    curves: dict[str, list[Curve]] = defaultdict(list)
+            # what feeds the layer is not the layer's
+            own = entry['median_ms'] - entries[entry['carrier']]['median_ms']
+            groups[entry['group']][entry['rank']] = dict(
+                entry, own=max(own, 1e-6))
+    uses: dict[str, list] = defaultdict(list)
     for group in groups.values():
-        # what feeds the layer is not the layer's
-        times = {
-            e['rank']: max(
-                e['median_ms'] - entries[e['carrier']]['median_ms'], 1e-6)
-            for e in group
-        }
-        dense = times.pop(None)
-        ranks = sorted(times)
-        latencies = np.maximum.accumulate([
-            *(times[rank] for rank in ranks), dense])
-        noise = max(e['noise_ms'] for e in group)
-        for name, count in group[0]['uses'].items():
-            curves[name].append(
-                Curve(group[0]['weight_shape'], count * dense, count * noise,
-                      np.array(ranks, dtype=int), count * latencies))
-    return dict(curves)
+        for name, count in group[None]['uses'].items():
+            uses[name].append((count, group))
+    curves = {}
+    for name, shapes in uses.items():
+        ranks = set.intersection(*(set(group) for _, group in shapes))
+        rising = sorted(ranks - {None})
+        times = [
+            sum(count * group[rank]['own'] for count, group in shapes)
+            for rank in (*rising, None)
+        ]
+        noise = sum(count * max(x['noise_ms'] for x in group.values())
+                    for count, group in shapes)
+        curves[name] = Curve(shapes[0][1][None]['weight_shape'], times[-1],
+                             noise, np.array(rising, dtype=int),
+                             np.maximum.accumulate(times))
+    return curves

@@ -152,12 +152,11 @@ class CompressionPlan:
         line by line."""
         blocks = []
         for key, value in self.to_dict().items():
-            if key in ('layers', 'dense') and value:
-                rows = (f'    {json.dumps(k)}: {json.dumps(v)}'
-                        for k, v in value.items())
-                text = '{\n' + ',\n'.join(rows) + '\n  }'
-            else:
-                text = json.dumps(value)
+            text = json.dumps(value)
+            if key in ('layers', 'dense'):
+                rows = ',\n'.join(f'    {json.dumps(k)}: {json.dumps(v)}'
+                                  for k, v in value.items())
+                text = f'{{\n{rows}\n  }}'
             blocks.append(f'  {json.dumps(key)}: {text}')
         return '{\n' + ',\n'.join(blocks) + '\n}\n'
 

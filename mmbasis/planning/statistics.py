@@ -186,13 +186,11 @@ def measure(adapter: running.Adapter,
             data_aware: bool = True) -> Analysis:
     """Measure positions and spectra of layers.
 
-    In a distributed run each process passes its part of the images; all end
-    with the same statistics.
-
     Args:
         adapter (Adapter): Runs the dense model.
         selection (Selection): Its layers.
-        batches (Sequence): Batches, as the model takes them.
+        batches (Sequence): Batches, as the model takes them; in a distributed
+            run those of this process. All end with the same statistics.
         data_aware (bool): Take spectra of the chosen layers from the
             covariance of their outputs, instead of from their weights. One
             batch is looked at without it. Defaults to True.
@@ -228,7 +226,8 @@ class _Gradients:
         assert known.spectrum is not None
         self.layer, self.known, self.spectrum = layer, known, known.spectrum
         groups, rows, in_size = layer.matrix_shape
-        size = in_size if _is_wide(layer) else rows
+        self.is_wide = rows > max(MAX_ROWS, in_size)
+        size = in_size if self.is_wide else rows
         zeros = self.spectrum.values.new_zeros
         self.moment, self.count = zeros((groups, size, size)), zeros(())
 
@@ -246,7 +245,7 @@ class _Gradients:
 
     def _add(self, gradient: Tensor) -> None:
         samples = output_samples(self.layer, gradient)
-        if _is_wide(self.layer):
+        if self.is_wide:
             samples = self.spectrum.vectors.to(samples).mT @ samples
         # squares of vanishing gradients are too small for float32
         size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -263,7 +262,7 @@ class _Gradients:
         if not (self.moment.any() and self.moment.isfinite().all()):
             return self.known
         gradient, vectors = self.moment.div_(self.count), self.spectrum.vectors
-        if _is_wide(self.layer):
+        if self.is_wide:
             along = gradient.diagonal(dim1=-2, dim2=-1)
         else:
             along = (vectors * (gradient @ vectors)).sum(-2)
@@ -271,11 +270,6 @@ class _Gradients:
         sensitivity = (self.spectrum.values *
                        along).sum(0) * self.known.out_positions
         return replace(self.known, gradient=gradient, sensitivity=sensitivity)
-
-
-def _is_wide(layer: Layer) -> bool:
-    _, rows, in_size = layer.matrix_shape
-    return rows > max(MAX_ROWS, in_size)
 
 
 def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
