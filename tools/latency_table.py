@@ -142,7 +142,7 @@ def show(args: argparse.Namespace) -> None:
         rows.add_row(
             name, f'{table.cost(name, None):.3f}', f'{table.noise(name):.3f}',
             '  '.join(f'{r}: {table.cost(name, r):.3f}'
-                      for r in table.measured_ranks(name)))
+                      for r in table.curves[name].ranks))
     console.print(rows)
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .costs import Candidates, Costs, Form, LatencyTable
+from .costs import Costs, Form, LatencyTable
 from .layers import (
     Exclusion,
     Layer,
@@ -18,7 +18,7 @@ from .statistics import Analysis, LayerStatistics, measure, measure_sensitivity
 __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',
     'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
-    'LayerPlan', 'BasePlanner', 'Candidates', 'EnergyPlanner', 'FixedPlanner',
+    'LayerPlan', 'BasePlanner', 'EnergyPlanner', 'FixedPlanner',
     'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
     'Analysis', 'LayerStatistics', 'measure'
 ]

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from ..registry import PLANNERS
-from .costs import Candidates, Cost, LatencyTable
+from .costs import Cost, Costs, LatencyTable
 from .planners import BasePlanner, Decided, Ranks, check_fraction
 
 
@@ -69,16 +69,14 @@ class BudgetPlanner(BasePlanner):
         params (float, optional): The same of their parameters.
         latency (float, optional): Fraction of the whole model's latency, as
             ``table`` has it. Exactly one of the three is given.
-        table (str | dict, optional): Latency table of the device: its file,
-            or ``dict(path=…)`` with what it must be of (``device``,
-            ``backend``, ``precision``). A layer that no measured rank makes
-            faster stays dense.
+        table (str | dict, optional): Latency table: its file, or
+            ``dict(path=…)`` with what :meth:`LatencyTable.check` requires. A
+            layer that no measured rank makes faster stays dense.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
         **kwargs: See :class:`BasePlanner`.
     """
-
     why_dense = 'worth more dense than what it costs'
 
     def __init__(self,
@@ -106,7 +104,7 @@ class BudgetPlanner(BasePlanner):
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
 
-    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
         budget = self.cost.budget(self.budget, counted)
@@ -124,7 +122,7 @@ class BudgetPlanner(BasePlanner):
         return [ranks[index] for ranks, index in zip(table, chosen)]
 
 
-def _losses(free: Sequence[Candidates]) -> list[np.ndarray]:
+def _losses(free: Sequence[Costs]) -> list[np.ndarray]:
     """What each rank from 0 to full loses, in one unit for all layers: where
     the sensitivity is unknown, the share of energy times what layers of known
     sensitivity typically lose in all."""

@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What layers cost, dense and as basis layers: MACs, parameters, or time on a
-device."""
+"""What layers cost, dense or not: MACs, parameters, time on a device."""
 from __future__ import annotations
 
 import json
@@ -15,7 +14,6 @@ from ..factorization import Spectrum
 from .layers import Layer
 from .statistics import LayerStatistics
 
-#: of the latency tables of tools/latency_table.py
 SCHEMA, VERSION = 'mmbasis.latency_table', 1
 #: ids of the entries that are no layer
 MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
@@ -33,10 +31,12 @@ class Form:
 @dataclass(frozen=True, eq=False)
 class Costs:
     """MACs and parameters of one layer, given how often it is applied and how
-    its basis layer is built."""
+    its basis layer is built; and the ranks that a planner may choose from,
+    those that pay, rising."""
     layer: Layer
     statistics: LayerStatistics
     form: Form = Form()
+    ranks: tuple[int, ...] = ()
 
     @property
     def spectrum(self) -> Spectrum:
@@ -75,13 +75,6 @@ class Costs:
             for rank in range(1, self.layer.full_rank + 1))
 
 
-@dataclass(frozen=True, eq=False)
-class Candidates(Costs):
-    """What a planner may do with one layer: besides keeping it dense, give it
-    one of the ranks that pay, rising."""
-    ranks: tuple[int, ...] = ()
-
-
 class Cost:
     """What a budget counts: ``'macs'`` or ``'params'`` of :class:`Costs`.
     Others derive from it."""
@@ -110,8 +103,7 @@ class Cost:
         return fraction * sum(self.of(layer, None) for layer in layers)
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
-        """Require that the cost of these layers is known; the ValueError
-        names those that it is not known of."""
+        """Require that their cost is known; the ValueError names others."""
 
     def why_not(self, costs: Costs, round_to: int) -> str:
         """Why no rank of a layer pays."""
@@ -131,14 +123,10 @@ class Curve:
 
 
 class LatencyTable(Cost):
-    """Measured latencies of the layers of one model on one device. Where a
-    lower rank was measured slower than a higher one, its latency counts for
-    the higher one too.
-
-    Args:
-        path (str): Where it was read from, for messages.
-        data (dict): What ``tools/latency_table.py measure`` wrote there.
-    """
+    """Measured latencies of the layers of one model on one device, as
+    ``tools/latency_table.py measure`` wrote them to a file. Where a lower rank
+    was measured slower than a higher one, its latency counts for the higher
+    one too."""
 
     def __init__(self, path: str, data: dict[str, Any]) -> None:
         super().__init__('latency')
@@ -152,9 +140,8 @@ class LatencyTable(Cost):
             precision=data['precision'])
         self.record = dict(table=self.target)
         self.curves = _curves(entries)
-        #: latency of the whole dense model
-        self.model_ms: float | None = entries.get(MODEL_ID, {}).get(
-            'median_ms')
+        #: latency of the whole dense model, if it was measured
+        self.model_ms = entries.get(MODEL_ID, {}).get('median_ms')
         #: how much longer layers take inside the model than alone
         self._dense_scale = self._basis_scale = 1.
         if self.model_ms is not None:
@@ -186,7 +173,21 @@ class LatencyTable(Cost):
             ValueError: If it is no complete latency table, or of another
                 target.
         """
-        data = _read(path)
+        with open(path, encoding='utf-8') as file:
+            try:
+                data = json.load(file)
+            except ValueError as error:
+                raise ValueError(f'{path} is not JSON: {error}') from None
+        if not isinstance(data, dict) or data.get('schema') != SCHEMA:
+            raise ValueError(f'{path} is no latency table: make one by '
+                             'tools/latency_table.py')
+        version = data.get('version')
+        if version != VERSION:
+            raise ValueError(f'{path} is a latency table of version '
+                             f'{version!r}, this mmbasis reads {VERSION}')
+        if data.get('status') != 'complete':
+            raise ValueError(f'{path} is not complete: tools/latency_table.py '
+                             'measure goes on where it stopped')
         try:
             table = cls(path, data)
         except (AttributeError, LookupError, TypeError) as error:
@@ -202,9 +203,8 @@ class LatencyTable(Cost):
         differs."""
         for key, value in target.items():
             found = self.target.get(key, 'unknown')
-            fits = value is None or value == found or (
-                key == 'device' and value.lower() in found.lower())
-            if not fits:
+            if value is not None and value != found and not (
+                    key == 'device' and value.lower() in found.lower()):
                 raise ValueError(
                     f'{self.target["path"]} was measured with {key} '
                     f'{found!r}, not {value!r}: measure a table there')
@@ -232,9 +232,8 @@ class LatencyTable(Cost):
             costs.layer.name, rank)
 
     def why_not(self, costs: Costs, round_to: int) -> str:
-        if costs.break_even < round_to:
-            return super().why_not(costs, round_to)
-        return 'no rank is faster than the dense layer, by the latency table'
+        return (f'{super().why_not(costs, round_to)}, and none of them is '
+                'faster than the dense layer, by the latency table')
 
     def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
         """What some layers may take if the whole model keeps a fraction of
@@ -260,10 +259,6 @@ class LatencyTable(Cost):
         """Whether a layer is faster at a rank than dense, beyond noise."""
         return self.cost(name, rank) + self.noise(name) < self.cost(name, None)
 
-    def measured_ranks(self, name: str) -> list[int]:
-        """The ranks that were measured at all input shapes of a layer."""
-        return self.curves[name].ranks.tolist()
-
     def rest(self) -> float:
         """Milliseconds of the dense model outside the layers of the table."""
         layers = sum(self.cost(name, None) for name in self.curves)
@@ -276,50 +271,32 @@ class LatencyTable(Cost):
             self.cost(name, ranks.get(name)) for name in self.curves)
 
 
-def _read(path: str) -> dict[str, Any]:
-    """The content of a complete table."""
-    with open(path, encoding='utf-8') as file:
-        try:
-            data = json.load(file)
-        except ValueError as error:
-            raise ValueError(f'{path} is not JSON: {error}') from None
-    if not isinstance(data, dict) or data.get('schema') != SCHEMA:
-        raise ValueError(f'{path} is no latency table: make one by '
-                         'tools/latency_table.py')
-    if data.get('version') != VERSION:
-        raise ValueError(
-            f'{path} is a latency table of version {data.get("version")!r}, '
-            f'this mmbasis reads version {VERSION}')
-    if data.get('status') != 'complete':
-        raise ValueError(f'{path} is not complete: run tools/latency_table.py '
-                         'measure again, it goes on where it stopped')
-    return data
-
-
 def _curves(entries: dict[str, dict]) -> dict[str, Curve]:
     """By layer, the sums over all input shapes that it sees."""
     groups: dict[str, dict] = defaultdict(dict)
+    noise: dict[str, float] = defaultdict(float)
+    uses: dict[str, dict] = defaultdict(dict)  # groups and counts by layer
+    shapes = {}
     for entry in entries.values():
         if entry.get('role') == 'layer':
             # what feeds the layer is not the layer's
-            own = entry['median_ms'] - entries[entry['carrier']]['median_ms']
-            groups[entry['group']][entry['rank']] = dict(
-                entry, own=max(own, 1e-6))
-    uses: dict[str, list] = defaultdict(list)
-    for group in groups.values():
-        for name, count in group[None]['uses'].items():
-            uses[name].append((count, group))
+            feed = entries[entry['carrier']]['median_ms']
+            key = entry['group']
+            groups[key][entry['rank']] = max(entry['median_ms'] - feed, 1e-6)
+            noise[key] = max(noise[key], entry['noise_ms'])
+            for name, count in entry['uses'].items():
+                uses[name][key] = count
+                shapes[name] = entry['weight_shape']
     curves = {}
-    for name, shapes in uses.items():
-        ranks = set.intersection(*(set(group) for _, group in shapes))
+    for name, counts in uses.items():
+        ranks = set.intersection(*(set(groups[key]) for key in counts))
         rising = sorted(ranks - {None})
         times = [
-            sum(count * group[rank]['own'] for count, group in shapes)
+            sum(count * groups[key][rank] for key, count in counts.items())
             for rank in (*rising, None)
         ]
-        noise = sum(count * max(x['noise_ms'] for x in group.values())
-                    for count, group in shapes)
-        curves[name] = Curve(shapes[0][1][None]['weight_shape'], times[-1],
-                             noise, np.array(rising, dtype=int),
-                             np.maximum.accumulate(times))
+        curves[name] = Curve(
+            shapes[name], times[-1],
+            sum(count * noise[key] for key, count in counts.items()),
+            np.array(rising, dtype=int), np.maximum.accumulate(times))
     return curves

@@ -47,16 +47,10 @@ UNUSED = Exclusion(Reason.UNUSED, 'not used in the forward pass')
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A convolution or linear layer of a model.
-
-    Args:
-        name (str): Its first name in ``model.named_modules()``.
-        module (nn.Module): The dense layer.
-        kind (type, optional): What is known of such layers, if anything.
-        types (tuple[str]): Names of the classes of all modules around it, and
-            of its own.
-        obstacle (Exclusion, optional): Why it can never be compressed.
-    """
+    """A convolution or linear layer of a model: its first name there, the
+    module, what is known of such layers (None if nothing is), the names of the
+    classes of all modules around it and of its own, and why it cannot be
+    compressed, whatever the user asks for."""
     name: str
     module: nn.Module
     kind: type[DenseKind] | None
@@ -94,17 +88,13 @@ class Layer:
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """All convolution and linear layers of a model, in order of definition.
+    """All convolution and linear layers of a model, in order of definition,
+    with an obstacle where they can never be compressed.
 
     A layer that several modules share is listed once, under its first name.
     Layers inside another one (offsets of a deformable convolution) and inside
-    a moving average of the model carry obstacles.
-
-    Args:
-        model (nn.Module): Any model; basis layers are not looked into.
-
-    Returns:
-        list[Layer]: Those that can never be compressed carry the obstacle.
+    a moving average of the model carry obstacles. Basis layers are not looked
+    into.
     """
     saved = model.state_dict().keys()
     paths = dict(_paths(model))
@@ -130,10 +120,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _paths(
-        model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
-    """All modules outside of basis layers, by name, each at the end of the
-    modules around it."""
+def _paths(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+    """By name, modules outside of basis layers behind those around them."""
     paths: dict[str, tuple[nn.Module, ...]] = {}
     for name, module in model.named_modules():
         path = (*paths.get(name.rpartition('.')[0], ()), module)
@@ -155,9 +143,8 @@ def _obstacle(path: Sequence[nn.Module]) -> Exclusion | None:
 
 def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
                    key: str) -> None:
-    """Require that each pattern matches some layer, see
-    :meth:`Layer.matches`; the ValueError names ``key``, where they were given,
-    the pattern and what there is."""
+    """Require that each pattern matches some layer; the ValueError names
+    ``key``, where they were given, the pattern and what there is."""
     for pattern in patterns:
         try:
             if any(layer.matches(pattern) for layer in layers):
@@ -194,8 +181,8 @@ def freeze(instance: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """All layers of a model, and by name the reasons of those that stay dense;
-    the others are chosen."""
+    """All layers of a model, and by name why some stay dense; the others are
+    chosen."""
     layers: tuple[Layer, ...]
     excluded: Mapping[str, Exclusion] = field(default_factory=dict)
 
@@ -228,9 +215,8 @@ class Rules:
         """Choose layers; ValueError if a pattern matches none."""
         check_patterns(layers, self.include, 'include')
         check_patterns(layers, self.exclude, 'exclude')
-        judged = {x.name: self._judge(x, targets) for x in layers}
-        excluded = {k: v for k, v in judged.items() if v is not None}
-        return Selection(tuple(layers), excluded)
+        judged = ((x.name, self._judge(x, targets)) for x in layers)
+        return Selection(tuple(layers), {k: v for k, v in judged if v})
 
     def _judge(self, layer: Layer, targets: Targets) -> Exclusion | None:
         if layer.obstacle is not None:

@@ -72,12 +72,10 @@ class DensePlan:
 
 @dataclass
 class CompressionPlan:
-    """What becomes of each layer of one model: plain data, JSON on disk.
-
-    By name, in order of definition, the layers that get a basis and those that
-    stay dense, whether a batch normalisation stands between basis and
-    coefficients, and the record of the planner.
-    """
+    """What becomes of each layer of one model: plain data, JSON on disk. By
+    name, in order of definition, the layers that get a basis and those that
+    stay dense; whether a batch normalisation stands between basis and
+    coefficients; and the record of the planner."""
     layers: Dict[str, LayerPlan]
     dense: Dict[str, DensePlan] = field(default_factory=dict)
     norm: bool = False
@@ -139,9 +137,9 @@ class CompressionPlan:
                 f'({__version__}) reads up to {PLAN_VERSION}: upgrade mmbasis')
         try:
             layers = {k: LayerPlan(**v) for k, v in data['layers'].items()}
-            dense = data.get('dense', {})
-            dense = {k: DensePlan(**v) for k, v in dense.items()}
-            return cls(layers, dense, bool(data.get('norm', False)),
+            dense = data.get('dense', {}).items()
+            return cls(layers, {k: DensePlan(**v) for k, v in dense},
+                       bool(data.get('norm', False)),
                        dict(data.get('planner', {})))
         except (AttributeError, TypeError) as error:
             raise ValueError(

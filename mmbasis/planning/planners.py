@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
 from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.plain import to_json
-from .costs import Candidates, Cost, Costs, Form
+from .costs import Cost, Costs, Form
 from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .statistics import Analysis
 
 #: layers that are decided already, with their rank or None for dense
-Decided = Sequence[Tuple[Candidates, Optional[int]]]
+Decided = Sequence[Tuple[Costs, Optional[int]]]
 Ranks = Sequence[Optional[int]]
 
 
@@ -54,7 +55,8 @@ def check_rank(layer: Layer, rank: Any) -> int:
 
 class BasePlanner(ABC):
     """Chooses the rank of each layer. A planner holds what it was constructed
-    with and nothing else: the same analysis gives the same plan.
+    with and nothing else: the same analysis gives the same plan. A value out
+    of range is a ValueError.
 
     Patterns are regular expressions that must match a whole layer name, or
     class names of a layer or of a module around it.
@@ -72,11 +74,7 @@ class BasePlanner(ABC):
         data_aware (bool, optional): Take the basis from the covariance of the
             layer's outputs on calibration images instead of from its weights
             alone. The default depends on the planner.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
-
     #: default of ``data_aware``
     DATA_AWARE = True
     #: whether sensitivities are wanted; None: where they can be had
@@ -134,29 +132,25 @@ class BasePlanner(ABC):
     def plan(self,
              analysis: Analysis,
              form: Form = Costs.form) -> CompressionPlan:
-        """Choose ranks, or say why a layer stays dense.
-
-        Raises:
-            ValueError: If the request cannot be met.
-        """
+        """Choose ranks, or say why a layer stays dense; ValueError if what was
+        asked for cannot be had."""
         reasons = {k: x.words for k, x in analysis.selection.excluded.items()}
-        free: list[Candidates] = []
-        decided: list[tuple[Candidates, int | None]] = []
+        free: list[Costs] = []
+        decided: list[tuple[Costs, int | None]] = []
         for layer in analysis.selection.chosen:
             costs = Costs(layer, analysis.statistics[layer.name], form)
-            candidates = Candidates(layer, costs.statistics, form,
-                                    self.cost.ranks(costs, self.round_to))
-            settled = self._settle(candidates)
+            costs = replace(
+                costs, ranks=self.cost.ranks(costs, self.round_to))
+            settled = self._settle(costs)
             if settled is None:
-                free.append(candidates)
+                free.append(costs)
                 continue
             rank, reasons[layer.name] = settled
-            decided.append((candidates, rank))
-        for candidates, rank in zip(free, self._chosen(free, decided)):
-            reasons[candidates.layer.name] = self.why_dense.format(
-                candidates.break_even + 1)
-            decided.append((candidates, rank))
-
+            decided.append((costs, rank))
+        for costs, rank in zip(free, self._chosen(free, decided)):
+            reasons[costs.layer.name] = self.why_dense.format(
+                costs.break_even + 1)
+            decided.append((costs, rank))
         ranks = {x.layer.name: rank for x, rank in decided}
         plan = CompressionPlan({}, {}, form.norm, self.describe())
         for layer in analysis.layers:
@@ -169,23 +163,20 @@ class BasePlanner(ABC):
                                                 name in ranks)
         return plan
 
-    def _settle(self,
-                candidates: Candidates) -> tuple[int | None, str] | None:
+    def _settle(self, costs: Costs) -> tuple[int | None, str] | None:
         """Rank or None, and reason, where there is nothing to choose."""
-        override = candidates.layer.look_up(self.overrides)
+        override = costs.layer.look_up(self.overrides)
         if override == 'dense':
             return None, 'dense by override'
         if override is not None:
-            rank = check_rank(candidates.layer, override)
-            if self.cost.pays(candidates, rank):
-                return rank, ''
-            return None, BasePlanner.why_dense.format(
-                candidates.break_even + 1)
-        if not candidates.ranks:
-            return None, self.cost.why_not(candidates, self.round_to)
+            rank = check_rank(costs.layer, override)
+            past = BasePlanner.why_dense.format(costs.break_even + 1)
+            return (rank, '') if self.cost.pays(costs, rank) else (None, past)
+        if not costs.ranks:
+            return None, self.cost.why_not(costs, self.round_to)
         return None
 
-    def _chosen(self, free: Sequence[Candidates],
+    def _chosen(self, free: Sequence[Costs],
                 decided: Decided) -> list[int | None]:
         """The ranks of :meth:`choose`, checked."""
         ranks = list(self.choose(free, decided))
@@ -198,13 +189,13 @@ class BasePlanner(ABC):
         ]
 
     @abstractmethod
-    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
         """Choose the rank of each layer.
 
         Args:
-            free (Sequence[Candidates]): The layers to choose for; each has at
-                least one rank that pays.
-            decided (Sequence[tuple[Candidates, int | None]]): The others.
+            free (Sequence[Costs]): The layers to choose for; each has at
+                least one rank that pays, see ``ranks``.
+            decided (Sequence[tuple[Costs, int | None]]): The others.
 
         Returns:
             Sequence[int | None]: A rank for each layer of ``free``; None
@@ -228,7 +219,7 @@ class EnergyPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
 
-    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
         needed = [x.spectrum.rank_for_energy(self.threshold) for x in free]
         return [
             next((rank for rank in x.ranks if rank >= least), None)
@@ -250,7 +241,7 @@ class RatioPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.ratio = check_fraction('RatioPlanner: ratio', ratio)
 
-    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
         if self.ratio == 1:
             return [None] * len(free)
         return [
@@ -303,7 +294,7 @@ class FixedPlanner(BasePlanner):
             for layer in layers if layer.look_up(self.ranks) is None
         })
 
-    def choose(self, free: Sequence[Candidates], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
         chosen = []
         for x in free:
             rank, full = x.layer.look_up(self.ranks), x.layer.full_rank

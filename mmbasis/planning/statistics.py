@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What a few batches say of each layer: what it returns, and what the loss
-makes of errors there."""
+"""What a few batches say of each layer: its outputs, and what they matter."""
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +14,8 @@ from torch import Tensor
 from .. import running
 from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
 from ..layers import observe
+from . import samples as sampling
 from .layers import UNUSED, Layer, Selection, freeze
-from .samples import (
-    input_samples,
-    is_expansion,
-    output_samples,
-    sum_of_products,
-)
 
 #: Of layers with more output channels than this, and fewer inputs, gradients
 #: are looked at along the directions of the spectrum only, in which all
@@ -59,8 +53,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """All that planning needs to know of a model: which layers are chosen, and
-    by name what was measured of them."""
+    """All that planning needs to know: layers, and what was measured."""
     selection: Selection
     statistics: Mapping[str, LayerStatistics]
 
@@ -73,14 +66,10 @@ class Analysis:
 
 
 class LayerRecorder(ExitStack):
-    """Record, over forward passes, positions and moments of layers.
+    """Record, over forward passes, positions of layers and moments of some.
 
     Use it as a context manager around :meth:`run` or passes of your own; count
     these in ``passes`` and their images in ``images``.
-
-    Args:
-        layers (Sequence[Layer]): The layers.
-        moments (Sequence[Layer]): Those whose moments are collected, too.
     """
 
     def __init__(self,
@@ -94,7 +83,7 @@ class LayerRecorder(ExitStack):
         self.moments: Dict[str, Tensor] = {}
         for layer in moments:
             groups, rows, in_size = layer.matrix_shape
-            size = 1 + (in_size if is_expansion(layer) else rows)
+            size = 1 + (in_size if sampling.is_expansion(layer) else rows)
             self.moments[layer.name] = layer.module.weight.new_zeros(
                 (groups, size, size), dtype=torch.float64)
         #: positions of weights and outputs, and calls, of each layer
@@ -122,11 +111,13 @@ class LayerRecorder(ExitStack):
             layer.kind.weight_positions(module, x, y))
         row += torch.tensor([at_weights, positions, 1], dtype=torch.float64)
         if layer.name in self.moments:
-            samples = input_samples(layer, x, y) if is_expansion(layer) else (
-                output_samples(layer, y))
-            ones = torch.ones_like(samples[:, :1])
-            samples = torch.cat([samples, ones], 1)
-            self.moments[layer.name] += sum_of_products(samples, samples)
+            if sampling.is_expansion(layer):
+                samples = sampling.input_samples(layer, x, y)
+            else:
+                samples = sampling.output_samples(layer, y)
+            samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
+            self.moments[layer.name] += sampling.sum_of_products(
+                samples, samples)
 
     def finish(self) -> Dict[str, LayerStatistics]:
         """Sum over processes: statistics by layer name, with spectra where
@@ -165,7 +156,7 @@ def _with_spectrum(layer: Layer, statistics: LayerStatistics,
         raise ValueError(f'{layer.name} returns NaN or infinite values on '
                          'the calibration images')
     matrix = weight_matrix(layer)
-    if is_expansion(layer):
+    if sampling.is_expansion(layer):
         spectrum = spectrum_of_factor(matrix, covariance)
         mean = matrix @ mean
     else:
@@ -219,8 +210,7 @@ def measure(adapter: running.Adapter,
 
 
 class _Gradients:
-    """Second moment ``G = E[g g^T]`` of the loss' gradients at the output of
-    a layer whose spectrum is known."""
+    """Second moment ``G = E[g g^T]`` of the loss' gradients at an output."""
 
     def __init__(self, layer: Layer, known: LayerStatistics) -> None:
         assert known.spectrum is not None
@@ -244,7 +234,7 @@ class _Gradients:
         return output
 
     def _add(self, gradient: Tensor) -> None:
-        samples = output_samples(self.layer, gradient)
+        samples = sampling.output_samples(self.layer, gradient)
         if self.is_wide:
             samples = self.spectrum.vectors.to(samples).mT @ samples
         # squares of vanishing gradients are too small for float32
@@ -254,8 +244,7 @@ class _Gradients:
         self.count += samples.shape[-1]
 
     def finish(self) -> LayerStatistics:
-        """Sum over processes: with ``gradient`` and ``sensitivity`` if a
-        gradient came."""
+        """Sum over processes: with a sensitivity if a gradient came."""
         all_reduce(self.moment)
         all_reduce(self.count)
         # none came (no_grad, detach), or nothing but zeros or NaN

@@ -92,7 +92,7 @@ def test_costs(write):
     table = LatencyTable.load(write())
     assert table.cost('2', None) == pytest.approx(4)
     assert table.cost('2', 4) == pytest.approx(1)
-    assert table.measured_ranks('2') == [4, 8, 12, 16, 20]
+    assert table.curves['2'].ranks.tolist() == [4, 8, 12, 16, 20]
     assert table.rest() == pytest.approx(2)
 
 
