@@ -170,8 +170,7 @@ class LatencyTable(Cost):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no complete latency table, or of another
-                target.
+            ValueError: If it is no complete table, or of another target.
         """
         with open(path, encoding='utf-8') as file:
             try:

@@ -46,8 +46,7 @@ def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def is_expansion(layer: Layer) -> bool:
-    """Whether a layer maps few inputs to more outputs, so that its inputs are
-    the cheaper ones to look at."""
+    """Whether inputs are fewer than outputs, and so cheaper to look at."""
     _, rows, in_size = layer.matrix_shape
     return in_size < rows and layer.known_kind.sees_patches(layer.module)
 
