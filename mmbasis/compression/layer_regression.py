@@ -1,9 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """One layer fitted to the outputs of the dense network."""
-from typing import Optional, Tuple
+from __future__ import annotations
+
+from functools import partial
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from torch import Tensor
 
 from ..factorization import reduced_rank_regression
@@ -41,19 +43,15 @@ class LayerRegression:
             added to something; errors are those of the product.
     """
 
-    def __init__(self,
-                 layer: Layer,
-                 statistics: LayerStatistics,
-                 samples: int,
-                 scale: Optional[Tensor] = None) -> None:
+    def __init__(self, layer: Layer, statistics: LayerStatistics, samples: int,
+                 scale: Tensor | None = None) -> None:
         self.layer, self.statistics = layer, statistics
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
         #: whether it corrects errors of something else, too
         self.in_sum = scale is not None
         total = torch.tensor(float(samples))
-        if get_world_size() > 1:
-            all_reduce(total)
+        all_reduce(total)
         self.of_input = is_expansion(layer) or (layer.known_kind.sees_patches(
             layer.module) and total >= SAMPLES_PER_WEIGHT * in_size)
         if scale is None:
@@ -62,18 +60,15 @@ class LayerRegression:
         scale = torch.where(scale.abs() < least, least, scale)
         self.scale = scale.reshape(groups, self.rows, 1)
         size = in_size if self.of_input else self.rows
-        zeros = weight.new_zeros
+        zeros = partial(weight.new_zeros, dtype=torch.float64)
         # products of (change, regressors, 1) with (regressors, 1), where the
         # change is that of the target against the layer as it was
-        self.joint = zeros((groups, self.rows + size + 1, size + 1)).double()
-        self.change = _Energy()
-        self.wanted = _Energy()
+        self.joint = zeros((groups, self.rows + size + 1, size + 1))
+        # of the change and of wanted outputs, sums and sums of squares
+        self.sums = zeros((2, 2, groups, self.rows))
 
-    def add(self,
-            x: Tensor,
-            target: Tensor,
-            error: Optional[Tensor] = None,
-            wanted: Optional[Tensor] = None) -> None:
+    def add(self, x: Tensor, target: Tensor, error: Tensor | None = None,
+            wanted: Tensor | None = None) -> None:
         """Add a batch. One whose samples do not pair with those of the dense
         network is left out.
 
@@ -101,11 +96,13 @@ class LayerRegression:
                 len(unchanged), -1, 1)
         right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
         self.joint += sum_of_products(torch.cat([change, right], 1), right)
-        self.change.add(change)
-        self.wanted.add(target if wanted is None else wanted)
+        wanted = target if wanted is None else wanted
+        for sums, samples in zip(self.sums, (change, wanted)):
+            samples = samples.double()
+            sums += torch.stack([samples.sum(-1), samples.square().sum(-1)])
 
-    def solve(self, rank: Optional[int],
-              centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
+    def solve(self, rank: int | None,
+              centred: bool) -> tuple[Tensor, Tensor, Tensor] | None:
         """The best layer of a rank.
 
         Args:
@@ -117,6 +114,8 @@ class LayerRegression:
             coefficients ``(G, P / G, Q)`` and bias ``(P, )``; None where the
             regressors do not vary, or say too little of the target.
         """
+        all_reduce(self.joint)
+        all_reduce(self.sums)
         moments = self._moments(centred)
         if moments is None:
             return None
@@ -126,8 +125,9 @@ class LayerRegression:
             matrix if self.of_input else torch.eye(self.rows).to(matrix))
         coefficients, basis, explained = self._regress(cross, second, prior,
                                                        rank)
-        left = self.change.value(centred) - explained
-        if left > (1 - MIN_EXPLAINED) * self.wanted.value(centred):
+        means, squares = (self.sums / self.joint[0, -1, -1]).unbind(1)
+        change, wanted = (squares - (means * centred).square()).sum((1, 2))
+        if change - explained > (1 - MIN_EXPLAINED) * wanted:
             return None
 
         bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
@@ -138,14 +138,9 @@ class LayerRegression:
             basis = basis @ matrix
         return basis, coefficients / scale, bias
 
-    def _moments(
-            self,
-            centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Means of change and regressors, and their joint moments over all
-        processes; None where the regressors do not vary."""
-        if get_world_size() > 1:
-            for sums in (self.joint, self.change.sums, self.wanted.sums):
-                all_reduce(sums)
+    def _moments(self, centred: bool) -> tuple[Tensor, ...] | None:
+        """Means of change and regressors, and their joint moments; None where
+        the regressors do not vary."""
         count, rows = self.joint[:, -1:, -1:], self.rows
         if count.min() < 1:
             return None
@@ -162,37 +157,17 @@ class LayerRegression:
         return mean_change, mean_r, cross, second
 
     def _regress(self, cross: Tensor, second: Tensor, prior: Tensor,
-                 rank: Optional[int]) -> Tuple[Tensor, Tensor, Tensor]:
+                 rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Regression in the metric of the loss' gradients, if it is known."""
-        weight, scale = self.statistics.gradient, self.scale.double()
+        weight, spectrum = self.statistics.gradient, self.statistics.spectrum
         if weight is not None and weight.shape[-1] == self.rows:
+            scale = self.scale.double()
             weight = weight / (scale @ scale.mT)
-        elif self.in_sum:
+        elif weight is None or spectrum is None or self.in_sum:
             weight = None  # a sum has errors in directions that it lacks
-        elif weight is not None:
-            assert self.statistics.spectrum is not None
-            vectors = self.statistics.spectrum.vectors
+        else:
+            vectors = spectrum.vectors
             coefficients, basis, explained = reduced_rank_regression(
                 vectors.mT @ cross, second, vectors.mT @ prior, rank, weight)
             return vectors @ coefficients, basis, explained
         return reduced_rank_regression(cross, second, prior, rank, weight)
-
-
-class _Energy:
-    """Mean square of samples, over all processes."""
-
-    def __init__(self) -> None:
-        #: number of samples, sum of squares, and sums by channel
-        self.sums = torch.zeros(())
-
-    def add(self, samples: Tensor) -> None:
-        samples = samples.double()
-        count = samples.new_tensor([samples.shape[-1]])
-        squares = samples.square().sum().view(1)
-        total = samples.sum(-1).flatten()
-        self.sums = torch.cat([count, squares, total]) + self.sums
-
-    def value(self, centred: bool) -> Tensor:
-        """Summed over channels; about the mean if ``centred``."""
-        mean = self.sums / self.sums[0]
-        return mean[1] - (mean[2:] * centred).square().sum()

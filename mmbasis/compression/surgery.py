@@ -268,13 +268,16 @@ def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
             f'these weights are compressed ({len(found)} basis layers), but '
             'the model is dense: use the config that was written beside them '
             '(compressed.py), or mmbasis.load_compressed()')
-    for name in sorted({*expected, *found}):
-        theirs, ours = (list(x.get(name, ())) for x in (found, expected))
-        if theirs != ours:
-            raise RuntimeError(
-                f'these weights are of another compression plan: {name} has '
-                f'basis filters of shape {theirs or None}, the model '
-                f'{ours or None}')
+    other = 'these weights are of another compression plan: '
+    names = sorted(found.keys() ^ expected.keys())
+    if names:
+        raise RuntimeError(
+            f'{other}layers {names[:3]} ({len(names)} in all) are compressed '
+            'in only one of weights and model')
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise RuntimeError(f'{other}{name} has basis filters of shape '
+                               f'{list(found[name])}, the model {list(shape)}')
 
 
 def _basis_shapes(modules: dict[str, nn.Module], state_dict: dict,
