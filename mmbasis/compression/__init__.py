@@ -1,13 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a dense model to a compressed one, and to its checkpoint."""
 from .analysis import forward_latency, single_truncations
-from .checkpoint import (
-                         META_KEY,
-                         TEACHER_KEY,
-                         plan_of,
-                         read_checkpoint,
-                         save_checkpoint,
-)
 from .pipeline import (
                          Compression,
                          analyze,
@@ -31,7 +24,18 @@ from .recipe import (
                          as_planner,
 )
 from .reconstruction import Reconstruction
-from .start import Action, Run, Source, Start, resolve
+from .start import (
+                         META_KEY,
+                         TEACHER_KEY,
+                         Action,
+                         Run,
+                         Source,
+                         Start,
+                         plan_of,
+                         read_checkpoint,
+                         resolve,
+                         save_checkpoint,
+)
 from .surgery import (
                          apply_plan,
                          attach_plan,
