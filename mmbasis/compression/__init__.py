@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a dense model to a compressed one, and to its checkpoint."""
-from .analysis import forward_latency, single_truncations
 from .pipeline import (
                          Compression,
                          analyze,
@@ -12,7 +11,13 @@ from .pipeline import (
                          run_recipe,
                          take_batches,
 )
-from .recalibration import output_error, recalibrate, recalibrate_if_better
+from .recalibration import (
+                         forward_latency,
+                         output_error,
+                         recalibrate,
+                         recalibrate_if_better,
+                         single_truncations,
+)
 from .recipe import (
                          Calibration,
                          Orthogonality,

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
 from ..planning import CompressionPlan, LayerPlan, find_layers
-from .merging import keep_structure, recommend_deployed_form
+from .merging import keep_structure
 
 #: where a model keeps its plan: None for a dense one whose loading is guarded
 _PLAN = '_mmbasis'
@@ -164,8 +164,12 @@ def apply_plan(model: nn.Module, plan: CompressionPlan,
         replace_modules(model, new)
         _add_biases(model, plan)
         kept = attach_plan(model, plan)
-    if project:
-        recommend_deployed_form(kept)
+    if project and kept:
+        MMLogger.get_current_instance().info(
+            '%d blocks (%s, …) that can be merged for deployment hold basis '
+            'layers and will not be merged: compressing the deployed form of '
+            'the model (deploy=True, or switch_to_deploy() before) is better',
+            len(kept), kept[0])
 
 
 def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
