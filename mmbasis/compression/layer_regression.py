@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Sequence
 
 import torch
 from mmengine.dist import all_reduce
@@ -38,19 +39,20 @@ class LayerRegression:
     Args:
         layer (Layer): The dense layer.
         statistics (LayerStatistics): What was measured of it.
-        samples (int): How many positions will be added in this process.
+        targets (Sequence[Tensor]): Samples that will be added.
         scale (Tensor, optional): Factor of the output, ``(P, )``, before it is
             added to something; errors are those of the product.
     """
 
-    def __init__(self, layer: Layer, statistics: LayerStatistics, samples: int,
+    def __init__(self, layer: Layer, statistics: LayerStatistics,
+                 targets: Sequence[Tensor],
                  scale: Tensor | None = None) -> None:
         self.layer, self.statistics = layer, statistics
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
         #: whether it corrects errors of something else, too
         self.in_sum = scale is not None
-        total = torch.tensor(float(samples))
+        total = torch.tensor(float(sum(y.shape[-1] for y in targets)))
         all_reduce(total)
         self.of_input = is_expansion(layer) or (layer.known_kind.sees_patches(
             layer.module) and total >= SAMPLES_PER_WEIGHT * in_size)

@@ -2,7 +2,6 @@
 """What a user wants: how to compress, and how to fine-tune."""
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 from ..planning import BasePlanner, CompressionPlan
@@ -50,7 +49,7 @@ def _weight(default: Any = MISSING) -> Any:
 
 
 class _Checked:
-    """Raises a ValueError that names the first field with a wrong value."""
+    """A dataclass that names the first field with a wrong value."""
     #: what stands before the names of fields
     prefix = ''
 
@@ -61,6 +60,21 @@ class _Checked:
                     rule['allows'](value)):
                 raise ValueError(f'{self.prefix}{entry.name} must be '
                                  f'{rule["words"]}, but got {value!r}')
+
+    @classmethod
+    def parse(cls, config: Any) -> Any:
+        """From its config; an instance is returned as it is."""
+        if isinstance(config, cls):
+            return config
+        key = cls.prefix.rstrip('.') or 'a recipe'
+        names = [x.name for x in fields(cls)]  # type: ignore[arg-type]
+        if not isinstance(config, Mapping) or set(config) - set(names):
+            raise ValueError(f'{key} must be dict(…) with some of '
+                             f'{", ".join(names)}, but got {config!r}')
+        try:
+            return cls(**config)
+        except TypeError as error:
+            raise ValueError(f'{key} is not complete: {error}') from None
 
 
 @dataclass(frozen=True)
@@ -134,18 +148,15 @@ class Teaching(_Checked):
         'a list of terms', lambda x: isinstance(x, tuple), None)
     task_weight: Optional[float] = _weight(None)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.terms, (list, tuple)):
-            terms = tuple(_from_config(Term, x) for x in self.terms)
-            object.__setattr__(self, 'terms', terms)
-        super().__post_init__()
-
-
-def _teaching(config: Any) -> Optional[Teaching]:
-    """True is a teacher with all defaults, False is none."""
-    if isinstance(config, bool):
-        return Teaching() if config else None
-    return _from_config(Teaching, config)
+    @classmethod
+    def parse(cls, config: Any) -> Optional['Teaching']:
+        """True is a teacher with all defaults, False is none."""
+        if isinstance(config, bool):
+            return cls() if config else None
+        terms = isinstance(config, Mapping) and config.get('terms')
+        if isinstance(terms, (list, tuple)):
+            config = dict(config, terms=tuple(map(Term.parse, terms)))
+        return super().parse(config)
 
 
 @dataclass(frozen=True)
@@ -209,9 +220,15 @@ class Recipe(_Checked):
         given = {k: v for k, v in config.items() if v is not None}
         if 'planner' in given and 'plan' in given:
             raise ValueError('give a planner or a plan, not both')
-        made = {k: _CONVERT[k](v) if k in _CONVERT else v
+        parsers: Dict[str, Callable] = dict(
+            planner=as_planner,
+            plan=as_plan,
+            calibration=Calibration.parse,
+            orthogonality=Orthogonality.parse,
+            distillation=Teaching.parse)
+        made = {k: parsers[k](v) if k in parsers else v
                 for k, v in given.items()}
-        return _from_config(cls, dict(made, config=given))
+        return cls.parse(dict(made, config=given))
 
     @property
     def asks_for_teacher(self) -> bool:
@@ -240,27 +257,3 @@ class Recipe(_Checked):
         if self.reconstruction is None:
             return self.data_aware
         return self.reconstruction == 'sequential'
-
-
-def _from_config(cls: Any, config: Any) -> Any:
-    """A dataclass from its config; an instance is returned as it is."""
-    if isinstance(config, cls):
-        return config
-    key = cls.prefix.rstrip('.') or 'a recipe'
-    names = [x.name for x in fields(cls)]
-    if not isinstance(config, Mapping) or set(config) - set(names):
-        raise ValueError(f'{key} must be dict(…) with some of '
-                         f'{", ".join(names)}, but got {config!r}')
-    try:
-        return cls(**config)
-    except TypeError as error:
-        raise ValueError(f'{key} is not complete: {error}') from None
-
-
-#: how fields of a recipe are made from what stands in configs
-_CONVERT: Dict[str, Callable] = dict(
-    planner=as_planner,
-    plan=as_plan,
-    calibration=partial(_from_config, Calibration),
-    orthogonality=partial(_from_config, Orthogonality),
-    distillation=_teaching)

@@ -68,10 +68,6 @@ class Reconstruction:
             }, batches[0])
             self.student = self.teacher.twin(self.model)
             order = self.watch.order
-            for name in set(self.todo) - set(order):
-                MMLogger.get_current_instance().info(
-                    'Reconstruction: %s is left as it was: it does not run, '
-                    'or takes more than one input', name)
             self.todo = {name: self.todo[name] for name in order}
             shared = [x for x in order if self.statistics[x].calls > 1]
             first = order.index(shared[0]) if shared else len(order)
@@ -147,7 +143,7 @@ class Reconstruction:
         if name in self.watch.residual:
             return bool(pairs) and self._fit_sum(layer, pairs)
         samples = [output_samples(layer, t.tensor) for t, _ in pairs]
-        regression = self._regression(layer, samples)
+        regression = LayerRegression(layer, self.statistics[name], samples)
         for (_, student), y in zip(pairs, samples):
             regression.add(student.tensor, y)
         return self._set(regression)
@@ -171,7 +167,8 @@ class Reconstruction:
                                    for value in (y, wanted - found, wanted))))
             # what stands in the sum already is replaced by the new output
             student.sum.branch.sub_(wide * y)
-        regression = self._regression(layer, [x[1] for x in samples], scale)
+        regression = LayerRegression(layer, self.statistics[layer.name],
+                                     [x[1] for x in samples], scale)
         for sample in samples:
             regression.add(*sample)
         fitted = self._set(regression)
@@ -189,8 +186,9 @@ class Reconstruction:
                 if before < SHARED_IMAGES]
         targets = [self._outputs(names, data) for data in some]
         for name in names:
-            regression = self._regression(
-                self.todo[name], [y for t in targets for y in t[name]])
+            regression = LayerRegression(
+                self.todo[name], self.statistics[name],
+                [y for t in targets for y in t[name]])
             for data, wanted in zip(some, targets):
                 watch = observe(
                     self.model.get_submodule(name),
@@ -214,12 +212,6 @@ class Reconstruction:
                 stack.callback(observe(module, partial(keep, name)).remove)
             self.teacher.predict(data)
         return found
-
-    def _regression(self, layer: Layer, samples: Sequence[Tensor],
-                    scale: Tensor | None = None) -> LayerRegression:
-        """The regression of a layer, with room for samples."""
-        return LayerRegression(layer, self.statistics[layer.name],
-                               sum(y.shape[-1] for y in samples), scale)
 
     def _set(self, regression: LayerRegression) -> bool:
         """Write the solution into the compressed model, if there is one."""

@@ -247,11 +247,6 @@ def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
     """Refuse weights of another structure than the model's, which MMEngine,
     loading without strictness, would leave as it was.
 
-    Args:
-        model (nn.Module): Dense or compressed.
-        state_dict (dict): The weights about to be loaded.
-        prefix (str): The model's prefix in the keys. Defaults to none.
-
     Raises:
         RuntimeError: If a layer is dense here and compressed there, or the
             reverse, or of another rank.
