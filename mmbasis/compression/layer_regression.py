@@ -11,12 +11,7 @@ from torch import Tensor
 
 from ..factorization import reduced_rank_regression
 from ..planning import Layer, LayerStatistics
-from ..planning.samples import (
-    input_samples,
-    is_expansion,
-    output_samples,
-    sum_of_products,
-)
+from ..planning import samples as sampling
 from ..planning.statistics import weight_matrix
 
 #: Where less than this share of the dense network's output can be had from the
@@ -54,8 +49,9 @@ class LayerRegression:
         self.in_sum = scale is not None
         total = torch.tensor(float(sum(y.shape[-1] for y in targets)))
         all_reduce(total)
-        self.of_input = is_expansion(layer) or (layer.known_kind.sees_patches(
-            layer.module) and total >= SAMPLES_PER_WEIGHT * in_size)
+        self.of_input = sampling.is_expansion(layer) or (
+            layer.known_kind.sees_patches(layer.module)
+            and total >= SAMPLES_PER_WEIGHT * in_size)
         if scale is None:
             scale = weight.new_ones(groups * self.rows)
         least = (MIN_SCALE * scale.abs().max()).clamp_min(1e-12)
@@ -84,7 +80,7 @@ class LayerRegression:
         """
         layer = self.layer
         y = type(layer.module).forward(layer.module, x)  # no hooks
-        unchanged = output_samples(layer, y)
+        unchanged = sampling.output_samples(layer, y)
         if target.shape != unchanged.shape:
             return
         change = (target - unchanged) * self.scale
@@ -92,12 +88,13 @@ class LayerRegression:
             change += error
         regressors = unchanged
         if self.of_input:
-            regressors = input_samples(layer, x, y)
+            regressors = sampling.input_samples(layer, x, y)
         elif layer.module.bias is not None:
             regressors = unchanged - layer.module.bias.view(
                 len(unchanged), -1, 1)
         right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
-        self.joint += sum_of_products(torch.cat([change, right], 1), right)
+        self.joint += sampling.sum_of_products(
+            torch.cat([change, right], 1), right)
         wanted = target if wanted is None else wanted
         for sums, samples in zip(self.sums, (change, wanted)):
             samples = samples.double()

@@ -62,14 +62,14 @@ def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
 
 def take_batches(dataloader: Iterable, num_batches: int | None = None,
                  num_held_out: int = 1) -> tuple[list[Any], list[Any]]:
-    """Batches for calibration, and others that are held out for choices.
+    """Batches of a loader for calibration, and others that are held out for
+    choices.
 
     Args:
         dataloader (Iterable): Batches as the model takes them.
         num_batches (int, optional): How many to calibrate with. Defaults to
             all; none is held out then.
-        num_held_out (int): How many to hold out, if there are so many.
-            Defaults to 1.
+        num_held_out (int): How many to hold out at most. Defaults to 1.
     """
     batches = iter(dataloader)
     if num_batches is None:
@@ -232,11 +232,9 @@ def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:
 
 def bases_of(analysis: Analysis) -> dict:
     """Directions and mean of each layer's output for :func:`apply_plan`."""
-    return {
-        name: (known.spectrum.vectors, known.mean)
-        for name, known in analysis.statistics.items()
-        if known.spectrum is not None
-    }
+    return {name: (known.spectrum.vectors, known.mean)
+            for name, known in analysis.statistics.items()
+            if known.spectrum is not None}
 
 
 def log_plan(plan: CompressionPlan) -> None:
@@ -244,10 +242,8 @@ def log_plan(plan: CompressionPlan) -> None:
     logger = MMLogger.get_current_instance()
     for name, entry in plan.dense.items():
         logger.info('Layer %s stays dense: %s', name, entry.reason)
-    saved = [
-        f'{key} {x["before"]:.4g} -> {x["after"]:.4g} '
-        f'({x["after"] / max(x["before"], 1):.1%})'
-        for key, x in plan.totals().items()
-    ]
+    saved = [f'{key} {x["before"]:.4g} -> {x["after"]:.4g} '
+             f'({x["after"] / max(x["before"], 1):.1%})'
+             for key, x in plan.totals().items()]
     logger.info('Compressed %d of %d layers: %s', len(plan.layers),
                 len(plan.layers) + len(plan.dense), ', '.join(saved))

@@ -49,12 +49,10 @@ class Reconstruction:
         self.teacher = adapter_of(reference)
         self.statistics = analysis.statistics
         excluded = analysis.selection.excluded
-        self.todo = {
-            x.name: x
-            for x in analysis.layers
-            if x.kind is not None and (x.name not in excluded or excluded[
-                x.name].reason is Reason.PREDICTION)
-        }
+        self.todo = {x.name: x for x in analysis.layers
+                     if x.kind is not None and (
+                         x.name not in excluded
+                         or excluded[x.name].reason is Reason.PREDICTION)}
         self.watch = SumWatch()
         self._done, self._start = 0, time.time()
 
@@ -62,21 +60,21 @@ class Reconstruction:
         """Fit all layers to batches, which are all on their way through both
         models at a time."""
         with evaluation(self.model), evaluation(self.reference):
-            self.watch.probe(self.teacher, {
-                name: self.reference.get_submodule(name)
-                for name in self.todo
-            }, batches[0])
+            modules = {x: self.reference.get_submodule(x) for x in self.todo}
+            self.watch.probe(self.teacher, modules, batches[0])
             self.student = self.teacher.twin(self.model)
             order = self.watch.order
             self.todo = {name: self.todo[name] for name in order}
             shared = [x for x in order if self.statistics[x].calls > 1]
             first = order.index(shared[0]) if shared else len(order)
             self.watch.residual.difference_update(shared)
-            self._fit_side_by_side(order[:first], batches)
-            self._fit_shared(shared, batches)
-            self._fit_side_by_side(
-                [name for name in order[first:] if name not in shared],
-                batches)
+            for fit, names in (
+                    (self._fit_side_by_side, order[:first]),
+                    (self._fit_shared, shared),
+                    (self._fit_side_by_side,
+                     [x for x in order[first:] if x not in shared])):
+                if names:
+                    fit(names, batches)
 
     def _log(self, name: str, fitted: bool) -> None:
         self._done += 1
@@ -89,16 +87,13 @@ class Reconstruction:
 
     def _fit_side_by_side(self, names: Sequence[str],
                           batches: Sequence[Any]) -> None:
-        if not names:
-            return
         with ExitStack() as stack:
             for name in names:
                 self._stop_at(name, stack)
             passes = [
                 (stack.enter_context(Pass(self.teacher, data, self.watch)),
                  stack.enter_context(Pass(self.student, data, self.watch)))
-                for data in batches
-            ]
+                for data in batches]
             for one in itertools.chain(*passes):
                 one.advance()
             while any(student.name for _, student in passes):
@@ -142,10 +137,16 @@ class Reconstruction:
         pairs = [(t, s) for t, s in passes if t.name == s.name == name]
         if name in self.watch.residual:
             return bool(pairs) and self._fit_sum(layer, pairs)
-        samples = [output_samples(layer, t.tensor) for t, _ in pairs]
-        regression = LayerRegression(layer, self.statistics[name], samples)
-        for (_, student), y in zip(pairs, samples):
-            regression.add(student.tensor, y)
+        return self._regress(layer, [
+            (s.tensor, output_samples(layer, t.tensor)) for t, s in pairs])
+
+    def _regress(self, layer: Layer, samples: Sequence[tuple],
+                 scale: Tensor | None = None) -> bool:
+        """Fit a layer to what :meth:`LayerRegression.add` takes."""
+        regression = LayerRegression(layer, self.statistics[layer.name],
+                                     [x[1] for x in samples], scale)
+        for sample in samples:
+            regression.add(*sample)
         return self._set(regression)
 
     def _fit_sum(self, layer: Layer,
@@ -167,11 +168,7 @@ class Reconstruction:
                                    for value in (y, wanted - found, wanted))))
             # what stands in the sum already is replaced by the new output
             student.sum.branch.sub_(wide * y)
-        regression = LayerRegression(layer, self.statistics[layer.name],
-                                     [x[1] for x in samples], scale)
-        for sample in samples:
-            regression.add(*sample)
-        fitted = self._set(regression)
+        fitted = self._regress(layer, samples, scale)
         for _, student in pairs:
             student.sum.branch.add_(wide * target(student.tensor))
         return fitted
@@ -179,8 +176,6 @@ class Reconstruction:
     def _fit_shared(self, names: Sequence[str],
                     batches: Sequence[Any]) -> None:
         """Fit layers one after the other, each to all its calls."""
-        if not names:
-            return
         images = itertools.accumulate(map(self.teacher.count_images, batches))
         some = [data for data, before in zip(batches, [0, *images])
                 if before < SHARED_IMAGES]

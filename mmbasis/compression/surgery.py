@@ -310,12 +310,10 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any],
     state_dict = checkpoint['state_dict']
     check_state_dict(model, state_dict)
     own = get_state_dict(model)
-    wrong = [
-        f'{key}: missing' if key not in state_dict else
-        f'{key}: {tuple(state_dict[key].shape)}, not {tuple(value.shape)}'
-        for key, value in own.items() if 'num_batches_tracked' not in key and (
-            key not in state_dict or state_dict[key].shape != value.shape)
-    ]
+    wrong = [f'{key}: missing' if key not in state_dict else
+             f'{key}: {tuple(state_dict[key].shape)}, not {tuple(x.shape)}'
+             for key, x in own.items() if 'num_batches_tracked' not in key and
+             (key not in state_dict or state_dict[key].shape != x.shape)]
     if wrong:
         raise RuntimeError(f'{path} does not fit the model: '
                            f'{"; ".join(wrong[:3])} ({len(wrong)} of '
