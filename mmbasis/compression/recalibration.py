@@ -107,7 +107,7 @@ def single_truncations(model: nn.Module, analysis: Analysis,
     its spectrum.
 
     Args:
-        model (nn.Module): The dense model; it is as before afterwards.
+        model (nn.Module): The dense model; a copy of it is truncated.
         analysis (Analysis): What was measured of its layers.
         batches (Sequence): Held-out batches.
 
@@ -116,19 +116,17 @@ def single_truncations(model: nn.Module, analysis: Analysis,
         lost where no sensitivity is known) and ``measured`` (see
         :func:`output_error`).
     """
-    reference = copy.deepcopy(model)
+    truncated = copy.deepcopy(model)
     for layer in analysis.selection.chosen:
-        rank, dense = layer.full_rank // 2, layer.module
-        known = analysis.statistics[layer.name]
+        rank, known = layer.full_rank // 2, analysis.statistics[layer.name]
         if rank == 0 or known.spectrum is None:
             continue
+        dense = truncated.get_submodule(layer.name)
         basis = BasisLayer(dense, rank, bias=True)
         basis.project(dense, known.spectrum.vectors, known.mean)
-        replace_modules(model, {dense: basis})
-        try:
-            measured = output_error(model, reference, batches)
-        finally:
-            replace_modules(model, {basis: dense})
+        replace_modules(truncated, {dense: basis})
+        measured = output_error(truncated, model, batches)
+        replace_modules(truncated, {basis: dense})
         lost = (known.spectrum.energy if known.sensitivity is None else
                 known.sensitivity / 2)
         yield dict(name=layer.name, rank=rank, measured=measured,

@@ -248,8 +248,7 @@ class Recipe(_Checked):
         """Whether sensitivities are wanted; None: where they can be had."""
         if self.planner is not None:
             return self.planner.loss_aware
-        return self.plan is not None and self.plan.planner.get(
-            'loss_aware', False)
+        return bool(self.plan) and self.plan.planner.get('loss_aware', False)
 
     @property
     def is_sequential(self) -> bool:

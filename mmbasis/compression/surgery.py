@@ -33,12 +33,9 @@ def basis_layers(model: nn.Module) -> Iterator[tuple[str, BasisLayer]]:
 
 
 def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Replace modules, given by the old ones, wherever they hang, so that
-    shared ones stay shared.
-
-    What is attached to a dense layer goes to its basis layer, and back;
-    moving averages inside the model get to know of it. If that fails, the
-    model is as before.
+    """Replace modules, given by the old ones, wherever they hang. What is
+    attached to a dense layer goes to its basis layer, and back; moving
+    averages inside the model follow. If that fails, the model is as before.
     """
     with all_or_nothing(model):
         for old, module in new.items():
@@ -82,9 +79,8 @@ def _averages(model: nn.Module) -> list[BaseAveragedModel]:
 
 
 def _followers(model: nn.Module) -> Mapping[nn.Module, list[nn.Module]]:
-    """The layers of moving averages inside a model, as the momentum encoders
-    of pretext tasks, by the layer that they are the average of. They are
-    projected on the same subspace, so that the factors can be averaged."""
+    """The layers of moving averages (momentum encoders) by the layer that they
+    are the average of: projected on one subspace, factors can be averaged."""
     found = defaultdict(list)
     for average in _averages(model):
         inside = set(average.modules())
@@ -110,15 +106,15 @@ def _shapes(model: nn.Module) -> frozenset:
 
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
-    modules, known = dict(model.named_modules()), {**plan.layers, **plan.dense}
-    problems: dict[str, str | None] = {
-        x: 'no such layer' for x in known if x not in modules}
+    modules, known = dict(model.named_modules()), {*plan.layers, *plan.dense}
+    problems = {name: _problem(modules[name], entry)
+                if name in modules else 'no such layer'
+                for name, entry in plan.layers.items()}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
+        problems.update({x: 'no such layer' for x in plan.dense
+                         if x not in modules})
         problems.update({x.name: 'not in the plan' for x in find_layers(model)
                          if x.name not in known})
-    problems.update({name: _problem(modules[name], entry)
-                     for name, entry in plan.layers.items()
-                     if name in modules})
     wrong = [f'{name}: {why}' for name, why in problems.items() if why]
     if wrong:
         raise ValueError(
@@ -226,9 +222,8 @@ def get_plan(model: nn.Module) -> CompressionPlan | None:
 
 
 def attach_plan(model: nn.Module, plan: CompressionPlan) -> list[str]:
-    """Let a compressed model carry its plan, guard it against weights of
-    another structure, and keep its structure in deployment: what
-    :func:`keep_structure` returns."""
+    """Have a compressed model carry its plan, :func:`guard` it, and return
+    what :func:`keep_structure` returns."""
     guard(model)
     vars(model)[_PLAN] = plan
     return keep_structure(model)
