@@ -10,22 +10,8 @@ from .pipeline import (
                          run_recipe,
                          take_batches,
 )
-from .recalibration import (
-                         forward_latency,
-                         output_error,
-                         recalibrate,
-                         recalibrate_if_better,
-                         single_truncations,
-)
-from .recipe import (
-                         Calibration,
-                         PlanLike,
-                         Recipe,
-                         Teaching,
-                         Term,
-                         as_plan,
-                         as_planner,
-)
+from .recalibration import output_error, recalibrate, recalibrate_if_better
+from .recipe import PlanLike, Recipe, Teaching, Term, as_plan, as_planner
 from .start import (
                          META_KEY,
                          TEACHER_KEY,
@@ -50,12 +36,11 @@ from .surgery import (
 )
 
 __all__ = [
-    'META_KEY', 'TEACHER_KEY', 'Action', 'Calibration', 'PlanLike', 'Recipe',
-    'Run', 'Source', 'Start', 'Teaching', 'Term', 'analyze', 'apply_plan',
-    'as_plan', 'as_planner', 'attach_plan', 'bases_of', 'basis_layers',
-    'compress', 'densified', 'find_targets', 'forward_latency', 'get_plan',
-    'guard', 'load_weights', 'log_plan', 'make_plan', 'output_error',
-    'plan_of', 'read_checkpoint', 'recalibrate', 'recalibrate_if_better',
-    'resolve', 'restructure', 'run_recipe', 'save_checkpoint',
-    'single_truncations', 'take_batches'
+    'META_KEY', 'TEACHER_KEY', 'Action', 'PlanLike', 'Recipe', 'Run', 'Source',
+    'Start', 'Teaching', 'Term', 'analyze', 'apply_plan', 'as_plan',
+    'as_planner', 'attach_plan', 'bases_of', 'basis_layers', 'compress',
+    'densified', 'find_targets', 'get_plan', 'guard', 'load_weights',
+    'log_plan', 'make_plan', 'output_error', 'plan_of', 'read_checkpoint',
+    'recalibrate', 'recalibrate_if_better', 'resolve', 'restructure',
+    'run_recipe', 'save_checkpoint', 'take_batches'
 ]

@@ -34,12 +34,14 @@ def as_plan(plan: PlanLike) -> CompressionPlan:
                     f'CompressionPlan, but got {plan!r}')
 
 
-def _checked(words: str,
-             allows: Callable[[Any], bool],
+def _checked(words: str, allows: Callable[[Any], bool],
              default: Any = MISSING) -> Any:
-    """A field: what it may be, in words and as a test. The default may be
-    something else."""
+    """A field: what it may be beside its default, in words and as a test."""
     return field(default=default, metadata=dict(words=words, allows=allows))
+
+
+def _of_type(words: str, type_: Any, default: Any = MISSING) -> Any:
+    return _checked(words, lambda x: isinstance(x, type_), default)
 
 
 def _weight(default: Any = MISSING) -> Any:
@@ -56,17 +58,17 @@ class _Checked:
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
             value, rule = getattr(self, entry.name), entry.metadata
-            if rule and value is not entry.default and not (
-                    rule['allows'](value)):
-                raise ValueError(f'{self.prefix}{entry.name} must be '
-                                 f'{rule["words"]}, but got {value!r}')
+            if value is entry.default or not rule or rule['allows'](value):
+                continue
+            raise ValueError(f'{self.prefix}{entry.name} must be '
+                             f'{rule["words"]}, but got {value!r}')
 
     @classmethod
     def parse(cls, config: Any) -> Any:
         """From its config; an instance is returned as it is."""
         if isinstance(config, cls):
             return config
-        key = cls.prefix.rstrip('.') or 'a recipe'
+        key = cls.prefix.rstrip('.: ') or 'a recipe'
         names = [x.name for x in fields(cls)]  # type: ignore[arg-type]
         if not isinstance(config, Mapping) or set(config) - set(names):
             raise ValueError(f'{key} must be dict(…) with some of '
@@ -89,8 +91,8 @@ class Calibration(_Checked):
     prefix = 'calibration.'
     num_batches: int = _checked('a positive integer',
                                 lambda x: type(x) is int and x > 0, 8)
-    dataloader: Optional[Mapping[str, Any]] = _checked(
-        'the config of a data loader', lambda x: isinstance(x, Mapping), None)
+    dataloader: Optional[Mapping[str, Any]] = _of_type(
+        'the config of a data loader', Mapping, None)
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,8 @@ class Term(_Checked):
         weight (float): At least 0. Defaults to 1.
         temperature (float): Only for ``'kl'``, positive. Defaults to 4.
     """
-    prefix = 'distillation.terms.'
-    module: str = _checked('the name of a module',
-                           lambda x: isinstance(x, str))
+    prefix = 'a term of distillation: '
+    module: str = _of_type('the name of a module', str)
     type: str = _checked("'kl' or 'mse'", ('kl', 'mse').__contains__)
     weight: float = _weight(1.)
     temperature: float = _weight(4.)
@@ -142,10 +143,9 @@ class Teaching(_Checked):
             least 0. Defaults to 0.3 where logits are compared, else to 1.
     """
     prefix = 'distillation.'
-    checkpoint: Optional[str] = _checked('the name of a file',
-                                         lambda x: isinstance(x, str), None)
-    terms: Optional[Tuple[Term, ...]] = _checked(
-        'a list of terms', lambda x: isinstance(x, tuple), None)
+    checkpoint: Optional[str] = _of_type('the name of a file', str, None)
+    terms: Optional[Tuple[Term, ...]] = _of_type('a list of terms', tuple,
+                                                 None)
     task_weight: Optional[float] = _weight(None)
 
     @classmethod
@@ -193,8 +193,7 @@ class Recipe(_Checked):
     recalibration: Union[bool, str] = _checked(
         "True, False or 'auto'",
         lambda x: isinstance(x, bool) or x == 'auto', 'auto')
-    norm: bool = _checked('True or False', lambda x: isinstance(x, bool),
-                          False)
+    norm: bool = _of_type('True or False', bool, False)
     orthogonality: Optional[Orthogonality] = None
     distillation: Optional[Teaching] = Teaching()
     config: Mapping[str, Any] = field(
@@ -248,7 +247,8 @@ class Recipe(_Checked):
         """Whether sensitivities are wanted; None: where they can be had."""
         if self.planner is not None:
             return self.planner.loss_aware
-        return bool(self.plan) and self.plan.planner.get('loss_aware', False)
+        return self.plan is not None and self.plan.planner.get(
+            'loss_aware', False)
 
     @property
     def is_sequential(self) -> bool:
