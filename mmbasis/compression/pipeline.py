@@ -178,16 +178,14 @@ def _outputs(adapter: running.Adapter, data: Any) -> Sequence[Tensor]:
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
     """The selection of a plan that is there already. Layers that its planner
     kept dense stay chosen: they are fitted as they were."""
-    excluded = {}
-    for layer in selection.layers:
-        dense = plan.dense.get(layer.name)
-        if layer.name in plan.layers or dense and dense.compressible:
-            continue
-        words = dense.reason if dense else 'not in the plan'
-        excluded[layer.name] = selection.excluded.get(
-            layer.name,
-            planning.Exclusion(planning.Reason.NOT_IN_PLAN, words))
-    return Selection(selection.layers, excluded)
+    chosen = {*plan.layers, *(k for k, x in plan.dense.items()
+                              if x.compressible)}
+    reasons = {k: x.reason for k, x in plan.dense.items()}
+    return Selection(selection.layers, {
+        x.name: selection.excluded.get(x.name, planning.Exclusion(
+            planning.Reason.NOT_IN_PLAN,
+            reasons.get(x.name, 'not in the plan')))
+        for x in selection.layers if x.name not in chosen})
 
 
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
@@ -238,11 +236,11 @@ def bases_of(analysis: Analysis) -> dict:
 
 
 def log_plan(plan: CompressionPlan) -> None:
-    """Log what a plan saves and which layers stay dense for what reason."""
+    """Log what a plan saves, and why layers stay dense."""
     logger = MMLogger.get_current_instance()
     for name, entry in plan.dense.items():
         logger.info('Layer %s stays dense: %s', name, entry.reason)
-    saved = [f'{key} {x["before"]:.4g} -> {x["after"]:.4g} '
+    saved = [f'{key} {x["before"] / 1e6:.4g} M -> {x["after"] / 1e6:.4g} M '
              f'({x["after"] / max(x["before"], 1):.1%})'
              for key, x in plan.totals().items()]
     logger.info('Compressed %d of %d layers: %s', len(plan.layers),

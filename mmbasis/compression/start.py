@@ -150,10 +150,9 @@ def _without_plan(recipe: Recipe, checkpoint: Source | None, run: Run,
                   model: CompressionPlan | None) -> Start:
     if run is Run.RESUME:
         raise RuntimeError(
-            'this run cannot be resumed from a dense checkpoint: it carries '
-            'no compression plan. To start from dense weights use load_from '
-            'without resume; to resume the latest checkpoint of work_dir, '
-            'resume without load_from')
+            'this run cannot be resumed from a dense checkpoint: to start '
+            'from dense weights, use load_from without resume; to resume the '
+            'latest checkpoint of work_dir, resume without load_from')
     if run is Run.TEST and (checkpoint is not None or model is None):
         raise RuntimeError(
             'the checkpoint under test is dense, but this config is of a '

@@ -27,9 +27,8 @@ Bases = Mapping[str, Tuple[Optional[Tensor], Optional[Tensor]]]
 
 def basis_layers(model: nn.Module) -> Iterator[tuple[str, BasisLayer]]:
     """The basis layers of a model with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, BasisLayer):
-            yield name, module
+    return ((name, module) for name, module in model.named_modules()
+            if isinstance(module, BasisLayer))
 
 
 def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
