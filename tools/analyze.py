@@ -29,13 +29,15 @@ from rich.table import Table
 from mmbasis.compression import (
     Recipe,
     analyze,
-    forward_latency,
     load_weights,
     make_plan,
     read_checkpoint,
     run_recipe,
-    single_truncations,
     take_batches,
+)
+from mmbasis.compression.recalibration import (
+    forward_latency,
+    single_truncations,
 )
 from mmbasis.datasets import calibration_dataloader
 from mmbasis.models import build_dense

@@ -1,19 +1,17 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """One layer fitted to the outputs of the dense network."""
-from typing import Optional, Tuple
+from __future__ import annotations
+
+from functools import partial
+from typing import Sequence
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from torch import Tensor
 
 from ..factorization import reduced_rank_regression
 from ..planning import Layer, LayerStatistics
-from ..planning.samples import (
-    input_samples,
-    is_expansion,
-    output_samples,
-    sum_of_products,
-)
+from ..planning import samples as sampling
 from ..planning.statistics import weight_matrix
 
 #: Where less than this share of the dense network's output can be had from the
@@ -36,44 +34,39 @@ class LayerRegression:
     Args:
         layer (Layer): The dense layer.
         statistics (LayerStatistics): What was measured of it.
-        samples (int): How many positions will be added in this process.
+        targets (Sequence[Tensor]): Samples that will be added.
         scale (Tensor, optional): Factor of the output, ``(P, )``, before it is
             added to something; errors are those of the product.
     """
 
-    def __init__(self,
-                 layer: Layer,
-                 statistics: LayerStatistics,
-                 samples: int,
-                 scale: Optional[Tensor] = None) -> None:
+    def __init__(self, layer: Layer, statistics: LayerStatistics,
+                 targets: Sequence[Tensor],
+                 scale: Tensor | None = None) -> None:
         self.layer, self.statistics = layer, statistics
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
         #: whether it corrects errors of something else, too
         self.in_sum = scale is not None
-        total = torch.tensor(float(samples))
-        if get_world_size() > 1:
-            all_reduce(total)
-        self.of_input = is_expansion(layer) or (layer.known_kind.sees_patches(
-            layer.module) and total >= SAMPLES_PER_WEIGHT * in_size)
+        total = torch.tensor(float(sum(y.shape[-1] for y in targets)))
+        all_reduce(total)
+        self.of_input = sampling.is_expansion(layer) or (
+            layer.known_kind.sees_patches(layer.module)
+            and total >= SAMPLES_PER_WEIGHT * in_size)
         if scale is None:
             scale = weight.new_ones(groups * self.rows)
         least = (MIN_SCALE * scale.abs().max()).clamp_min(1e-12)
         scale = torch.where(scale.abs() < least, least, scale)
         self.scale = scale.reshape(groups, self.rows, 1)
         size = in_size if self.of_input else self.rows
-        zeros = weight.new_zeros
+        zeros = partial(weight.new_zeros, dtype=torch.float64)
         # products of (change, regressors, 1) with (regressors, 1), where the
         # change is that of the target against the layer as it was
-        self.joint = zeros((groups, self.rows + size + 1, size + 1)).double()
-        self.change = _Energy()
-        self.wanted = _Energy()
+        self.joint = zeros((groups, self.rows + size + 1, size + 1))
+        # of the change and of wanted outputs, sums and sums of squares
+        self.sums = zeros((2, 2, groups, self.rows))
 
-    def add(self,
-            x: Tensor,
-            target: Tensor,
-            error: Optional[Tensor] = None,
-            wanted: Optional[Tensor] = None) -> None:
+    def add(self, x: Tensor, target: Tensor, error: Tensor | None = None,
+            wanted: Tensor | None = None) -> None:
         """Add a batch. One whose samples do not pair with those of the dense
         network is left out.
 
@@ -87,7 +80,7 @@ class LayerRegression:
         """
         layer = self.layer
         y = type(layer.module).forward(layer.module, x)  # no hooks
-        unchanged = output_samples(layer, y)
+        unchanged = sampling.output_samples(layer, y)
         if target.shape != unchanged.shape:
             return
         change = (target - unchanged) * self.scale
@@ -95,17 +88,20 @@ class LayerRegression:
             change += error
         regressors = unchanged
         if self.of_input:
-            regressors = input_samples(layer, x, y)
+            regressors = sampling.input_samples(layer, x, y)
         elif layer.module.bias is not None:
             regressors = unchanged - layer.module.bias.view(
                 len(unchanged), -1, 1)
         right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
-        self.joint += sum_of_products(torch.cat([change, right], 1), right)
-        self.change.add(change)
-        self.wanted.add(target if wanted is None else wanted)
+        self.joint += sampling.sum_of_products(
+            torch.cat([change, right], 1), right)
+        wanted = target if wanted is None else wanted
+        for sums, samples in zip(self.sums, (change, wanted)):
+            samples = samples.double()
+            sums += torch.stack([samples.sum(-1), samples.square().sum(-1)])
 
-    def solve(self, rank: Optional[int],
-              centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
+    def solve(self, rank: int | None,
+              centred: bool) -> tuple[Tensor, Tensor, Tensor] | None:
         """The best layer of a rank.
 
         Args:
@@ -117,6 +113,8 @@ class LayerRegression:
             coefficients ``(G, P / G, Q)`` and bias ``(P, )``; None where the
             regressors do not vary, or say too little of the target.
         """
+        all_reduce(self.joint)
+        all_reduce(self.sums)
         moments = self._moments(centred)
         if moments is None:
             return None
@@ -126,8 +124,9 @@ class LayerRegression:
             matrix if self.of_input else torch.eye(self.rows).to(matrix))
         coefficients, basis, explained = self._regress(cross, second, prior,
                                                        rank)
-        left = self.change.value(centred) - explained
-        if left > (1 - MIN_EXPLAINED) * self.wanted.value(centred):
+        means, squares = (self.sums / self.joint[0, -1, -1]).unbind(1)
+        change, wanted = (squares - (means * centred).square()).sum((1, 2))
+        if change - explained > (1 - MIN_EXPLAINED) * wanted:
             return None
 
         bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
@@ -138,14 +137,9 @@ class LayerRegression:
             basis = basis @ matrix
         return basis, coefficients / scale, bias
 
-    def _moments(
-            self,
-            centred: bool) -> Optional[Tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Means of change and regressors, and their joint moments over all
-        processes; None where the regressors do not vary."""
-        if get_world_size() > 1:
-            for sums in (self.joint, self.change.sums, self.wanted.sums):
-                all_reduce(sums)
+    def _moments(self, centred: bool) -> tuple[Tensor, ...] | None:
+        """Means of change and regressors, and their joint moments; None where
+        the regressors do not vary."""
         count, rows = self.joint[:, -1:, -1:], self.rows
         if count.min() < 1:
             return None
@@ -162,37 +156,17 @@ class LayerRegression:
         return mean_change, mean_r, cross, second
 
     def _regress(self, cross: Tensor, second: Tensor, prior: Tensor,
-                 rank: Optional[int]) -> Tuple[Tensor, Tensor, Tensor]:
+                 rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Regression in the metric of the loss' gradients, if it is known."""
-        weight, scale = self.statistics.gradient, self.scale.double()
+        weight, spectrum = self.statistics.gradient, self.statistics.spectrum
         if weight is not None and weight.shape[-1] == self.rows:
+            scale = self.scale.double()
             weight = weight / (scale @ scale.mT)
-        elif self.in_sum:
+        elif weight is None or spectrum is None or self.in_sum:
             weight = None  # a sum has errors in directions that it lacks
-        elif weight is not None:
-            assert self.statistics.spectrum is not None
-            vectors = self.statistics.spectrum.vectors
+        else:
+            vectors = spectrum.vectors
             coefficients, basis, explained = reduced_rank_regression(
                 vectors.mT @ cross, second, vectors.mT @ prior, rank, weight)
             return vectors @ coefficients, basis, explained
         return reduced_rank_regression(cross, second, prior, rank, weight)
-
-
-class _Energy:
-    """Mean square of samples, over all processes."""
-
-    def __init__(self) -> None:
-        #: number of samples, sum of squares, and sums by channel
-        self.sums = torch.zeros(())
-
-    def add(self, samples: Tensor) -> None:
-        samples = samples.double()
-        count = samples.new_tensor([samples.shape[-1]])
-        squares = samples.square().sum().view(1)
-        total = samples.sum(-1).flatten()
-        self.sums = torch.cat([count, squares, total]) + self.sums
-
-    def value(self, centred: bool) -> Tensor:
-        """Summed over channels; about the mean if ``centred``."""
-        mean = self.sums / self.sums[0]
-        return mean[1] - (mean[2:] * centred).square().sum()

@@ -6,14 +6,15 @@ merge convolutions with what surrounds them, which would turn basis layers into
 dense ones again. So a block that holds basis layers is not merged: its middle
 normalizations are folded. All other blocks are merged.
 """
+from __future__ import annotations
+
 import inspect
 import sys
 from functools import partial, wraps
-from typing import Any, List
+from typing import Any
 
 import mmcv.cnn
 import torch.nn as nn
-from mmengine.logging import MMLogger
 
 from ..layers import BasisLayer
 
@@ -22,7 +23,7 @@ MERGING_METHODS = ('switch_to_deploy', 'fuse', 'merge_kernel', 'local_inject',
                    'reparameterize')
 
 
-def keep_structure(model: nn.Module) -> List[str]:
+def keep_structure(model: nn.Module) -> list[str]:
     """Have basis layers survive the merging methods of the modules around
     them, in this model and its copies.
 
@@ -38,16 +39,6 @@ def keep_structure(model: nn.Module) -> List[str]:
             if not _is_merged_by_parts(module):
                 kept.append(name)
     return kept
-
-
-def recommend_deployed_form(kept: List[str]) -> None:
-    """Say what compresses better, if blocks are kept from being merged."""
-    if kept:
-        MMLogger.get_current_instance().info(
-            '%d blocks (%s, …) that can be merged for deployment hold basis '
-            'layers and will not be merged: compressing the deployed form of '
-            'the model (deploy=True, or switch_to_deploy() before) is better',
-            len(kept), kept[0])
 
 
 def override_merging(module: nn.Module, method: str) -> None:
@@ -74,7 +65,7 @@ def _merge(module: nn.Module, method: str, *args, **kwargs) -> Any:
     return result
 
 
-def _merging_methods(module: nn.Module) -> List[str]:
+def _merging_methods(module: nn.Module) -> list[str]:
     methods = [x for x in MERGING_METHODS if _takes_no_arguments(module, x)]
     # beside others, ``reparameterize`` only computes the merged weights
     if len(methods) > 1 and methods[-1] == 'reparameterize':
@@ -83,8 +74,7 @@ def _merging_methods(module: nn.Module) -> List[str]:
 
 
 def _takes_no_arguments(module: nn.Module, method: str) -> bool:
-    """Whether there is such a method: mmdet's FPG has a ``fuse`` that fuses
-    its arguments."""
+    """False of the ``fuse`` of mmdet's FPG, which fuses its arguments."""
     try:
         inspect.signature(getattr(type(module), method)).bind(module)
     except (AttributeError, TypeError):
@@ -98,7 +88,7 @@ def _is_merged_by_parts(module: nn.Module) -> bool:
         _merging_methods(x) for x in module.modules() if x is not module)
 
 
-def _basis_layers(module: nn.Module) -> List[BasisLayer]:
+def _basis_layers(module: nn.Module) -> list[BasisLayer]:
     return [x for x in module.modules() if isinstance(x, BasisLayer)]
 
 

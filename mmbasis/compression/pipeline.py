@@ -1,40 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The way through: layers -> statistics -> plan -> basis layers -> fit."""
+from __future__ import annotations
+
 import itertools
 from dataclasses import dataclass
-from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, Sequence
 
 import torch.nn as nn
 from mmengine.dist import broadcast_object_list
 from mmengine.logging import MMLogger
 from torch import Tensor
 
+from .. import planning, running
 from ..layers import copy_module
-from ..planning import (
-    Analysis,
-    CompressionPlan,
-    Exclusion,
-    Form,
-    Layer,
-    Reason,
-    Rules,
-    Selection,
-    check_finite,
-    find_layers,
-    measure,
-    measure_sensitivity,
-)
+from ..planning import Analysis, CompressionPlan, Layer, Selection
 from ..quirks import two_copies
-from ..running import (
-    Adapter,
-    Targets,
-    UnknownLossError,
-    adapter_of,
-    evaluation,
-    trace_targets,
-    train_deterministically,
-    undisturbed,
-)
 from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
@@ -49,10 +29,8 @@ class Compression:
     analysis: Analysis
 
 
-def compress(model: nn.Module,
-             planner: Union[PlannerLike, CompressionPlan],
-             dataloader: Iterable,
-             num_batches: Optional[int] = None,
+def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
+             dataloader: Iterable, num_batches: int | None = None,
              **recipe: Any) -> CompressionPlan:
     """Compress a trained model in place.
 
@@ -78,21 +56,20 @@ def compress(model: nn.Module,
         made = Recipe.of(plan=planner, **recipe)
     else:
         made = Recipe.of(planner=as_planner(planner), **recipe)
-    batches, held_out = take_batches(dataloader, num_batches)
-    return run_recipe(model, made, batches, held_out).plan
+    batches = take_batches(dataloader, num_batches)
+    return run_recipe(model, made, *batches).plan
 
 
-def take_batches(dataloader: Iterable,
-                 num_batches: Optional[int] = None,
-                 num_held_out: int = 1) -> Tuple[List[Any], List[Any]]:
-    """Batches for calibration, and others that are held out for choices.
+def take_batches(dataloader: Iterable, num_batches: int | None = None,
+                 num_held_out: int = 1) -> tuple[list[Any], list[Any]]:
+    """Batches of a loader for calibration, and others that are held out for
+    choices.
 
     Args:
         dataloader (Iterable): Batches as the model takes them.
         num_batches (int, optional): How many to calibrate with. Defaults to
             all; none is held out then.
-        num_held_out (int): How many to hold out, if there are so many.
-            Defaults to 1.
+        num_held_out (int): How many to hold out at most. Defaults to 1.
     """
     batches = iter(dataloader)
     if num_batches is None:
@@ -124,16 +101,15 @@ def analyze(model: nn.Module, recipe: Recipe,
         raise ValueError(problem)
     if not batches:
         raise RuntimeError('calibration saw no image: the dataloader is empty')
-    adapter = adapter_of(model)
-    layers = find_layers(model)
-    check_finite(layers)
+    adapter, layers = running.adapter_of(model), planning.find_layers(model)
+    planning.check_finite(layers)
     selection = _select(adapter, recipe, layers, batches[0])
-    analysis = measure(adapter, selection, batches, recipe.data_aware)
+    analysis = planning.measure(adapter, selection, batches, recipe.data_aware)
     if recipe.loss_aware is False:
         return analysis
     try:
-        return measure_sensitivity(adapter, analysis, batches)
-    except UnknownLossError as error:
+        return planning.measure_sensitivity(adapter, analysis, batches)
+    except running.UnknownLossError as error:
         if recipe.loss_aware:
             raise
         MMLogger.get_current_instance().warning(
@@ -141,20 +117,18 @@ def analyze(model: nn.Module, recipe: Recipe,
         return analysis
 
 
-def _select(adapter: Adapter, recipe: Recipe, layers: Sequence[Layer],
+def _select(adapter: running.Adapter, recipe: Recipe, layers: Sequence[Layer],
             data: Any) -> Selection:
-    rules = recipe.planner.rules if recipe.planner else Rules()
-    targets = Targets(set(), set())
+    rules = recipe.planner.rules if recipe.planner else planning.Rules()
+    targets = running.Targets(set(), set())
     if rules.need_targets:
         targets = find_targets(adapter, layers, data)
-    if recipe.planner is not None:
-        return recipe.planner.select(layers, targets)
-    assert recipe.plan is not None, 'a recipe without planner and plan'
-    return _follow(recipe.plan, rules.select(layers, targets))
+    selection = (recipe.planner or rules).select(layers, targets)
+    return _follow(recipe.plan, selection) if recipe.plan else selection
 
 
-def find_targets(adapter: Adapter, layers: Sequence[Layer],
-                 data: Any) -> Targets:
+def find_targets(adapter: running.Adapter, layers: Sequence[Layer],
+                 data: Any) -> running.Targets:
     """Find the layers that make predictions, and those that say where others
     sample: from the training loss, which all predictions reach, or from the
     outputs where there is no loss.
@@ -169,15 +143,17 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
     """
     model, logger = adapter.model, MMLogger.get_current_instance()
     modules = {x.name: x.module for x in layers}
-    with undisturbed(model), evaluation(model):
+
+    with running.undisturbed(model), running.evaluation(model):
         try:
-            train_deterministically(model)
-            found = trace_targets(model, modules, lambda: adapter.loss(data))
+            running.train_deterministically(model)
+            found = running.trace_targets(model, modules,
+                                          lambda: adapter.loss(data))
         except Exception as error:  # of missing annotations, for example
             logger.info('No loss shows the prediction layers: %s', error)
             model.eval()
-            found = trace_targets(model, modules,
-                                  lambda: _outputs(adapter, data))
+            found = running.trace_targets(model, modules,
+                                          lambda: _outputs(adapter, data))
     if layers and not found.predictions:
         logger.warning(
             'No layer could be traced to the outputs of %s, so none stays '
@@ -189,9 +165,8 @@ def find_targets(adapter: Adapter, layers: Sequence[Layer],
     return shared[0]
 
 
-def _outputs(adapter: Adapter, data: Any) -> Sequence[Tensor]:
-    """The outputs of a model; none of one that does not run with gradients:
-    what nothing takes up to there is a prediction."""
+def _outputs(adapter: running.Adapter, data: Any) -> Sequence[Tensor]:
+    """The outputs of a model; none of one that runs without gradients."""
     try:
         return adapter.outputs(data)
     except RuntimeError as error:
@@ -203,17 +178,14 @@ def _outputs(adapter: Adapter, data: Any) -> Sequence[Tensor]:
 def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
     """The selection of a plan that is there already. Layers that its planner
     kept dense stay chosen: they are fitted as they were."""
-    excluded = {}
-    for layer in selection.layers:
-        dense = plan.dense.get(layer.name)
-        if layer.name in plan.layers or dense is not None and (
-                dense.compressible):
-            continue
-        excluded[layer.name] = selection.excluded.get(
-            layer.name,
-            Exclusion(Reason.NOT_IN_PLAN,
-                      dense.reason if dense else 'not in the plan'))
-    return Selection(selection.layers, excluded)
+    chosen = {*plan.layers, *(k for k, x in plan.dense.items()
+                              if x.compressible)}
+    reasons = {k: x.reason for k, x in plan.dense.items()}
+    return Selection(selection.layers, {
+        x.name: selection.excluded.get(x.name, planning.Exclusion(
+            planning.Reason.NOT_IN_PLAN,
+            reasons.get(x.name, 'not in the plan')))
+        for x in selection.layers if x.name not in chosen})
 
 
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
@@ -252,31 +224,24 @@ def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:
     if recipe.planner is None:
         assert recipe.plan is not None, 'a recipe without planner and plan'
         return recipe.plan
-    form = Form(bias=recipe.data_aware, norm=recipe.norm)
+    form = planning.Form(bias=recipe.data_aware, norm=recipe.norm)
     return recipe.planner.plan(analysis, form)
 
 
 def bases_of(analysis: Analysis) -> dict:
-    """Directions and mean of the output of each layer, for
-    :func:`apply_plan`."""
-    return {
-        name: (known.spectrum.vectors, known.mean)
-        for name, known in analysis.statistics.items()
-        if known.spectrum is not None
-    }
+    """Directions and mean of each layer's output for :func:`apply_plan`."""
+    return {name: (known.spectrum.vectors, known.mean)
+            for name, known in analysis.statistics.items()
+            if known.spectrum is not None}
 
 
 def log_plan(plan: CompressionPlan) -> None:
-    """Log what a plan saves and which layers stay dense for what reason."""
+    """Log what a plan saves, and why layers stay dense."""
     logger = MMLogger.get_current_instance()
     for name, entry in plan.dense.items():
         logger.info('Layer %s stays dense: %s', name, entry.reason)
-    totals = plan.totals()
-    macs, params = totals['macs'], totals['params']
-    logger.info(
-        'Compressed %d of %d layers: MACs %.2f M -> %.2f M (%.1f %%), '
-        'parameters %.3f M -> %.3f M (%.1f %%)', len(plan.layers),
-        len(plan.layers) + len(plan.dense), macs['before'] / 1e6,
-        macs['after'] / 1e6, 100 * macs['after'] / max(macs['before'], 1),
-        params['before'] / 1e6, params['after'] / 1e6,
-        100 * params['after'] / max(params['before'], 1))
+    saved = [f'{key} {x["before"] / 1e6:.4g} M -> {x["after"] / 1e6:.4g} M '
+             f'({x["after"] / max(x["before"], 1):.1%})'
+             for key, x in plan.totals().items()]
+    logger.info('Compressed %d of %d layers: %s', len(plan.layers),
+                len(plan.layers) + len(plan.dense), ', '.join(saved))

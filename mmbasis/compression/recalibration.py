@@ -1,26 +1,24 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Statistics of batch normalisations after truncation."""
+"""How far truncation moves outputs, and new statistics of batch
+normalisations against that."""
+from __future__ import annotations
+
 import copy
-from typing import Any, Callable, List, Sequence
+import time
+from statistics import median
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import BasisLayer
+from ..planning import Analysis
 from ..running import adapter_of, evaluation
 from ..utils.divergence import kl_divergence, normalized_mse
-
-
-def norm_layers(model: nn.Module) -> List[_BatchNorm]:
-    """The normalisations of a model that keep statistics."""
-    return [
-        module for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-        and module.num_batches_tracked is not None
-    ]
+from .surgery import replace_modules
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
@@ -31,7 +29,7 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
         model (nn.Module): Changed in place.
         batches (Sequence): Batches as the model takes them.
     """
-    norms, adapter = norm_layers(model), adapter_of(model)
+    norms, adapter = _norms(model), adapter_of(model)
     momenta = [norm.momentum for norm in norms]
     with evaluation(model):
         for norm in norms:
@@ -43,9 +41,8 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
             adapter.predict(data)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
-        if get_world_size() > 1:
-            for statistic in (norm.running_mean, norm.running_var):
-                all_reduce(statistic, 'mean')
+        for statistic in (norm.running_mean, norm.running_var):
+            all_reduce(statistic, 'mean')
 
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
@@ -62,7 +59,7 @@ def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
     Returns:
         bool: Whether it helped.
     """
-    norms = norm_layers(model)
+    norms = _norms(model)
     if not norms:
         return False
     before = error()
@@ -70,8 +67,8 @@ def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
     recalibrate(model, batches)
     after = error()
     kept = after < before
-    if not kept:
-        for norm, state in zip(norms, states):
+    for norm, state in zip(norms, states):
+        if not kept:
             norm.load_state_dict(state)
     MMLogger.get_current_instance().info(
         'Recalibration of batch normalisations: error %.4g -> %.4g on '
@@ -91,18 +88,68 @@ def output_error(model: nn.Module, reference: nn.Module,
         batches (Sequence): Batches as both take them; the error is the mean
             over these and over processes.
     """
-    total = torch.zeros(2)  # of errors, and how many they are
+    errors = []
     found, wanted = adapter_of(model), adapter_of(reference)
     with evaluation(model), evaluation(reference):
         for data in batches:
             for x, y in zip(found.outputs(data), wanted.outputs(data)):
                 if x.shape == y.shape:
-                    total += torch.stack([_distance(x, y), torch.tensor(1.)])
-    if get_world_size() > 1:
-        all_reduce(total)
+                    error = kl_divergence if x.dim() == 2 else normalized_mse
+                    errors.append(error(x.float().cpu(), y.float().cpu()))
+    total = torch.tensor([sum(errors), len(errors)])
+    all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
 
 
-def _distance(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.float().cpu(), y.float().cpu()
-    return kl_divergence(x, y) if x.dim() == 2 else normalized_mse(x, y)
+def single_truncations(model: nn.Module, analysis: Analysis,
+                       batches: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Truncate one layer at a time to half its full rank, on the subspace of
+    its spectrum.
+
+    Args:
+        model (nn.Module): The dense model; a copy of it is truncated.
+        analysis (Analysis): What was measured of its layers.
+        batches (Sequence): Held-out batches.
+
+    Yields:
+        dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy
+        lost where no sensitivity is known) and ``measured`` (see
+        :func:`output_error`).
+    """
+    truncated = copy.deepcopy(model)
+    for layer in analysis.selection.chosen:
+        rank, known = layer.full_rank // 2, analysis.statistics[layer.name]
+        if rank == 0 or known.spectrum is None:
+            continue
+        dense = truncated.get_submodule(layer.name)
+        basis = BasisLayer(dense, rank, bias=True)
+        basis.project(dense, known.spectrum.vectors, known.mean)
+        replace_modules(truncated, {dense: basis})
+        measured = output_error(truncated, model, batches)
+        replace_modules(truncated, {basis: dense})
+        lost = (known.spectrum.energy if known.sensitivity is None else
+                known.sensitivity / 2)
+        yield dict(name=layer.name, rank=rank, measured=measured,
+                   predicted=float(lost[rank:].sum()))
+
+
+def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
+    """Median time of a forward pass of a batch on this machine, in
+    milliseconds, over ``repeats`` passes after two that do not count."""
+    device, adapter = next(model.parameters()).device, adapter_of(model)
+    times = []
+    with evaluation(model):
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            adapter.outputs(data)
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
+            times.append(1e3 * (time.perf_counter() - start))
+    return median(times[2:])
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    """The normalisations that keep statistics."""
+    return [x for x in model.modules() if isinstance(x, _BatchNorm)
+            and x.running_mean is not None
+            and x.num_batches_tracked is not None]

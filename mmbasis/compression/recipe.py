@@ -1,8 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What a user wants: how to compress, and how to fine-tune."""
 import math
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 from ..planning import BasePlanner, CompressionPlan
@@ -35,19 +34,53 @@ def as_plan(plan: PlanLike) -> CompressionPlan:
                     f'CompressionPlan, but got {plan!r}')
 
 
-def _require(condition: bool, key: str, allowed: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f'{key} must be {allowed}, but got {value!r}')
+def _checked(words: str, allows: Callable[[Any], bool],
+             default: Any = MISSING) -> Any:
+    """A field: what it may be beside its default, in words and as a test."""
+    return field(default=default, metadata=dict(words=words, allows=allows))
 
 
-def _require_weight(key: str, value: Any) -> None:
-    _require(
-        isinstance(value, (int, float)) and not isinstance(value, bool)
-        and 0 <= value < math.inf, key, 'a number of at least 0', value)
+def _of_type(words: str, type_: Any, default: Any = MISSING) -> Any:
+    return _checked(words, lambda x: isinstance(x, type_), default)
+
+
+def _weight(default: Any = MISSING) -> Any:
+    return _checked(
+        'a number of at least 0', lambda x: isinstance(x, (int, float))
+        and not isinstance(x, bool) and 0 <= x < math.inf, default)
+
+
+class _Checked:
+    """A dataclass that names the first field with a wrong value."""
+    #: what stands before the names of fields
+    prefix = ''
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            value, rule = getattr(self, entry.name), entry.metadata
+            if value is entry.default or not rule or rule['allows'](value):
+                continue
+            raise ValueError(f'{self.prefix}{entry.name} must be '
+                             f'{rule["words"]}, but got {value!r}')
+
+    @classmethod
+    def parse(cls, config: Any) -> Any:
+        """From its config; an instance is returned as it is."""
+        if isinstance(config, cls):
+            return config
+        key = cls.prefix.rstrip('.: ') or 'a recipe'
+        names = [x.name for x in fields(cls)]  # type: ignore[arg-type]
+        if not isinstance(config, Mapping) or set(config) - set(names):
+            raise ValueError(f'{key} must be dict(…) with some of '
+                             f'{", ".join(names)}, but got {config!r}')
+        try:
+            return cls(**config)
+        except TypeError as error:
+            raise ValueError(f'{key} is not complete: {error}') from None
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(_Checked):
     """The images that layers are calibrated with.
 
     Args:
@@ -55,31 +88,23 @@ class Calibration:
         dataloader (dict, optional): Config of a data loader. By default that
             of training, reshuffled and with the transforms of testing.
     """
-    num_batches: int = 8
-    dataloader: Optional[Mapping[str, Any]] = None
-
-    def __post_init__(self) -> None:
-        number = self.num_batches
-        _require(type(number) is int and number > 0, 'calibration.num_batches',
-                 'a positive integer', number)
-        _require(
-            self.dataloader is None or isinstance(self.dataloader, Mapping),
-            'calibration.dataloader', 'the config of a data loader',
-            self.dataloader)
+    prefix = 'calibration.'
+    num_batches: int = _checked('a positive integer',
+                                lambda x: type(x) is int and x > 0, 8)
+    dataloader: Optional[Mapping[str, Any]] = _of_type(
+        'the config of a data loader', Mapping, None)
 
 
 @dataclass(frozen=True)
-class Orthogonality:
+class Orthogonality(_Checked):
     """The penalty ``weight * sum ||F F^T - I||_F^2`` over basis layers, with
     a weight of at least 0."""
-    weight: float
-
-    def __post_init__(self) -> None:
-        _require_weight('orthogonality.weight', self.weight)
+    prefix = 'orthogonality.'
+    weight: float = _weight()
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(_Checked):
     """One comparison of the model with its teacher.
 
     Args:
@@ -89,28 +114,23 @@ class Term:
         weight (float): At least 0. Defaults to 1.
         temperature (float): Only for ``'kl'``, positive. Defaults to 4.
     """
-    module: str
-    type: str
-    weight: float = 1.
-    temperature: float = 4.
+    prefix = 'a term of distillation: '
+    module: str = _of_type('the name of a module', str)
+    type: str = _checked("'kl' or 'mse'", ('kl', 'mse').__contains__)
+    weight: float = _weight(1.)
+    temperature: float = _weight(4.)
 
     def __post_init__(self) -> None:
-        key = 'a term of distillation'
-        _require(
-            isinstance(self.module, str), f'{key}: module',
-            'the name of a module', self.module)
-        _require(self.type in ('kl', 'mse'), f'{key}: type', "'kl' or 'mse'",
-                 self.type)
-        _require_weight(f'{key}: weight', self.weight)
-        _require_weight(f'{key}: temperature', self.temperature)
-        _require(self.temperature > 0 and self.type == 'kl'
-                 or self.temperature == Term.temperature,
-                 f'{key}: temperature', "positive, and only for type='kl'",
-                 self.temperature)
+        super().__post_init__()
+        if self.temperature != Term.temperature and (self.type != 'kl'
+                                                     or not self.temperature):
+            raise ValueError(f'{self.prefix}temperature must be positive, and '
+                             "only for type='kl', but got "
+                             f'{self.temperature!r}')
 
 
 @dataclass(frozen=True)
-class Teaching:
+class Teaching(_Checked):
     """How the teacher is compared with the model.
 
     Args:
@@ -122,36 +142,25 @@ class Teaching:
         task_weight (float, optional): Factor of the model's own losses, at
             least 0. Defaults to 0.3 where logits are compared, else to 1.
     """
-    checkpoint: Optional[str] = None
-    terms: Optional[Tuple[Term, ...]] = None
-    task_weight: Optional[float] = None
-
-    def __post_init__(self) -> None:
-        _require(self.checkpoint is None or isinstance(self.checkpoint, str),
-                 'distillation.checkpoint', 'the name of a file',
-                 self.checkpoint)
-        if self.task_weight is not None:
-            _require_weight('distillation.task_weight', self.task_weight)
+    prefix = 'distillation.'
+    checkpoint: Optional[str] = _of_type('the name of a file', str, None)
+    terms: Optional[Tuple[Term, ...]] = _of_type('a list of terms', tuple,
+                                                 None)
+    task_weight: Optional[float] = _weight(None)
 
     @classmethod
-    def of(cls, config: Any) -> Optional['Teaching']:
-        """From its config; True is the default, False is no teacher."""
+    def parse(cls, config: Any) -> Optional['Teaching']:
+        """True is a teacher with all defaults, False is none."""
         if isinstance(config, bool):
             return cls() if config else None
-        if isinstance(config, Mapping) and config.get('terms') is not None:
-            terms = config['terms']
-            _require(isinstance(terms, (list, tuple)), 'distillation.terms',
-                     'a list of terms', terms)
-            config = dict(
-                config,
-                terms=tuple(
-                    _from_config(Term, 'a term of distillation', x)
-                    for x in terms))
-        return _from_config(cls, 'distillation', config)
+        terms = isinstance(config, Mapping) and config.get('terms')
+        if isinstance(terms, (list, tuple)):
+            config = dict(config, terms=tuple(map(Term.parse, terms)))
+        return super().parse(config)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Checked):
     """The one description of a compression and of the fine-tuning after it.
     :meth:`of` makes it from the values that stand in configs.
 
@@ -179,24 +188,19 @@ class Recipe:
     planner: Optional[BasePlanner] = None
     plan: Optional[CompressionPlan] = None
     calibration: Calibration = Calibration()
-    reconstruction: Optional[str] = None
-    recalibration: Union[bool, str] = 'auto'
-    norm: bool = False
+    reconstruction: Optional[str] = _checked(
+        "'local' or 'sequential'", ('local', 'sequential').__contains__, None)
+    recalibration: Union[bool, str] = _checked(
+        "True, False or 'auto'",
+        lambda x: isinstance(x, bool) or x == 'auto', 'auto')
+    norm: bool = _of_type('True or False', bool, False)
     orthogonality: Optional[Orthogonality] = None
     distillation: Optional[Teaching] = Teaching()
     config: Mapping[str, Any] = field(
         default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _require(self.reconstruction in (None, 'local', 'sequential'),
-                 'reconstruction', "'local' or 'sequential'",
-                 self.reconstruction)
-        _require(
-            isinstance(self.recalibration, bool)
-            or self.recalibration == 'auto', 'recalibration',
-            "True, False or 'auto'", self.recalibration)
-        _require(isinstance(self.norm, bool), 'norm', 'True or False',
-                 self.norm)
+        super().__post_init__()
         if self.norm and self.plan is not None and not self.plan.norm:
             raise ValueError('norm=True is asked for, but the plan to follow '
                              'has no normalisation')
@@ -215,18 +219,15 @@ class Recipe:
         given = {k: v for k, v in config.items() if v is not None}
         if 'planner' in given and 'plan' in given:
             raise ValueError('give a planner or a plan, not both')
-        convert: Dict[str, Callable] = dict(
+        parsers: Dict[str, Callable] = dict(
             planner=as_planner,
             plan=as_plan,
-            calibration=partial(_from_config, Calibration, 'calibration'),
-            orthogonality=partial(_from_config, Orthogonality,
-                                  'orthogonality'),
-            distillation=Teaching.of)
-        made = {
-            k: convert[k](v) if k in convert else v
-            for k, v in given.items()
-        }
-        return _from_config(cls, 'a recipe', dict(made, config=given))
+            calibration=Calibration.parse,
+            orthogonality=Orthogonality.parse,
+            distillation=Teaching.parse)
+        made = {k: parsers[k](v) if k in parsers else v
+                for k, v in given.items()}
+        return cls.parse(dict(made, config=given))
 
     @property
     def asks_for_teacher(self) -> bool:
@@ -255,17 +256,3 @@ class Recipe:
         if self.reconstruction is None:
             return self.data_aware
         return self.reconstruction == 'sequential'
-
-
-def _from_config(cls: Any, key: str, config: Any) -> Any:
-    """A dataclass from its config; an instance is returned as it is."""
-    if isinstance(config, cls):
-        return config
-    names = [x.name for x in fields(cls)]
-    if not isinstance(config, Mapping) or set(config) - set(names):
-        raise ValueError(f'{key} must be dict(…) with some of '
-                         f'{", ".join(names)}, but got {config!r}')
-    try:
-        return cls(**config)
-    except TypeError as error:
-        raise ValueError(f'{key} is not complete: {error}') from None

@@ -1,10 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Sequential reconstruction: each layer corrects errors before and beside
 it."""
+from __future__ import annotations
+
 import itertools
 import time
 from contextlib import ExitStack
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Iterator, Sequence
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
@@ -46,12 +49,10 @@ class Reconstruction:
         self.teacher = adapter_of(reference)
         self.statistics = analysis.statistics
         excluded = analysis.selection.excluded
-        self.todo = {
-            x.name: x
-            for x in analysis.layers
-            if x.kind is not None and (x.name not in excluded or excluded[
-                x.name].reason is Reason.PREDICTION)
-        }
+        self.todo = {x.name: x for x in analysis.layers
+                     if x.kind is not None and (
+                         x.name not in excluded
+                         or excluded[x.name].reason is Reason.PREDICTION)}
         self.watch = SumWatch()
         self._done, self._start = 0, time.time()
 
@@ -59,25 +60,21 @@ class Reconstruction:
         """Fit all layers to batches, which are all on their way through both
         models at a time."""
         with evaluation(self.model), evaluation(self.reference):
-            self.watch.probe(self.teacher, {
-                name: self.reference.get_submodule(name)
-                for name in self.todo
-            }, batches[0])
+            modules = {x: self.reference.get_submodule(x) for x in self.todo}
+            self.watch.probe(self.teacher, modules, batches[0])
             self.student = self.teacher.twin(self.model)
             order = self.watch.order
-            for name in set(self.todo) - set(order):
-                MMLogger.get_current_instance().info(
-                    'Reconstruction: %s is left as it was: it does not run, '
-                    'or takes more than one input', name)
             self.todo = {name: self.todo[name] for name in order}
             shared = [x for x in order if self.statistics[x].calls > 1]
             first = order.index(shared[0]) if shared else len(order)
             self.watch.residual.difference_update(shared)
-            self._fit_side_by_side(order[:first], batches)
-            self._fit_shared(shared, batches)
-            self._fit_side_by_side(
-                [name for name in order[first:] if name not in shared],
-                batches)
+            for fit, names in (
+                    (self._fit_side_by_side, order[:first]),
+                    (self._fit_shared, shared),
+                    (self._fit_side_by_side,
+                     [x for x in order[first:] if x not in shared])):
+                if names:
+                    fit(names, batches)
 
     def _log(self, name: str, fitted: bool) -> None:
         self._done += 1
@@ -90,16 +87,13 @@ class Reconstruction:
 
     def _fit_side_by_side(self, names: Sequence[str],
                           batches: Sequence[Any]) -> None:
-        if not names:
-            return
         with ExitStack() as stack:
             for name in names:
                 self._stop_at(name, stack)
             passes = [
                 (stack.enter_context(Pass(self.teacher, data, self.watch)),
                  stack.enter_context(Pass(self.student, data, self.watch)))
-                for data in batches
-            ]
+                for data in batches]
             for one in itertools.chain(*passes):
                 one.advance()
             while any(student.name for _, student in passes):
@@ -112,8 +106,6 @@ class Reconstruction:
     def _stop_at(self, name: str, stack: ExitStack) -> None:
         """Have passes stop at a layer: the student before it, the teacher
         behind it, or both where its output goes into a sum."""
-        student = self.model.get_submodule(name)
-        teacher = self.reference.get_submodule(name)
         residual = name in self.watch.residual
 
         def before(module: nn.Module, args: tuple) -> None:
@@ -131,25 +123,34 @@ class Reconstruction:
             elif current is not None:
                 current.stop(name, y)
 
-        stack.callback(
-            observe(student, behind if residual else None, before).remove)
-        stack.callback(observe(teacher, behind).remove)
+        student = observe(
+            self.model.get_submodule(name), behind if residual else None,
+            before)
+        teacher = observe(self.reference.get_submodule(name), behind)
+        stack.callback(student.remove)
+        stack.callback(teacher.remove)
 
-    def _fit(self, name: str, passes: Sequence[Tuple[Pass, Pass]]) -> bool:
+    def _fit(self, name: str, passes: Sequence[tuple[Pass, Pass]]) -> bool:
         """Fit a layer where all passes stand at it; whether that was
         possible."""
         layer = self.todo[name]
         pairs = [(t, s) for t, s in passes if t.name == s.name == name]
         if name in self.watch.residual:
             return bool(pairs) and self._fit_sum(layer, pairs)
-        samples = [output_samples(layer, t.tensor) for t, _ in pairs]
-        regression = self._regression(layer, samples)
-        for (_, student), y in zip(pairs, samples):
-            regression.add(student.tensor, y)
-        return self._set(layer, regression)
+        return self._regress(layer, [
+            (s.tensor, output_samples(layer, t.tensor)) for t, s in pairs])
 
-    def _fit_sum(self, layer: Layer, pairs: Sequence[Tuple[Pass,
-                                                               Pass]]) -> bool:
+    def _regress(self, layer: Layer, samples: Sequence[tuple],
+                 scale: Tensor | None = None) -> bool:
+        """Fit a layer to what :meth:`LayerRegression.add` takes."""
+        regression = LayerRegression(layer, self.statistics[layer.name],
+                                     [x[1] for x in samples], scale)
+        for sample in samples:
+            regression.add(*sample)
+        return self._set(regression)
+
+    def _fit_sum(self, layer: Layer,
+                 pairs: Sequence[tuple[Pass, Pass]]) -> bool:
         """Fit a layer whose output is about to go into a sum, so that the sum
         is what it is in the dense model."""
         target = self.model.get_submodule(layer.name)
@@ -167,10 +168,7 @@ class Reconstruction:
                                    for value in (y, wanted - found, wanted))))
             # what stands in the sum already is replaced by the new output
             student.sum.branch.sub_(wide * y)
-        regression = self._regression(layer, [x[1] for x in samples], scale)
-        for sample in samples:
-            regression.add(*sample)
-        fitted = self._set(layer, regression)
+        fitted = self._regress(layer, samples, scale)
         for _, student in pairs:
             student.sum.branch.add_(wide * target(student.tensor))
         return fitted
@@ -178,60 +176,41 @@ class Reconstruction:
     def _fit_shared(self, names: Sequence[str],
                     batches: Sequence[Any]) -> None:
         """Fit layers one after the other, each to all its calls."""
-        if not names:
-            return
-        some, images = [], 0
-        for data in batches:
-            if images < SHARED_IMAGES:
-                some.append(data)
-                images += self.teacher.count_images(data)
+        images = itertools.accumulate(map(self.teacher.count_images, batches))
+        some = [data for data, before in zip(batches, [0, *images])
+                if before < SHARED_IMAGES]
         targets = [self._outputs(names, data) for data in some]
         for name in names:
-            layer = self.todo[name]
-            regression = self._regression(
-                layer, [y for t in targets for y in t[name]])
+            regression = LayerRegression(
+                self.todo[name], self.statistics[name],
+                [y for t in targets for y in t[name]])
             for data, wanted in zip(some, targets):
-                self._add_calls(regression, data, wanted[name])
-            self._log(name, self._set(layer, regression))
+                watch = observe(
+                    self.model.get_submodule(name),
+                    before=partial(_add_call, regression, iter(wanted[name])))
+                self.student.predict(data)
+                watch.remove()
+            self._log(name, self._set(regression))
 
     def _outputs(self, names: Sequence[str],
-                 data: Any) -> Dict[str, List[Tensor]]:
+                 data: Any) -> dict[str, list[Tensor]]:
         """Samples of the outputs of dense layers, call by call."""
-        found: Dict[str, List[Tensor]] = {name: [] for name in names}
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def keep(name: str, module: nn.Module, args: tuple, kwargs: dict,
+                 y: Tensor) -> None:
+            found[name].append(output_samples(self.todo[name], y))
+
         with ExitStack() as stack:
             for name in names:
-                stack.callback(
-                    observe(
-                        self.reference.get_submodule(name),
-                        lambda _, args, kwargs, y, name=name: found[name].
-                        append(output_samples(self.todo[name], y))).remove)
+                module = self.reference.get_submodule(name)
+                stack.callback(observe(module, partial(keep, name)).remove)
             self.teacher.predict(data)
         return found
 
-    def _add_calls(self, regression: LayerRegression, data: Any,
-                   targets: Sequence[Tensor]) -> None:
-        remaining = iter(targets)
-
-        def add(module: nn.Module, args: tuple) -> None:
-            target = next(remaining, None)
-            if target is not None:
-                regression.add(args[0], target)
-
-        module = self.model.get_submodule(regression.layer.name)
-        handle = observe(module, before=add)
-        self.student.predict(data)
-        handle.remove()
-
-    def _regression(self,
-                    layer: Layer,
-                    samples: Sequence[Tensor],
-                    scale: Optional[Tensor] = None) -> LayerRegression:
-        """The regression of a layer, with room for samples."""
-        return LayerRegression(layer, self.statistics[layer.name],
-                               sum(y.shape[-1] for y in samples), scale)
-
-    def _set(self, layer: Layer, regression: LayerRegression) -> bool:
+    def _set(self, regression: LayerRegression) -> bool:
         """Write the solution into the compressed model, if there is one."""
+        layer = regression.layer
         target = self.model.get_submodule(layer.name)
         compressed = isinstance(target, BasisLayer)
         entry = self.plan.layers.get(layer.name)
@@ -250,3 +229,11 @@ class Reconstruction:
             if old_bias is not None:
                 old_bias.copy_(bias)
         return True
+
+
+def _add_call(regression: LayerRegression, targets: Iterator[Tensor],
+              module: nn.Module, args: tuple) -> None:
+    """Add the next call of a layer, if the dense one was called as often."""
+    target = next(targets, None)
+    if target is not None:
+        regression.add(args[0], target)

@@ -1,12 +1,70 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What a run starts from."""
+"""What a run starts from: checkpoints, and who decides on the structure."""
+from __future__ import annotations
+
 import enum
+import os
 from dataclasses import dataclass
-from typing import Any, Dict, Optional
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..planning import BasePlanner, CompressionPlan
-from .checkpoint import TEACHER_KEY, plan_of
 from .recipe import Recipe
+
+#: where the plan stands in ``checkpoint['meta']``
+META_KEY = 'mmbasis'
+#: where the file of the dense weights is named
+TEACHER_KEY = 'mmbasis_teacher'
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint: a local file, or a URL that MMEngine reads.
+
+    Returns:
+        dict: The checkpoint, tensors on the CPU. A file that holds a bare
+        state dict is returned as ``dict(state_dict=…)``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds no weights.
+    """
+    if '://' not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    try:
+        found = mmengine_checkpoint._load_checkpoint(path, map_location='cpu')
+    except Exception as error:
+        raise ValueError(f'checkpoint {path} cannot be read, it may be '
+                         f'truncated: {error}') from error
+    if not isinstance(found, dict):
+        raise ValueError(f'checkpoint {path} holds a {type(found).__name__}, '
+                         'not weights')
+    return found if 'state_dict' in found else dict(state_dict=found)
+
+
+def plan_of(checkpoint: dict[str, Any]) -> CompressionPlan | None:
+    """The plan in a checkpoint, None if it is of a dense model.
+
+    Raises:
+        ValueError: If the plan is malformed or of a newer version.
+    """
+    data = (checkpoint.get('meta') or {}).get(META_KEY)
+    return None if data is None else CompressionPlan.from_dict(data)
+
+
+def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
+                    meta: dict[str, Any]) -> None:
+    """Write the weights of a compressed model with its plan and further
+    entries of ``meta``, in plain types; the whole file or none."""
+    weights = mmengine_checkpoint.get_state_dict(model)
+    temporary = f'{path}.tmp{os.getpid()}'
+    torch.save(
+        dict(meta={**meta, META_KEY: plan.to_dict()},
+             state_dict=mmengine_checkpoint.weights_to_cpu(weights)),
+        temporary)
+    os.replace(temporary, path)
 
 
 class Run(enum.Enum):
@@ -28,11 +86,11 @@ class Action(enum.Enum):
 class Source:
     """What a checkpoint is: its plan, None if it is dense, and the file of the
     dense weights, if it names one."""
-    plan: Optional[CompressionPlan] = None
-    teacher: Optional[str] = None
+    plan: CompressionPlan | None = None
+    teacher: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Dict[str, Any]) -> 'Source':
+    def of(cls, checkpoint: dict[str, Any]) -> Source:
         """Of a checkpoint that was read; see :func:`plan_of` for errors."""
         meta = checkpoint.get('meta') or {}
         return cls(plan_of(checkpoint), meta.get(TEACHER_KEY))
@@ -43,15 +101,13 @@ class Start:
     """What :func:`resolve` decided."""
     action: Action
     #: the structure that weights are loaded into; None of a dense model
-    plan: Optional[CompressionPlan] = None
+    plan: CompressionPlan | None = None
     #: what to log of a choice
     note: str = ''
 
 
-def resolve(recipe: Recipe,
-            checkpoint: Optional[Source],
-            run: Run = Run.TRAIN,
-            model: Optional[CompressionPlan] = None) -> Start:
+def resolve(recipe: Recipe, checkpoint: Source | None, run: Run = Run.TRAIN,
+            model: CompressionPlan | None = None) -> Start:
     """Decide what a run starts from, between config and checkpoint.
 
     ======  ==========  ================  =================================
@@ -85,82 +141,74 @@ def resolve(recipe: Recipe,
     Raises:
         RuntimeError, ValueError: In the cases of an error.
     """
-    if run is Run.TRAIN:
-        return _begin(recipe, checkpoint, model)
-    return _go_on(run, recipe, checkpoint, model)
+    if checkpoint is None or checkpoint.plan is None:
+        return _without_plan(recipe, checkpoint, run, model)
+    return _with_plan(recipe, checkpoint.plan, run, model)
 
 
-def _begin(recipe: Recipe, checkpoint: Optional[Source],
-           model: Optional[CompressionPlan]) -> Start:
-    if checkpoint is not None and checkpoint.plan is not None:
-        return _from_compressed(recipe, checkpoint.plan, model)
-    if model is not None:
-        if checkpoint is not None:
-            raise RuntimeError(
-                'the checkpoint is dense, but the model is compressed: give '
-                'a checkpoint that mmbasis wrote, or train the config of the '
-                'dense model with a planner')
-        _check_agreement(recipe, model, 'the model of the config')
-        return Start(Action.KEEP, model)
-    if recipe.planner is None and recipe.plan is None:
+def _without_plan(recipe: Recipe, checkpoint: Source | None, run: Run,
+                  model: CompressionPlan | None) -> Start:
+    if run is Run.RESUME:
         raise RuntimeError(
-            'BasisCompressionHook has nothing to do: give it a planner or a '
-            'plan, or start from a compressed checkpoint')
-    return Start(Action.COMPRESS)
-
-
-def _go_on(run: Run, recipe: Recipe, checkpoint: Optional[Source],
-           model: Optional[CompressionPlan]) -> Start:
-    found = checkpoint.plan if checkpoint else None
-    if found is None:
-        if run is Run.RESUME:
+            'this run cannot be resumed from a dense checkpoint: to start '
+            'from dense weights, use load_from without resume; to resume the '
+            'latest checkpoint of work_dir, resume without load_from')
+    if run is Run.TEST and (checkpoint is not None or model is None):
+        raise RuntimeError(
+            'the checkpoint under test is dense, but this config is of a '
+            'compressed model: give a checkpoint that mmbasis wrote, or test '
+            'the dense one with its own config')
+    if model is None:
+        if recipe.planner is None and recipe.plan is None:
             raise RuntimeError(
-                'this run cannot be resumed from a dense checkpoint: it '
-                'carries no compression plan. To start from dense weights '
-                'use load_from without resume; to resume the latest '
-                'checkpoint of work_dir, resume without load_from')
-        if checkpoint is not None or model is None:
-            raise RuntimeError(
-                'the checkpoint under test is dense, but this config is of a '
-                'compressed model: give a checkpoint that mmbasis wrote, or '
-                'test the dense one with its own config')
-        return Start(Action.KEEP, model)
-    asked, agrees = model or recipe.plan, True
-    if asked is not None:
-        agrees = same_structure(asked, found)
-    elif recipe.planner is not None:
-        agrees = made_by(recipe.planner, found)
-    note = '' if agrees else (
-        f'{run.value.capitalize()} follows the plan of the checkpoint, not '
-        'the one that the config asks for')
-    keep = model is not None and agrees
-    return Start(Action.KEEP if keep else Action.FOLLOW, found, note)
+                'BasisCompressionHook has nothing to do: give it a planner or '
+                'a plan, or start from a compressed checkpoint')
+        return Start(Action.COMPRESS)
+    if checkpoint is not None:
+        raise RuntimeError(
+            'the checkpoint is dense, but the model is compressed: give a '
+            'checkpoint that mmbasis wrote, or train the config of the dense '
+            'model with a planner')
+    if run is Run.TRAIN:
+        _check_agreement(recipe, model, 'the model of the config')
+    return Start(Action.KEEP, model)
 
 
-def _from_compressed(recipe: Recipe, found: CompressionPlan,
-                     model: Optional[CompressionPlan]) -> Start:
-    _check_agreement(recipe, found, 'the checkpoint')
-    if model is not None:
-        if not same_structure(model, found):
+def _with_plan(recipe: Recipe, found: CompressionPlan, run: Run,
+               model: CompressionPlan | None) -> Start:
+    fits, note = model is not None and same_structure(model, found), ''
+    if run is Run.TRAIN:
+        _check_agreement(recipe, found, 'the checkpoint')
+        if model is not None and not fits:
             raise ValueError(
                 'the checkpoint is compressed by another plan than the model '
                 'of the config: give the config that was written beside it '
                 '(compressed.py), or a dense one')
-        return Start(Action.KEEP, found)
-    note = ('The checkpoint is compressed as the config asks for: it is not '
-            'compressed again') if recipe.planner or recipe.plan else ''
-    return Start(Action.FOLLOW, found, note)
+        if model is None and (recipe.planner or recipe.plan):
+            note = ('The checkpoint is compressed as the config asks for: it '
+                    'is not compressed again')
+    elif not (fits or model is None and _asks_for(recipe, found)):
+        note = (f'{run.value.capitalize()} follows the plan of the '
+                'checkpoint, not the one that the config asks for')
+    return Start(Action.KEEP if fits else Action.FOLLOW, found, note)
+
+
+def _asks_for(recipe: Recipe, found: CompressionPlan) -> bool:
+    """Whether a recipe asks for a plan, or for nothing else."""
+    if recipe.plan is not None:
+        return same_structure(recipe.plan, found)
+    return recipe.planner is None or made_by(recipe.planner, found)
 
 
 def _check_agreement(recipe: Recipe, found: CompressionPlan,
                      owner: str) -> None:
     """Require that a recipe asks for the plan that is there."""
-    if recipe.plan is not None and not same_structure(recipe.plan, found):
-        raise ValueError(
-            f'the config has a plan, but {owner} is compressed by another: '
-            'to fine-tune it as it is, drop the plan; to follow the plan, '
-            'start from dense weights')
-    if recipe.planner is not None and not made_by(recipe.planner, found):
+    if not _asks_for(recipe, found):
+        if recipe.planner is None:
+            raise ValueError(
+                f'the config has a plan, but {owner} is compressed by '
+                'another: to fine-tune it as it is, drop the plan; to follow '
+                'the plan, start from dense weights')
         raise ValueError(
             f'the config asks for {recipe.planner.config}, but {owner} is '
             f'compressed already, by {found.planner}: to fine-tune it as it '

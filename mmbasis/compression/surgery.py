@@ -1,19 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Putting a plan into a model, and keeping wrong checkpoints out of it."""
-import itertools
+from __future__ import annotations
+
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import (
-    Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Any, Iterator, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -25,9 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
 from ..planning import CompressionPlan, LayerPlan, find_layers
-from .merging import keep_structure, recommend_deployed_form
+from .merging import keep_structure
 
-_BASIS_KEY, _COEFFICIENTS_KEY = '.basis.weight', '.coefficients.weight'
 #: where a model keeps its plan: None for a dense one whose loading is guarded
 _PLAN = '_mmbasis'
 
@@ -35,20 +25,16 @@ _PLAN = '_mmbasis'
 Bases = Mapping[str, Tuple[Optional[Tensor], Optional[Tensor]]]
 
 
-def basis_layers(model: nn.Module) -> Iterator[Tuple[str, BasisLayer]]:
+def basis_layers(model: nn.Module) -> Iterator[tuple[str, BasisLayer]]:
     """The basis layers of a model with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, BasisLayer):
-            yield name, module
+    return ((name, module) for name, module in model.named_modules()
+            if isinstance(module, BasisLayer))
 
 
-def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Replace modules, given by the old ones, wherever they hang, so that
-    shared ones stay shared.
-
-    What is attached to a dense layer goes to its basis layer, and back;
-    moving averages inside the model get to know of it. If that fails, the
-    model is as before.
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Replace modules, given by the old ones, wherever they hang. What is
+    attached to a dense layer goes to its basis layer, and back; moving
+    averages inside the model follow. If that fails, the model is as before.
     """
     with all_or_nothing(model):
         for old, module in new.items():
@@ -70,103 +56,86 @@ def replace_modules(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
 def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
     """Leave the modules of a model as they were if an error is raised; with
     ``values`` also parameters and buffers, of which a copy is kept."""
-    containers = ('_modules', '_parameters', '_load_state_dict_pre_hooks')
-    before = [(vars(module), dict(vars(module)),
-               [(vars(module)[name], dict(vars(module)[name]))
-                for name in containers]) for module in model.modules()]
-    kept = [(x, x.detach().clone())
-            for x in itertools.chain(model.parameters(), model.buffers())
-            if values and not is_lazy(x)]
+    before = [(table, dict(table)) for module in model.modules()
+              for table in (vars(module), *vars(module).values())
+              if isinstance(table, dict)]
+    tensors = [*model.parameters(), *model.buffers()] if values else []
+    kept = [(x, x.detach().clone()) for x in tensors if not is_lazy(x)]
     try:
         yield
     except BaseException:
-        for attributes, old, contents in before:
-            attributes.clear()
-            attributes.update(old)
-            for container, content in contents:
-                container.clear()
-                container.update(content)
+        for table, content in before:
+            table.clear()
+            table.update(content)
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
         raise
 
 
-def _averages(model: nn.Module) -> List[BaseAveragedModel]:
+def _averages(model: nn.Module) -> list[BaseAveragedModel]:
     return [x for x in model.modules() if isinstance(x, BaseAveragedModel)]
 
 
-def _followers(model: nn.Module) -> Dict[nn.Module, List[nn.Module]]:
-    """The layers of moving averages inside a model, as the momentum encoders
-    of pretext tasks, by the layer that they are the average of. They are
-    projected on the same subspace, so that the factors can be averaged."""
+def _followers(model: nn.Module) -> Mapping[nn.Module, list[nn.Module]]:
+    """The layers of moving averages (momentum encoders) by the layer that they
+    are the average of: projected on one subspace, factors can be averaged."""
     found = defaultdict(list)
     for average in _averages(model):
         inside = set(average.modules())
-        others = [(x, _shapes(x)) for x in model.modules() if x not in inside]
-        for source, copied in _copies(average.module, others):
-            for name, layer in source.named_modules():
-                found[layer].append(copied.get_submodule(name))
+        # the first of several alike
+        sources = {_shapes(x): x for x in reversed([*model.modules()])
+                   if x not in inside}
+        sources.pop(frozenset(), None)  # without parameters
+        # the averaged module as a whole may exist nowhere else
+        parts = [average.module]
+        while parts:
+            part = parts.pop()
+            source = sources.get(_shapes(part))
+            if source is None:
+                parts += part.children()
+            else:
+                for name, layer in source.named_modules():
+                    found[layer].append(part.get_submodule(name))
     return found
 
 
-def _copies(
-    average: nn.Module, others: Sequence[Tuple[nn.Module, Dict]]
-) -> Iterator[Tuple[nn.Module, nn.Module]]:
-    """Which of other modules, given with their shapes, an average or its parts
-    are copies of: the averaged module itself may exist nowhere else."""
-    shapes = _shapes(average)
-    for source, other in others:
-        if shapes and other == shapes:
-            yield source, average
-            return
-    for child in average.children():
-        yield from _copies(child, others)
-
-
-def _shapes(model: nn.Module) -> Dict[str, torch.Size]:
-    return {name: x.shape for name, x in model.named_parameters()}
+def _shapes(model: nn.Module) -> frozenset:
+    return frozenset((name, x.shape) for name, x in model.named_parameters())
 
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
-    modules = dict(model.named_modules())
-    problems = ((name, _problem(modules.get(name), entry))
-                for name, entry in plan.layers.items())
-    wrong = [f'{name}: {problem}' for name, problem in problems if problem]
+    modules, known = dict(model.named_modules()), {*plan.layers, *plan.dense}
+    problems = {name: _problem(modules[name], entry)
+                if name in modules else 'no such layer'
+                for name, entry in plan.layers.items()}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
-        wrong += [
-            f'{name}: no such layer' for name in plan.dense
-            if name not in modules
-        ]
-        wrong += [
-            f'{layer.name}: not in the plan' for layer in find_layers(model)
-            if layer.name not in plan.layers and layer.name not in plan.dense
-        ]
+        problems.update({x: 'no such layer' for x in plan.dense
+                         if x not in modules})
+        problems.update({x.name: 'not in the plan' for x in find_layers(model)
+                         if x.name not in known})
+    wrong = [f'{name}: {why}' for name, why in problems.items() if why]
     if wrong:
         raise ValueError(
             f'the plan is of another model: {len(wrong)} layers do not fit '
             f'({"; ".join(wrong[:3])})')
 
 
-def _problem(module: Optional[nn.Module], entry: LayerPlan) -> Optional[str]:
+def _problem(module: nn.Module, entry: LayerPlan) -> str | None:
     """Why an entry of a plan is not of a module, None if it is."""
-    if module is None:
-        return 'no such layer'
     if isinstance(module, BasisLayer):
         return 'compressed already'
     kind = kind_of(module)
     if kind is None or kind.name != entry.kind:
         return f'a {type(module).__name__} is no {entry.kind}'
-    if list(module.weight.shape) != list(entry.shape):
-        return (f'weights of shape {list(module.weight.shape)}, '
-                f'not {entry.shape}')
+    shape = list(module.weight.shape)
+    if shape != list(entry.shape):
+        return f'weights of shape {shape}, not {entry.shape}'
     return why_not(module)
 
 
-def apply_plan(model: nn.Module,
-               plan: CompressionPlan,
-               bases: Optional[Bases] = None,
-               project: bool = True) -> None:
+def apply_plan(model: nn.Module, plan: CompressionPlan,
+               bases: Bases | None = None, project: bool = True) -> None:
     """Replace the layers of a dense model as a plan says.
 
     Args:
@@ -190,24 +159,27 @@ def apply_plan(model: nn.Module,
         replace_modules(model, new)
         _add_biases(model, plan)
         kept = attach_plan(model, plan)
-    if project:
-        recommend_deployed_form(kept)
+    if project and kept:
+        MMLogger.get_current_instance().info(
+            '%d blocks (%s, …) that can be merged for deployment hold basis '
+            'layers and will not be merged: compressing the deployed form of '
+            'the model (deploy=True, or switch_to_deploy() before) is better',
+            len(kept), kept[0])
 
 
 def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
-                  project: bool) -> Dict[nn.Module, nn.Module]:
+                  project: bool) -> dict[nn.Module, nn.Module]:
     """The basis layers of a plan by the dense ones, moving averages' too."""
-    modules = dict(model.named_modules())
     followers = _followers(model)
-    new: Dict[nn.Module, nn.Module] = {}
+    new: dict[nn.Module, nn.Module] = {}
     for name, entry in plan.layers.items():
-        vectors, mean = bases.get(name, (None, None))
-        for dense in (modules[name], *followers.get(modules[name], ())):
+        module = model.get_submodule(name)
+        for dense in (module, *followers.get(module, ())):
             # new layers draw random numbers that nobody keeps
             with torch.random.fork_rng():
                 layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm)
             if project:
-                layer.project(dense, vectors, mean)
+                layer.project(dense, *bases.get(name, ()))
             new[dense] = layer
     return new
 
@@ -230,10 +202,7 @@ def densified(model: nn.Module) -> nn.Module:
 
 
 def _make_dense(model: nn.Module) -> None:
-    replace_modules(model, {
-        layer: layer.to_dense()
-        for _, layer in basis_layers(model)
-    })
+    replace_modules(model, {x: x.to_dense() for _, x in basis_layers(model)})
     if _PLAN in vars(model):
         vars(model)[_PLAN] = None
 
@@ -246,15 +215,14 @@ def restructure(model: nn.Module, plan: CompressionPlan) -> None:
         apply_plan(model, plan, project=False)
 
 
-def get_plan(model: nn.Module) -> Optional[CompressionPlan]:
+def get_plan(model: nn.Module) -> CompressionPlan | None:
     """The plan that a compressed model carries, None for a dense one."""
     return vars(model).get(_PLAN)
 
 
-def attach_plan(model: nn.Module, plan: CompressionPlan) -> List[str]:
-    """Let a compressed model carry its plan, guard it against weights of
-    another structure, and keep its structure in deployment: what
-    :func:`keep_structure` returns."""
+def attach_plan(model: nn.Module, plan: CompressionPlan) -> list[str]:
+    """Have a compressed model carry its plan, :func:`guard` it, and return
+    what :func:`keep_structure` returns."""
     guard(model)
     vars(model)[_PLAN] = plan
     return keep_structure(model)
@@ -273,19 +241,16 @@ def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
     """Refuse weights of another structure than the model's, which MMEngine,
     loading without strictness, would leave as it was.
 
-    Args:
-        model (nn.Module): Dense or compressed.
-        state_dict (dict): The weights about to be loaded.
-        prefix (str): The model's prefix in the keys. Defaults to none.
-
     Raises:
         RuntimeError: If a layer is dense here and compressed there, or the
             reverse, or of another rank.
     """
     # a shared layer has a key for each of its names
     modules = dict(model.named_modules(remove_duplicate=False))
-    expected = {k for k, v in modules.items() if isinstance(v, BasisLayer)}
-    found = _basis_names(modules, state_dict, prefix)
+    expected = {name: module.basis.weight.shape
+                for name, module in modules.items()
+                if isinstance(module, BasisLayer)}
+    found = _basis_shapes(modules, state_dict, prefix)
     if expected and not found:
         raise RuntimeError(
             'these weights are dense, but the model is compressed '
@@ -297,33 +262,33 @@ def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
             'the model is dense: use the config that was written beside them '
             '(compressed.py), or mmbasis.load_compressed()')
     other = 'these weights are of another compression plan: '
-    names = sorted(found ^ expected)
+    names = sorted(found.keys() ^ expected.keys())
     if names:
         raise RuntimeError(
             f'{other}layers {names[:3]} ({len(names)} in all) are compressed '
             'in only one of weights and model')
-    for name in sorted(expected):
-        found_shape = tuple(state_dict[f'{prefix}{name}{_BASIS_KEY}'].shape)
-        shape = tuple(modules[name].basis.weight.shape)
-        if found_shape != shape:
+    for name, shape in expected.items():
+        if found[name] != shape:
             raise RuntimeError(f'{other}{name} has basis filters of shape '
-                               f'{found_shape}, the model {shape}')
+                               f'{list(found[name])}, the model {list(shape)}')
 
 
-def _basis_names(modules: Dict[str, nn.Module], state_dict: dict,
-                 prefix: str) -> Set[str]:
-    """Names of the basis layers in weights; not of modules of the model that
+def _basis_shapes(modules: dict[str, nn.Module], state_dict: dict,
+                  prefix: str) -> dict[str, torch.Size]:
+    """Shapes of the basis filters in weights; not of modules of the model that
     have parts of the same names themselves."""
-    keys = {key[len(prefix):] for key in state_dict if key.startswith(prefix)}
-    names = {k[:-len(_BASIS_KEY)] for k in keys if k.endswith(_BASIS_KEY)}
-    return {
-        name for name in names
-        if f'{name}{_COEFFICIENTS_KEY}' in keys and (isinstance(
-            modules.get(name), BasisLayer) or f'{name}.basis' not in modules)
-    }
+    shapes = {}
+    for key, value in state_dict.items():
+        name, basis, rest = key[len(prefix):].rpartition('.basis.weight')
+        if (basis and not rest and key.startswith(prefix)
+                and f'{prefix}{name}.coefficients.weight' in state_dict
+                and (isinstance(modules.get(name), BasisLayer)
+                     or f'{name}.basis' not in modules)):
+            shapes[name] = value.shape
+    return shapes
 
 
-def load_weights(model: nn.Module, checkpoint: Dict[str, Any],
+def load_weights(model: nn.Module, checkpoint: dict[str, Any],
                  path: str) -> None:
     """Load all weights of a model, or none.
 
@@ -339,12 +304,10 @@ def load_weights(model: nn.Module, checkpoint: Dict[str, Any],
     state_dict = checkpoint['state_dict']
     check_state_dict(model, state_dict)
     own = get_state_dict(model)
-    wrong = [
-        f'{key}: missing' if key not in state_dict else
-        f'{key}: {tuple(state_dict[key].shape)}, not {tuple(value.shape)}'
-        for key, value in own.items() if 'num_batches_tracked' not in key and (
-            key not in state_dict or state_dict[key].shape != value.shape)
-    ]
+    wrong = [f'{key}: missing' if key not in state_dict else
+             f'{key}: {tuple(state_dict[key].shape)}, not {tuple(x.shape)}'
+             for key, x in own.items() if 'num_batches_tracked' not in key and
+             (key not in state_dict or state_dict[key].shape != x.shape)]
     if wrong:
         raise RuntimeError(f'{path} does not fit the model: '
                            f'{"; ".join(wrong[:3])} ({len(wrong)} of '

@@ -9,6 +9,7 @@ import torch.nn as nn
 from mmengine.model import ExponentialMovingAverage
 
 import mmbasis
+from mmbasis import planning
 from mmbasis.compression import (
     apply_plan,
     basis_layers,
@@ -182,10 +183,10 @@ def test_plan_of_another_model(model, batches):
 
 
 @pytest.mark.parametrize('step', [
-    (pipeline, 'find_layers', 1),
+    (planning, 'find_layers', 1),
     (pipeline, 'find_targets', 1),
-    (pipeline, 'measure', 1),
-    (pipeline, 'measure_sensitivity', 1),
+    (planning, 'measure', 1),
+    (planning, 'measure_sensitivity', 1),
     (BasePlanner, 'plan', 1),
     (pipeline, 'apply_plan', 1),
     (LayerRegression, 'add', 3),

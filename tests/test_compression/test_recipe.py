@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mmbasis
-from mmbasis.compression import Calibration, Recipe, Teaching, Term
+from mmbasis.compression import Recipe, Teaching, Term
+from mmbasis.compression.recipe import Calibration
 from mmbasis.planning import BasePlanner
 from mmbasis.registry import PLANNERS
 
