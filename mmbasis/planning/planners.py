@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from ..running import Targets
-from ..utils.plain import to_json
+from ..utils.io import to_json
 from .costs import PLAIN, Cost, Costs, Form
 from .layers import Layer, check_patterns
 from .plan import CompressionPlan

@@ -2,13 +2,19 @@
 """The contract between mmbasis and a model that it runs."""
 from typing import Any, List, Optional, Union
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mmengine.dist import get_rank, get_world_size
 from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .batch import Batch, bind, count, leaf, tensors
+from .batch import Batch, bind, count, tensors
+
+#: Labels are drawn from softened predictions: on its training images a
+#: network is so sure of itself that its gradients all but vanish.
+TEMPERATURE = 2.
 
 
 class UnknownLossError(ValueError):
@@ -19,6 +25,7 @@ class CannotRunError(RuntimeError):
     """No known way to run a model works."""
 
 
+@ADAPTERS.register_module()
 class Adapter:
     """How a model is run. This class calls it like any module.
 
@@ -48,28 +55,35 @@ class Adapter:
 
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
-        """Whether a model is run in this way."""
-        raise NotImplementedError(f'{cls.__name__} must define handles()')
+        """Whether a model is run in this way; a subclass must define it."""
+        return cls is Adapter
 
     def twin(self, model: nn.Module) -> 'Adapter':
         """An adapter of a copy of the model, which is run in the same way."""
         return type(self)(model)
+
+    @property
+    def weight(self) -> Optional[Tensor]:
+        """A weight, for device and precision of the model."""
+        return next((p for p in self.model.parameters()
+                     if p.is_floating_point()), None)
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:
         """A batch as the model takes it: on its device and, where it is of
         floating point, in its precision; prepared data is not changed. With
         ``gradients``, such inputs are detached leaves that require grad."""
         batch = data if isinstance(data, Batch) else self.bind(data)
-        return batch.map(leaf) if gradients else batch
+        return batch if not gradients else batch.map(
+            lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
 
     def bind(self, data: Any) -> Batch:
-        """What :meth:`prepare` does with a batch that is not prepared yet."""
+        """What :meth:`prepare` does with a batch that is not prepared yet, see
+        :func:`~mmbasis.running.batch.bind`."""
         return bind(self.model, data).map(self.move)
 
     def move(self, x: Tensor) -> Tensor:
         """Move a tensor to the model's device and precision."""
-        weight = next((p for p in self.model.parameters()
-                       if p.is_floating_point()), None)
+        weight = self.weight
         if weight is None:
             return x
         return x.to(weight if x.is_floating_point() else weight.device)
@@ -129,25 +143,13 @@ class Adapter:
         return count(data.raw if isinstance(data, Batch) else data)
 
 
-@ADAPTERS.register_module()
-class ModuleAdapter(Adapter):
-    """Runs any module by calling it; see :func:`~mmbasis.running.batch.bind`
-    for what is passed of a batch."""
-
-    @classmethod
-    def handles(cls, model: nn.Module) -> bool:
-        return True
-
-
 def as_logits(outputs: Any) -> Optional[Tensor]:
     """The logits among a classifier's outputs; None of other outputs."""
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
         outputs = outputs[0]
-    logits = _entry(outputs, 'logits', outputs)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and (
-            logits.is_floating_point()):
-        return logits
-    return None
+    x = _entry(outputs, 'logits', outputs)
+    found = isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point()
+    return x if found else None
 
 
 def _entry(outputs: Any, key: str, default: Any = None) -> Any:
@@ -164,7 +166,50 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
         return model
     while is_model_wrapper(model):
         model = model.get_submodule('module')
-    for cls in reversed(ADAPTERS.module_dict.values()):
-        if cls.handles(model):
-            return cls(model)
-    raise CannotRunError(f'no adapter handles {type(model).__name__}')
+    return next(cls for cls in reversed(ADAPTERS.module_dict.values())
+                if cls.handles(model))(model)
+
+
+def classifies(adapter: Adapter, data: Any) -> bool:
+    """Whether a model returns logits."""
+    return adapter.logits(data) is not None
+
+
+def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
+                classifies: bool) -> Tensor:
+    """The loss of a batch, summed over its images, a scalar, whose gradients
+    say what the outputs of a layer are worth.
+
+    Classifiers are given labels of their own: that makes the gradients'
+    second moment the Fisher information of the model. Any other model gives
+    its training loss.
+
+    Args:
+        adapter (Adapter): The model.
+        data (Any): The batch, prepared or not.
+        batch_index (int): Seed of the labels.
+        classifies (bool): Whether the model returns logits.
+
+    Raises:
+        UnknownLossError: If the model has no loss that is known.
+    """
+    if not classifies:
+        return adapter.loss(data) * adapter.count_images(data)
+    logits = adapter.logits(data)
+    if logits is None:
+        raise ValueError(
+            f'{type(adapter.model).__name__} returns logits for some batches '
+            'and other outputs for others: give batches of one kind')
+    labels = sampled_labels(logits, batch_index)
+    return F.cross_entropy(logits, labels, reduction='sum')
+
+
+def sampled_labels(logits: Tensor, batch: int) -> Tensor:
+    """Draw labels from logits of shape ``(N, classes)``, seeded by the batch
+    and the same for an image however images are spread over processes."""
+    rank, world = get_rank(), get_world_size()
+    generator = torch.Generator().manual_seed(batch)
+    uniform = torch.rand(len(logits) * world, 1, generator=generator)
+    cumulative = (logits.detach() / TEMPERATURE).softmax(-1).cumsum(-1)
+    labels = (cumulative < uniform[rank::world].to(cumulative)).sum(-1)
+    return labels.clamp_max(logits.shape[-1] - 1)

@@ -20,8 +20,8 @@ _WEIGHTS = {
 }
 
 
-def _deform_conv_macs(inputs: List[Any], outputs: List[Any],
-                      index: int) -> int:
+def _deform_conv_macs(index: int, inputs: List[Any],
+                      outputs: List[Any]) -> int:
     batch, _, *positions = outputs[0].type().sizes()
     return batch * prod(positions) * prod(inputs[index].type().sizes())
 
@@ -63,13 +63,12 @@ def model_complexity(model: Union[nn.Module, Adapter],
         adapter.outputs(batch)
         inputs = tuple(tensors((batch.args, batch.kwargs)))
         analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
-        for name, index in _WEIGHTS.items():
-            analyzer.set_op_handle(name,
-                                   partial(_deform_conv_macs, index=index))
+        analyzer.set_op_handle(**{
+            k: partial(_deform_conv_macs, x) for k, x in _WEIGHTS.items()})
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
         analyzer.tracer_warnings('none')
-        macs = int(analyzer.total())
-        uncounted = {k: int(v) for k, v in analyzer.unsupported_ops().items()}
+        macs, uncounted = analyzer.total(), analyzer.unsupported_ops()
     params = sum(p.numel() for p in adapter.model.parameters())
-    return dict(macs=macs, params=params, uncounted=uncounted)
+    return dict(macs=int(macs), params=params, uncounted={
+        k: int(v) for k, v in uncounted.items()})

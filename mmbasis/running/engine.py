@@ -2,11 +2,11 @@
 """MMEngine's models, in whichever of its modes they know."""
 import os.path as osp
 import re
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from traceback import walk_tb
-from typing import Any, ContextManager, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -16,22 +16,23 @@ from torch import Tensor
 
 from ..registry import ADAPTERS
 from .adapter import Adapter, CannotRunError, UnknownLossError, as_logits
-from .batch import Batch, bind, leaf, map_tensors, parameters_of, tensors
+from .batch import Batch, bind, map_tensors, parameters_of, tensors
 from .passes import current_pass
 from .states import Unchanged, kept_random
 
 _TORCH = osp.dirname(torch.__file__)
-#: Modes to try, by what they are to return.
+#: Ways to try, by what they are to return, the best one first.
 _WAYS = dict(
-    predict=('predict', 'loss', 'tensor'),
-    outputs=('tensor', 'predict', 'loss'),
+    predict=('test_step', 'predict', 'loss', 'tensor'),
+    outputs=('tensor', 'test_step', 'predict', 'loss'),
     loss=('loss', ))
 
 
 @ADAPTERS.register_module()
 class MMEngineAdapter(Adapter):
     """Runs MMEngine's models in the modes ``tensor``, ``predict`` and
-    ``loss``, or as a plain module where ``forward`` has no mode.
+    ``loss``, by a ``test_step`` of their own, or as a plain module where
+    ``forward`` has no mode.
 
     A model may refuse a mode: by a ``NotImplementedError``, by a
     ``RuntimeError`` or ``ValueError`` that names the mode, or by returning
@@ -51,6 +52,9 @@ class MMEngineAdapter(Adapter):
         self._has_mode = any(
             x.name == 'mode' or x.kind is x.VAR_KEYWORD
             for x in parameters_of(model))
+        step = getattr(model, 'test_step', BaseModel.test_step)
+        self._has_own_step = (
+            getattr(step, '__func__', step) is not BaseModel.test_step)
 
     def twin(self, model: nn.Module) -> 'MMEngineAdapter':
         twin = type(self)(model)
@@ -65,11 +69,10 @@ class MMEngineAdapter(Adapter):
         preprocessor = getattr(self.model, 'data_preprocessor', None)
         if preprocessor is None:
             return super().bind(data)
-        if isinstance(preprocessor, BaseDataPreprocessor):
-            weight = next(self.model.parameters(), None)
-            if weight is not None and preprocessor.device != weight.device:
-                # moved past BaseModel.to(), as part of another model
-                preprocessor.to(weight.device)
+        if isinstance(preprocessor, BaseDataPreprocessor) and (
+                self.weight is not None):
+            # the model may have been moved as a part of another one
+            preprocessor.to(self.weight.device)
         ready = map_tensors(preprocessor(data, False), self.move)
         if not self._has_mode:
             return replace(bind(self.model, ready), raw=data)
@@ -78,20 +81,6 @@ class MMEngineAdapter(Adapter):
         return Batch(
             data,
             tuple(ready) if isinstance(ready, (tuple, list)) else (ready, ))
-
-    def prepare(self, data: Any, gradients: bool = False) -> Batch:
-        """Only ``inputs`` take gradients, or what comes first: the others may
-        be targets."""
-        batch = super().prepare(data)
-        if gradients and batch.args:
-            first, *others = batch.args
-            return replace(batch, args=(map_tensors(first, leaf), *others))
-        if gradients:
-            kwargs = dict(batch.kwargs)
-            key = 'inputs' if 'inputs' in kwargs else next(iter(kwargs))
-            kwargs[key] = map_tensors(kwargs[key], leaf)
-            return replace(batch, kwargs=kwargs)
-        return batch
 
     def predict(self, data: Any) -> Any:
         return self._run('predict', data)
@@ -126,21 +115,15 @@ class MMEngineAdapter(Adapter):
             self.predict(data)
         return self._ways['predict'] in ('loss', 'tensor')
 
-    def _ways_to(self, purpose: str) -> List[str]:
-        """Ways to try, the best one first."""
-        ways = list(_WAYS[purpose] if self._has_mode else ['predict'])
-        step = getattr(self.model, 'test_step', BaseModel.test_step)
-        own = getattr(step, '__func__', step) is not BaseModel.test_step
-        if own and 'predict' in ways:  # which it may not have
-            ways.insert(ways.index('predict'), 'test_step')
-        return ways
-
     def _run(self, purpose: str, data: Any) -> Any:
         """Run the model in the first way that works."""
         if purpose in self._ways:
             return self._in_way(purpose, self._ways[purpose], data)
         failed: List[str] = []
-        for way in self._ways_to(purpose):
+        for way in _WAYS[purpose]:
+            if not self._has_own_step if way == 'test_step' else (
+                    not self._has_mode and way != 'predict'):
+                continue
             try:
                 result = self._in_way(purpose, way, data)
             except Exception as error:
@@ -164,43 +147,28 @@ class MMEngineAdapter(Adapter):
 
     def _in_way(self, purpose: str, way: str, data: Any) -> Any:
         if way == 'test_step':
-            raw = data.raw if isinstance(data, Batch) else data
-            return self.model.test_step(raw)
-        batch = self.prepare(data)
-        run = partial(
-            self.call, batch, **dict(mode=way) if self._has_mode else {})
-        if way != 'loss':
-            return run()
-        if purpose == 'loss':
-            with self._kept(self._ways.get('predict') == 'loss'):
-                return run()
-        with self._kept(True), kept_random():
-            set_random_seed(0)
-            if purpose == 'predict':
-                return run()
-            with _children(self.model) as found:
-                losses = run()
-            return found or losses
-
-    def _kept(self, parameters: bool) -> ContextManager[None]:
-        """Nothing changes; in a pass that stops parameters may, since others
-        write weights meanwhile."""
-        if torch.jit.is_tracing():
-            return nullcontext()  # who traces a model takes care of its state
-        return self._unchanged.during(parameters and current_pass() is None)
-
-
-@contextmanager
-def _children(model: nn.Module) -> Iterator[List[Tensor]]:
-    """Outputs of a model's parts, for models that return only losses."""
-    found: List[Tensor] = []
-    with ExitStack() as stack:
-        for child in model.children():
-            if next(child.parameters(), None) is not None:
-                handle = child.register_forward_hook(
-                    lambda _, args, output: found.extend(tensors(output)))
-                stack.callback(handle.remove)
-        yield found
+            return self.model.test_step(
+                data.raw if isinstance(data, Batch) else data)
+        batch, found = self.prepare(data), []
+        with ExitStack() as stack:
+            if way == 'loss':
+                # in a pass that stops, others write weights meanwhile
+                stack.enter_context(self._unchanged.during(
+                    parameters=current_pass() is None and (
+                        purpose != 'loss'
+                        or self._ways.get('predict') == 'loss')))
+            if way == 'loss' != purpose:
+                stack.enter_context(kept_random())
+                set_random_seed(0)
+            if way == 'loss' and purpose == 'outputs':  # those of its parts
+                for child in self.model.children():
+                    if next(child.parameters(), None) is not None:
+                        stack.callback(child.register_forward_hook(
+                            lambda _, args, y: found.extend(tensors(y))
+                        ).remove)
+            mode = dict(mode=way) if self._has_mode else {}
+            result = self.call(batch, **mode)
+        return found or result
 
 
 def _refuses(error: Exception, mode: str) -> bool:

@@ -1,23 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What layers do in a model, read from the autograd graph of one run."""
+from __future__ import annotations
+
 import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import (
-    AbstractSet,
-    Any,
-    Callable,
-    Container,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Set,
-    Tuple,
-)
+from types import SimpleNamespace
+from typing import AbstractSet, Any, Callable, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -81,20 +71,17 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
         gradients (``no_grad``).
     """
     graph = _Graph(model, layers)
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        # so that frozen layers are seen
-        stack.enter_context(requiring_gradients(model, True))
-        # reentrant checkpoints hide their layers
-        stack.enter_context(
-            patch.object(torch.utils.checkpoint, 'CheckpointFunction',
-                         _NoCheckpoint))
-        stack.enter_context(
-            torch.autograd.graph.saved_tensors_hooks(lambda x: None, _fail))
+    # reentrant checkpoints hide their layers
+    no_checkpoint = SimpleNamespace(
+        apply=lambda function, preserve, *args: function(*args))
+    # so that frozen layers are seen
+    with torch.enable_grad(), requiring_gradients(model, True), patch.object(
+            torch.utils.checkpoint, 'CheckpointFunction', no_checkpoint
+    ), torch.autograd.graph.saved_tensors_hooks(
+            lambda x: None, _fail), ExitStack() as stack:
         for name, module in layers.items():
-            stack.callback(
-                module.register_forward_hook(partial(graph.record,
-                                                     name)).remove)
+            hook = partial(graph.record, name)
+            stack.callback(module.register_forward_hook(hook).remove)
         outputs = [x for x in tensors(run()) if x.grad_fn is not None]
     known = {
         f'{name}.{OFFSET_LAYERS[type(module).__name__]}'.lstrip('.')
@@ -104,6 +91,11 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
     return Targets(
         graph.predictions(outputs),
         graph.offsets(outputs) | known & layers.keys())
+
+
+def _fail(saved: None) -> Tensor:
+    raise RuntimeError('the model computes gradients in its forward pass: '
+                       'its layers cannot be traced')
 
 
 class _Graph:
@@ -118,7 +110,7 @@ class _Graph:
                 self.parameters[id(x)] = self.parameters[id(x)] or name
         #: layers by the nodes of their outputs; keeps the nodes alive, which
         #: have an identity only as long as somebody holds them
-        self.layers: Dict[Any, str] = {}
+        self.layers: dict[Any, str] = {}
 
     def record(self, name: str, module: nn.Module, args: Any,
                outputs: Any) -> None:
@@ -129,13 +121,12 @@ class _Graph:
             if x.grad_fn is not None:
                 self.layers[x.grad_fn] = name
 
-    def predictions(self, outputs: List[Tensor]) -> Set[str]:
+    def predictions(self, outputs: list[Tensor]) -> set[str]:
         """Names of the layers that make predictions."""
         starts = [x.grad_fn for x in outputs]
-        used = _walk(starts + _inputs(self.layers))
+        used = set(_walk(starts + _inputs(self.layers)))
         names = set(self.layers.values()) - {
-            self.layers[node]
-            for node in used if node in self.layers
+            name for node, name in self.layers.items() if node in used
         }
         for output in outputs:
             found = self._last([output.grad_fn])
@@ -145,7 +136,7 @@ class _Graph:
             names |= set(found.values())
         return names - {''}
 
-    def offsets(self, outputs: List[Tensor]) -> Set[str]:
+    def offsets(self, outputs: list[Tensor]) -> set[str]:
         """Names of the layers that decide where others sample."""
         starts = [x.grad_fn for x in outputs]
         operands = [
@@ -156,29 +147,28 @@ class _Graph:
         ]
         return set(self._last(operands).values()) - {''}
 
-    def _last(self, starts: Iterable[Any]) -> Dict[Any, str]:
+    def _last(self, starts: Iterable[Any]) -> dict[Any, str]:
         """Products by weights next to some nodes, and the layers of these
         weights; an empty name for those of no layer (attention's)."""
-        found: Dict[Any, str] = {}
+        found: dict[Any, str] = {}
         for node in _walk(starts, found):
             name = self._layer_of(node)
             if name is not None:
                 found[node] = name
         return found
 
-    def _layer_of(self, node: Any) -> Optional[str]:
+    def _layer_of(self, node: Any) -> str | None:
         """None where a node does not multiply by weights."""
         if node in self.layers:
             return self.layers[node]
-        if not MATRIX_PRODUCT.search(node.name()):
-            return None
-        for operand in reversed(_inputs([node])):
-            owners = self._owners(operand)
-            if owners:
-                return max(owners)  # an empty name only if there is no other
+        if MATRIX_PRODUCT.search(node.name()):
+            for operand in reversed(_inputs([node])):
+                owners = self._owners(operand)
+                if owners:  # an empty name counts only if there is no other
+                    return max(owners)
         return None
 
-    def _owners(self, operand: Any) -> Set[str]:
+    def _owners(self, operand: Any) -> set[str]:
         """Layers of the matrices that an operand is computed from; none where
         it also depends on what a layer computes."""
         owners = set()
@@ -193,7 +183,7 @@ class _Graph:
         return owners
 
 
-def _inputs(nodes: Iterable[Any], values: bool = False) -> List[Any]:
+def _inputs(nodes: Iterable[Any], values: bool = False) -> list[Any]:
     """What nodes are computed from; with ``values``, without the positions
     where they sample."""
     return [
@@ -207,29 +197,15 @@ def _walk(starts: Iterable[Any],
           values: bool = False) -> Iterator[Any]:
     """Nodes that some nodes are computed from, and these, each once; not
     beyond those in ``stop``, which may grow on the way."""
-    seen, waiting = set(), list(starts)
+    seen, waiting = {None}, list(starts)
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if node not in stop:
-            waiting += _inputs([node], values)
+        if node not in seen:
+            seen.add(node)
+            yield node
+            if node not in stop:
+                waiting += _inputs([node], values)
 
 
-def _sampling_operands(node: Any) -> Tuple[int, ...]:
+def _sampling_operands(node: Any) -> tuple[int, ...]:
     return next((x for name, x in SAMPLERS if name in node.name()), ())
-
-
-class _NoCheckpoint:
-    """Runs what is to be checkpointed as if it was not."""
-
-    @staticmethod
-    def apply(function: Callable, preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-def _fail(saved: None) -> Tensor:
-    raise RuntimeError('the model computes gradients in its forward pass: '
-                       'its layers cannot be traced')

@@ -1,10 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Forward passes that stop at layers, and at the sums that layers go into."""
+import inspect
 import threading
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import torch
 import torch.nn as nn
@@ -13,20 +13,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..layers import observe
+from .adapter import Adapter
 from .batch import tensors
 from .states import get_random, kept_random, set_random
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)
 #: the attribute that marks a tensor as the output of a layer
 _BRANCH = '_mmbasis_branch'
+_CURRENT = threading.local()
 
 
-@dataclass
-class Sum:
+class Sum(NamedTuple):
     """A sum that a layer's output is about to go into, as of a residual block.
 
     Args:
@@ -60,7 +58,7 @@ class Pass:
     """
 
     def __init__(self,
-                 adapter: 'Adapter',
+                 adapter: Adapter,
                  data: Any,
                  watch: Optional['SumWatch'] = None) -> None:
         self.adapter, self.data, self.watch = adapter, data, watch
@@ -115,7 +113,7 @@ class Pass:
         _CURRENT.value = self
         try:
             self._wait()
-            weight = next(self.adapter.model.parameters(), None)
+            weight = self.adapter.weight
             if weight is not None and weight.is_cuda:
                 torch.cuda.set_device(weight.device)  # by thread, too
             with torch.no_grad(), self.watch or nullcontext():
@@ -125,9 +123,6 @@ class Pass:
                 self._error = error
         finally:
             self._stands.release()
-
-
-_CURRENT = threading.local()
 
 
 def current_pass() -> Optional[Pass]:
@@ -151,14 +146,14 @@ class SumWatch(TorchFunctionMode):
         #: which they ran
         self.order: List[str] = []
 
-    def probe(self, adapter: 'Adapter', layers: Dict[str, nn.Module],
+    def probe(self, adapter: Adapter, layers: Dict[str, nn.Module],
               data: Any) -> None:
         """Run a model on a batch to find which of its layers, given by name,
         are residual."""
         with self, ExitStack() as stack:
             for name, module in layers.items():
-                stack.callback(
-                    observe(module, partial(self._ran, name)).remove)
+                hook = partial(self._ran, name)
+                stack.callback(observe(module, hook).remove)
             adapter.predict(data)
 
     def _ran(self, name: str, module: nn.Module, args: tuple, kwargs: dict,
@@ -175,7 +170,7 @@ class SumWatch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         marked = [x for x in tensors((args, kwargs)) if hasattr(x, _BRANCH)]
-        if marked and func in _SUMS and _is_plain_sum(args, kwargs):
+        if marked and func in _SUMS and _is_plain_sum(*args, **kwargs):
             self._at_sum(*args)
             marked = []
         result = func(*args, **kwargs)
@@ -205,24 +200,20 @@ class SumWatch(TorchFunctionMode):
                          Sum(branch, other, scale))
 
 
-def _is_plain_sum(args: tuple, kwargs: dict) -> bool:
+def _is_plain_sum(*args: Any, **kwargs: Any) -> bool:
     return (not kwargs and len(args) == 2
             and all(isinstance(x, Tensor) for x in args)
             and args[0].shape == args[1].shape and args[0] is not args[1]
             and args[0].dtype == args[1].dtype)
 
 
-def _norm_scale(x: Tensor,
-                running_mean: Tensor,
-                running_var: Tensor,
-                weight: Optional[Tensor] = None,
-                bias: Optional[Tensor] = None,
-                training: bool = False,
-                momentum: float = .1,
-                eps: float = 1e-5) -> Optional[Tensor]:
+def _norm_scale(*args: Any, **kwargs: Any) -> Optional[Tensor]:
     """The scale of each channel in a call of :func:`F.batch_norm`; None if
     it does not take its statistics as they are."""
-    if training:
+    call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
+    call.apply_defaults()
+    norm = call.arguments
+    if norm['training']:
         return None
-    scale = (running_var + eps).rsqrt()
-    return scale if weight is None else scale * weight
+    scale = (norm['running_var'] + norm['eps']).rsqrt()
+    return scale if norm['weight'] is None else scale * norm['weight']

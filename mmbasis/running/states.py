@@ -1,9 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What running a model may change, and how it is put back."""
-import copy
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator, List, Tuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -95,20 +95,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     activations. Heads may keep outputs, with graphs that cannot be copied
     (CondInst), or hang modules elsewhere (DDQ).
     """
-    before = []
-    for module in model.modules():
-        for value in (vars(module), *vars(module).values()):
-            if isinstance(value, (dict, list)):
-                before.append((value, copy.copy(value)))
     with Unchanged(model).during(parameters=False), requiring_gradients(
-            model, False):
-        try:
-            yield
-        finally:
-            for value, old in before:
-                value.clear()
-                (value.update if isinstance(value, dict) else value.extend)(
-                    old)
+            model, False), ExitStack() as stack:
+        for module in model.modules():
+            for value in (vars(module), *vars(module).values()):
+                if isinstance(value, dict):
+                    stack.enter_context(patch.dict(value))
+                elif isinstance(value, list):
+                    stack.callback(value.__setitem__, slice(None), value[:])
+        yield
 
 
 class Unchanged:
@@ -116,41 +111,40 @@ class Unchanged:
     queues, counters and parameters have their values back; averaged copies
     (momentum encoders) stand still. One object serves passes that overlap.
 
-    Statistics of normalisations may change, as recalibration wants.
+    Statistics of normalisations may change, as recalibration wants. Who
+    traces a model takes care of its state outside.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._depth = 0
+        self._passes = 0
         self._values: List[Tuple[Dict[str, Any], str, Any, Tensor]] = []
-        self._averaged: List[nn.Module] = []
+        self._averages = ExitStack()
 
     @contextmanager
     def during(self, parameters: bool = True) -> Iterator[None]:
         """The context of a pass, with or without values of parameters."""
-        if self._depth == 0:
+        if self._passes == 0 and not torch.jit.is_tracing():
             self._remember(parameters)
-        self._depth += 1
+        self._passes += 1
         try:
             yield
         finally:
-            self._depth -= 1
+            self._passes -= 1
             for table, key, tensor, value in self._values:
                 table[key] = tensor
                 if not torch.equal(tensor, value):
                     # past autograd, whose graph may still be needed
                     tensor.data.copy_(value)
-            if self._depth == 0:
+            if self._passes == 0:
                 self._values.clear()
-                while self._averaged:
-                    vars(self._averaged.pop()).pop('update_parameters', None)
+                self._averages.close()
 
     def _remember(self, parameters: bool) -> None:
         for module in self.model.modules():
-            if isinstance(module, BaseAveragedModel) and (
-                    'update_parameters' not in vars(module)):
-                module.update_parameters = lambda *_, **__: None
-                self._averaged.append(module)
+            if isinstance(module, BaseAveragedModel):
+                self._averages.enter_context(patch.object(
+                    module, 'update_parameters', lambda *_, **__: None))
             tables: List[Any] = [module._parameters] * parameters
             if not isinstance(module, _NormBase):
                 tables.append(module._buffers)

@@ -29,18 +29,18 @@ def example_batch(cfg: Config, *splits: str) -> Any:
         KeyError: If there is none.
     """
     for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        if loader is not None:
+        config = cfg.get(f'{split}_dataloader')
+        if config is not None:
             loader = Runner.build_dataloader(
-                dict(loader, batch_size=1), seed=0)
+                dict(config, batch_size=1), seed=0)
             loader.collate_fn = partial(_collate, loader.collate_fn)
             return next(iter(loader))
     raise KeyError('the config needs one of ' +
                    ', '.join(f'{split}_dataloader' for split in splits))
 
 
-def _collate(collate: Callable, samples: Sequence[Any]) -> Any:
-    return collate([single(sample) for sample in samples])
+def _collate(collate: Callable, images: Sequence[Any]) -> Any:
+    return collate([single(image) for image in images])
 
 
 def check_evaluation(cfg: Config, split: str) -> None:
@@ -63,20 +63,21 @@ def evaluate(cfg: Config,
     Args:
         cfg (Config): With ``<split>_dataloader`` and ``<split>_evaluator``.
         model (nn.Module): The model, left in evaluation mode.
-        split (str): ``'test'`` or ``'val'``. Defaults to ``'test'``.
+        split (str): ``'test'`` or ``'val'``.
 
     Returns:
         dict: The evaluator's metrics.
     """
+    cfg = copy.deepcopy(cfg)
     runner = Runner(
         model=repair(model),
         work_dir=osp.join(cfg.work_dir, 'evaluate'),
-        test_dataloader=copy.deepcopy(cfg[f'{split}_dataloader']),
-        test_cfg=copy.deepcopy(cfg.get('test_cfg') or {}),
-        test_evaluator=copy.deepcopy(cfg[f'{split}_evaluator']),
-        default_hooks=copy.deepcopy(cfg.get('default_hooks')),
+        test_dataloader=cfg[f'{split}_dataloader'],
+        test_cfg=cfg.get('test_cfg') or {},
+        test_evaluator=cfg[f'{split}_evaluator'],
+        default_hooks=cfg.get('default_hooks'),
         log_level=cfg.get('log_level', 'INFO'),
-        visualizer=copy.deepcopy(cfg.get('visualizer')),
+        visualizer=cfg.get('visualizer'),
         default_scope=cfg.get('default_scope', 'mmengine'),
         # two runs in one process must not share a log
         experiment_name=f'evaluate_{next(_RUNS)}')
