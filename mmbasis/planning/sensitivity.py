@@ -15,7 +15,6 @@ from torch import Tensor
 from ..layers import observe
 from ..running import (
     Adapter,
-    classifies,
     evaluation,
     fisher_loss,
     train_deterministically,
@@ -148,7 +147,7 @@ def measure_sensitivity(adapter: Adapter, analysis: Analysis,
     """
     model = adapter.model
     with undisturbed(model), evaluation(model):
-        is_classifier = classifies(adapter, batches[0])
+        is_classifier = adapter.logits(batches[0]) is not None
         if not is_classifier:
             train_deterministically(model)
         with torch.enable_grad(), GradientRecorder(analysis) as recorder:

@@ -5,19 +5,17 @@ from .adapter import (
     CannotRunError,
     UnknownLossError,
     adapter_of,
-    classifies,
     fisher_loss,
 )
 from .batch import Batch, tensors
-from .complexity import model_complexity
 from .engine import MMEngineAdapter
-from .graph import Targets, trace_targets
+from .graph import Targets, model_complexity, trace_targets
 from .passes import Pass, Sum, SumWatch, current_pass
 from .states import evaluation, train_deterministically, undisturbed
 
 __all__ = [
     'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',
-    'tensors', 'model_complexity', 'MMEngineAdapter', 'classifies',
-    'fisher_loss', 'Pass', 'Sum', 'SumWatch', 'current_pass', 'evaluation',
-    'train_deterministically', 'undisturbed', 'Targets', 'trace_targets'
+    'tensors', 'model_complexity', 'MMEngineAdapter', 'fisher_loss', 'Pass',
+    'Sum', 'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
+    'undisturbed', 'Targets', 'trace_targets'
 ]

@@ -27,24 +27,12 @@ class CannotRunError(RuntimeError):
 
 @ADAPTERS.register_module()
 class Adapter:
-    """How a model is run. This class calls it like any module.
+    """How a model is run: this class calls it like any module.
 
-    For a model that is run in another way, register a subclass with what
-    differs in your package::
-
-        @ADAPTERS.register_module()
-        class MyAdapter(Adapter):
-
-            @classmethod
-            def handles(cls, model):
-                return isinstance(model, MyModel)
-
-            def predict(self, data):
-                return self.model.infer(self.prepare(data).kwargs['image'])
-
-    ``data`` is a batch as the dataloader yields it, or what :meth:`prepare`
-    returned. The caller sets modes and gradients, see
-    :func:`~mmbasis.running.evaluation`.
+    For a model that is run in another way, register a subclass that says what
+    it :meth:`handles` and what differs; CONTRIBUTING.md shows one. ``data`` is
+    a batch as the dataloader yields it, or what :meth:`prepare` returned. The
+    caller sets modes and gradients, see :func:`~mmbasis.running.evaluation`.
 
     Args:
         model (nn.Module): The bare model, without a distributed wrapper.
@@ -170,19 +158,14 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
                 if cls.handles(model))(model)
 
 
-def classifies(adapter: Adapter, data: Any) -> bool:
-    """Whether a model returns logits."""
-    return adapter.logits(data) is not None
-
-
 def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
                 classifies: bool) -> Tensor:
-    """The loss of a batch, summed over its images, a scalar, whose gradients
-    say what the outputs of a layer are worth.
+    """The loss of a batch, summed over its images, whose gradients say what
+    the outputs of a layer are worth.
 
-    Classifiers are given labels of their own: that makes the gradients'
-    second moment the Fisher information of the model. Any other model gives
-    its training loss.
+    Logits are given labels of their own: that makes the gradients' second
+    moment the Fisher information of the model. Without, it is the training
+    loss.
 
     Args:
         adapter (Adapter): The model.
@@ -193,13 +176,9 @@ def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
     Raises:
         UnknownLossError: If the model has no loss that is known.
     """
-    if not classifies:
-        return adapter.loss(data) * adapter.count_images(data)
-    logits = adapter.logits(data)
+    logits = adapter.logits(data) if classifies else None
     if logits is None:
-        raise ValueError(
-            f'{type(adapter.model).__name__} returns logits for some batches '
-            'and other outputs for others: give batches of one kind')
+        return adapter.loss(data) * adapter.count_images(data)
     labels = sampled_labels(logits, batch_index)
     return F.cross_entropy(logits, labels, reduction='sum')
 

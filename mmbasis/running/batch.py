@@ -28,16 +28,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested inputs with a function applied to each tensor, in the
-    order of :func:`tensors`; whatever else is passed through."""
+    """Copy nested inputs with a function applied to each tensor, in the order
+    of :func:`tensors`."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
         return {k: map_tensors(v, function) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         items = [map_tensors(item, function) for item in value]
-        is_named = hasattr(value, '_fields')
-        return type(value)(*items) if is_named else type(value)(items)
+        make = getattr(value, '_make', type(value))  # of named tuples
+        return make(items)
     return value
 
 

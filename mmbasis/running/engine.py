@@ -36,12 +36,9 @@ class MMEngineAdapter(Adapter):
 
     A model may refuse a mode: by a ``NotImplementedError``, by a
     ``RuntimeError`` or ``ValueError`` that names the mode, or by returning
-    None. Then the next way is tried; the one that works is remembered. Any
-    other error is raised.
-
-    A model without the mode ``predict`` (self-supervised) predicts by
-    computing its loss, each time with the same random numbers, and without a
-    change of its state.
+    None. Then the next way is tried; the one that works is remembered. A
+    self-supervised model predicts by computing its loss, each time with the
+    same random numbers, and without a change of its state.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,9 +49,10 @@ class MMEngineAdapter(Adapter):
         self._has_mode = any(
             x.name == 'mode' or x.kind is x.VAR_KEYWORD
             for x in parameters_of(model))
+        self._possible = {'predict', *['tensor', 'loss'] * self._has_mode}
         step = getattr(model, 'test_step', BaseModel.test_step)
-        self._has_own_step = (
-            getattr(step, '__func__', step) is not BaseModel.test_step)
+        if getattr(step, '__func__', step) is not BaseModel.test_step:
+            self._possible.add('test_step')
 
     def twin(self, model: nn.Module) -> 'MMEngineAdapter':
         twin = type(self)(model)
@@ -78,9 +76,8 @@ class MMEngineAdapter(Adapter):
             return replace(bind(self.model, ready), raw=data)
         if isinstance(ready, dict):
             return Batch(data, kwargs=ready)
-        return Batch(
-            data,
-            tuple(ready) if isinstance(ready, (tuple, list)) else (ready, ))
+        args = ready if isinstance(ready, (tuple, list)) else [ready]
+        return Batch(data, tuple(args))
 
     def predict(self, data: Any) -> Any:
         return self._run('predict', data)
@@ -120,12 +117,13 @@ class MMEngineAdapter(Adapter):
         if purpose in self._ways:
             return self._in_way(purpose, self._ways[purpose], data)
         failed: List[str] = []
-        for way in _WAYS[purpose]:
-            if not self._has_own_step if way == 'test_step' else (
-                    not self._has_mode and way != 'predict'):
-                continue
+        for way in filter(self._possible.__contains__, _WAYS[purpose]):
             try:
                 result = self._in_way(purpose, way, data)
+                if result is None or purpose == 'loss' and not isinstance(
+                        result, dict):
+                    raise NotImplementedError(
+                        f'it returned {type(result).__name__}')
             except Exception as error:
                 # backbones cannot take the views of a self-supervised model
                 if not (_refuses(error, way)
@@ -133,12 +131,9 @@ class MMEngineAdapter(Adapter):
                         and self._lacks_predict(data)):
                     raise
                 failed.append(f'{way} ({type(error).__name__}: {error})')
-                continue
-            if isinstance(result, dict) if purpose == 'loss' else (
-                    result is not None):
+            else:
                 self._ways[purpose] = way
                 return result
-            failed.append(f'{way} (it returned {type(result).__name__})')
         raise CannotRunError(
             f'{type(self.model).__name__} has no way to get at its {purpose}, '
             f'tried {"; ".join(failed)}: make forward() accept the mode, or '
@@ -149,26 +144,27 @@ class MMEngineAdapter(Adapter):
         if way == 'test_step':
             return self.model.test_step(
                 data.raw if isinstance(data, Batch) else data)
-        batch, found = self.prepare(data), []
-        with ExitStack() as stack:
-            if way == 'loss':
-                # in a pass that stops, others write weights meanwhile
-                stack.enter_context(self._unchanged.during(
-                    parameters=current_pass() is None and (
-                        purpose != 'loss'
-                        or self._ways.get('predict') == 'loss')))
-            if way == 'loss' != purpose:
-                stack.enter_context(kept_random())
-                set_random_seed(0)
-            if way == 'loss' and purpose == 'outputs':  # those of its parts
+        mode = dict(mode=way) if self._has_mode else {}
+        run = partial(self.call, self.prepare(data), **mode)
+        if way != 'loss':
+            return run()
+        # in a pass that stops, others write weights meanwhile
+        whole = current_pass() is None and (
+            purpose != 'loss' or self._ways.get('predict') == 'loss')
+        with self._unchanged.during(parameters=whole), ExitStack() as stack:
+            if purpose == 'loss':
+                return run()
+            stack.enter_context(kept_random())
+            set_random_seed(0)
+            found: List[Tensor] = []
+            if purpose == 'outputs':  # of the parts, rather than losses
                 for child in self.model.children():
                     if next(child.parameters(), None) is not None:
                         stack.callback(child.register_forward_hook(
                             lambda _, args, y: found.extend(tensors(y))
                         ).remove)
-            mode = dict(mode=way) if self._has_mode else {}
-            result = self.call(batch, **mode)
-        return found or result
+            losses = run()
+            return found or losses
 
 
 def _refuses(error: Exception, mode: str) -> bool:

@@ -1,11 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What layers do in a model, read from the autograd graph of one run."""
+"""What layers do in a model, and what it costs, read from the graphs of one
+run: autograd's, and that of a trace."""
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from math import prod
 from types import SimpleNamespace
 from typing import AbstractSet, Any, Callable, NamedTuple
 from unittest.mock import patch
@@ -13,11 +15,13 @@ from unittest.mock import patch
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
+from mmengine.analysis import FlopAnalyzer
 from torch import Tensor
 
 from ..quirks import OFFSET_LAYERS
-from .batch import tensors
-from .states import requiring_gradients
+from .adapter import Adapter, adapter_of
+from .batch import Batch, tensors
+from .states import Unchanged, evaluation, requiring_gradients
 
 #: Names of nodes that may multiply by a matrix of weights. Additions and
 #: products by element take parameters, too: positions, scales.
@@ -34,6 +38,12 @@ SAMPLERS = (
     ('MultiScaleDeformableAttnFunctionBackward', (3, 4)),  # mmcv, on a GPU
     ('GridSampler', (1, )),
 )
+#: The operators of MMCV that apply weights, by their names in a trace, and
+#: where these stand among the tensors that they take.
+WEIGHTED = {
+    'prim::PythonOp.DeformConv2dFunction': 2,
+    'prim::PythonOp.ModulatedDeformConv2dFunction': 3,
+}
 
 
 class Targets(NamedTuple):
@@ -63,12 +73,11 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
     Args:
         model (nn.Module): The model.
         layers (Mapping[str, nn.Module]): Layers of the model by name.
-        run (Callable): Runs the model, and returns nested dictionaries,
-            sequences and dataclasses of tensors: outputs or losses.
+        run (Callable): Runs the model and returns its outputs or losses,
+            nested in any way.
 
     Returns:
-        Targets: Some of the names. Empty where the model runs without
-        gradients (``no_grad``).
+        Targets: Empty where the model runs without gradients (``no_grad``).
     """
     graph = _Graph(model, layers)
     # reentrant checkpoints hide their layers
@@ -149,7 +158,7 @@ class _Graph:
 
     def _last(self, starts: Iterable[Any]) -> dict[Any, str]:
         """Products by weights next to some nodes, and the layers of these
-        weights; an empty name for those of no layer (attention's)."""
+        weights; an empty name for those of no layer (attention)."""
         found: dict[Any, str] = {}
         for node in _walk(starts, found):
             name = self._layer_of(node)
@@ -192,8 +201,7 @@ def _inputs(nodes: Iterable[Any], values: bool = False) -> list[Any]:
     ]
 
 
-def _walk(starts: Iterable[Any],
-          stop: Container[Any] = (),
+def _walk(starts: Iterable[Any], stop: Container[Any] = (),
           values: bool = False) -> Iterator[Any]:
     """Nodes that some nodes are computed from, and these, each once; not
     beyond those in ``stop``, which may grow on the way."""
@@ -209,3 +217,56 @@ def _walk(starts: Iterable[Any],
 
 def _sampling_operands(node: Any) -> tuple[int, ...]:
     return next((x for name, x in SAMPLERS if name in node.name()), ())
+
+
+def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
+    """MACs and parameters of a whole model, counted by MMEngine's analysis.
+
+    A fused multiply-add counts as one; biases, activations and elementwise
+    sums count as in MMEngine. A deformable convolution counts as a plain one,
+    without interpolation.
+
+    Args:
+        model (nn.Module | Adapter): The model; its raw outputs are traced.
+        data (Any): A batch of one image, as its dataloader yields it.
+
+    Returns:
+        dict: ``macs``, ``params`` (numbers) and ``uncounted`` (names of
+        operators that the analysis does not know, with their number).
+    """
+    adapter = adapter_of(model)
+    with evaluation(adapter.model), Unchanged(adapter.model).during():
+        batch = adapter.prepare(data)
+        # the search for a way to run the model would end the trace
+        adapter.outputs(batch)
+        inputs = tuple(tensors((batch.args, batch.kwargs)))
+        analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
+        analyzer.set_op_handle(**{
+            k: partial(_deform_conv_macs, x) for k, x in WEIGHTED.items()})
+        analyzer.unsupported_ops_warnings(False)
+        analyzer.uncalled_modules_warnings(False)
+        analyzer.tracer_warnings('none')
+        macs, uncounted = analyzer.total(), analyzer.unsupported_ops()
+    return dict(
+        macs=int(macs),
+        params=sum(p.numel() for p in adapter.model.parameters()),
+        uncounted={k: int(v) for k, v in uncounted.items()})
+
+
+class _Traced(nn.Module):
+    """A model as a function of the tensors of a batch."""
+
+    def __init__(self, adapter: Adapter, batch: Batch) -> None:
+        super().__init__()
+        self.model = adapter.model
+        self.adapter, self.batch = adapter, batch
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(inputs)
+        batch = self.batch.map(lambda _: next(remaining))
+        return tuple(self.adapter.outputs(batch))
+
+
+def _deform_conv_macs(index: int, inputs: list, outputs: list) -> int:
+    batch, _, *positions = outputs[0].type().sizes()
+    return batch * prod(positions) * prod(inputs[index].type().sizes())

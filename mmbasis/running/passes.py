@@ -25,15 +25,10 @@ _CURRENT = threading.local()
 
 
 class Sum(NamedTuple):
-    """A sum that a layer's output is about to go into, as of a residual block.
-
-    Args:
-        branch (Tensor): The operand that comes from the layer: ``scale``
-            times its output plus a constant for each channel.
-        other (Tensor): The other operand.
-        scale (Tensor): That of a batch normalisation in between, shape
-            ``(P, )``; or one, a scalar.
-    """
+    """A sum that a layer's output is about to go into, as of a residual block:
+    of ``branch``, which is ``scale`` times the output plus a constant for each
+    channel, and ``other``. The scale is that of a batch normalisation in
+    between, shape ``(P, )``, or one, a scalar."""
     branch: Tensor
     other: Tensor
     scale: Tensor
@@ -44,31 +39,29 @@ class Pass:
 
     A hook of the layer calls :meth:`stop`, and the model goes on when
     somebody calls :meth:`advance`. So all batches go through a model side by
-    side and once, however it is built.
+    side and once, however it is built. The end of a ``with`` block ends it.
 
     Each pass is a thread, of which one runs at a time: PyTorch keeps the
-    states of gradients, autocast, modes and warnings by thread. It runs in a
-    ``with`` block, whose end ends it. It has random numbers of its own, so
-    that passes of two models that were made together draw the same ones.
+    states of gradients, autocast, modes and warnings by thread. It has random
+    numbers of its own, so that passes of two models that were made together
+    draw the same ones.
 
     Args:
         adapter (Adapter): The model.
         data (Any): The batch.
         watch (SumWatch, optional): Sees the sums of this pass.
     """
+    #: where the pass stands; None at its end
+    name: Optional[str] = None
+    #: what the layer takes or returns, and the sum, if it stands at one
+    tensor: Any = None
+    sum: Any = None
 
-    def __init__(self,
-                 adapter: Adapter,
-                 data: Any,
+    def __init__(self, adapter: Adapter, data: Any,
                  watch: Optional['SumWatch'] = None) -> None:
         self.adapter, self.data, self.watch = adapter, data, watch
         #: inputs of layers that wait for their sums
         self.inputs: Dict[str, Tensor] = {}
-        #: where the pass stands; None at its end
-        self.name: Optional[str] = None
-        #: what the layer takes or returns, and the sum, if it stands at one
-        self.tensor: Any = None
-        self.sum: Any = None
         self._goes_on = threading.Semaphore(0)
         self._stands = threading.Semaphore(0)
         self._error: Optional[BaseException] = None
@@ -119,8 +112,7 @@ class Pass:
             with torch.no_grad(), self.watch or nullcontext():
                 self.adapter.predict(self.data)
         except BaseException as error:
-            if not self._left:
-                self._error = error
+            self._error = error
         finally:
             self._stands.release()
 
@@ -131,19 +123,15 @@ def current_pass() -> Optional[Pass]:
 
 
 class SumWatch(TorchFunctionMode):
-    """Sees into which sums the outputs of layers go.
-
-    Where ``x + norm(layer(z))`` is computed, the layer can make up for what
-    is wrong with ``x`` as well. :meth:`probe` finds these layers; later passes
-    stop at the sum instead of at the layer.
-    """
+    """Sees into which sums the outputs of layers go: where it computes
+    ``x + norm(layer(z))``, the layer can make up for what is wrong with ``x``
+    as well. :meth:`probe` finds these layers; later passes stop at the sum."""
 
     def __init__(self) -> None:
         super().__init__()
         #: layers whose output goes into a sum and nowhere else
         self.residual: Set[str] = set()
-        #: all layers that take one input (not offsets, too), in the order in
-        #: which they ran
+        #: layers that take one input (no offsets), as they ran
         self.order: List[str] = []
 
     def probe(self, adapter: Adapter, layers: Dict[str, nn.Module],
@@ -174,15 +162,13 @@ class SumWatch(TorchFunctionMode):
             self._at_sum(*args)
             marked = []
         result = func(*args, **kwargs)
-        if not marked:
-            return result
-        scale = _norm_scale(*args, **kwargs) if func is F.batch_norm else None
-        if scale is not None and marked == [args[0]]:
-            name, before = vars(args[0]).pop(_BRANCH)
-            setattr(result, _BRANCH, (name, before * scale))
-        elif any(True for _ in tensors(result)):
-            for x in marked:  # something else makes use of it
-                vars(x).pop(_BRANCH, None)
+        if marked and any(True for _ in tensors(result)):
+            # a normalisation, or something else makes use of it
+            (name, before), *_ = [vars(x).pop(_BRANCH, None) for x in marked]
+            if func is F.batch_norm and marked[0] is args[0]:
+                scale = _norm_scale(*args, **kwargs)
+                if scale is not None:
+                    setattr(result, _BRANCH, (name, before * scale))
         return result
 
     def _at_sum(self, left: Tensor, right: Tensor) -> None:
@@ -200,16 +186,14 @@ class SumWatch(TorchFunctionMode):
                          Sum(branch, other, scale))
 
 
-def _is_plain_sum(*args: Any, **kwargs: Any) -> bool:
-    return (not kwargs and len(args) == 2
-            and all(isinstance(x, Tensor) for x in args)
-            and args[0].shape == args[1].shape and args[0] is not args[1]
-            and args[0].dtype == args[1].dtype)
+def _is_plain_sum(left: Any, right: Any, **kwargs: Any) -> bool:
+    return (not kwargs and isinstance(left, Tensor)
+            and isinstance(right, Tensor) and left is not right
+            and (left.shape, left.dtype) == (right.shape, right.dtype))
 
 
 def _norm_scale(*args: Any, **kwargs: Any) -> Optional[Tensor]:
-    """The scale of each channel in a call of :func:`F.batch_norm`; None if
-    it does not take its statistics as they are."""
+    """The scale of each channel in batch normalisation; None in training."""
     call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
     call.apply_defaults()
     norm = call.arguments

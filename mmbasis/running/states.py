@@ -2,7 +2,7 @@
 """What running a model may change, and how it is put back."""
 import random
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple
 from unittest.mock import patch
 
 import numpy as np
@@ -32,27 +32,22 @@ def set_random(states: Tuple[Any, ...]) -> None:
 @contextmanager
 def kept_random() -> Iterator[None]:
     """Generators are as before afterwards."""
-    states = get_random()
-    try:
+    with ExitStack() as stack:
+        stack.callback(set_random, get_random())
         yield
-    finally:
-        set_random(states)
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random states of Python,
     NumPy and PyTorch are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad(), kept_random():
-        try:
-            model.eval()
-            yield
-        finally:
-            # for those that do more in train() than to set a flag (LeViT)
-            model.train(modes[model])
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.no_grad(), kept_random(), ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, 'training', module.training)
+        # for those that do more in train() than to set a flag (LeViT)
+        stack.callback(model.train, model.training)
+        model.eval()
+        yield
 
 
 def train_deterministically(model: nn.Module) -> None:
@@ -72,29 +67,22 @@ def train_deterministically(model: nn.Module) -> None:
 @contextmanager
 def requiring_gradients(model: nn.Module, value: bool) -> Iterator[None]:
     """All parameters of a model require gradients meanwhile, or none."""
-    changed = [
-        x for x in model.parameters()
-        if x.requires_grad != value and x.is_floating_point()
-    ]
-    try:
-        for parameter in changed:
-            parameter.requires_grad = value
+    with ExitStack() as stack:
+        for x in model.parameters():
+            if x.is_floating_point():
+                stack.callback(x.requires_grad_, x.requires_grad)
+                x.requires_grad_(value)
         yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad = not value
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients of weights are computed. Afterwards buffers, attributes of
     modules, and entries of those that are dictionaries or lists are as before;
-    moving averages stand still.
-
-    Gradients of the inputs alone would not do in models that checkpoint
-    activations. Heads may keep outputs, with graphs that cannot be copied
-    (CondInst), or hang modules elsewhere (DDQ).
-    """
+    moving averages stand still."""
+    # Gradients of the inputs alone would not do in models that checkpoint
+    # activations. Heads may keep outputs, with graphs that cannot be copied
+    # (CondInst), or hang modules elsewhere (DDQ).
     with Unchanged(model).during(parameters=False), requiring_gradients(
             model, False), ExitStack() as stack:
         for module in model.modules():
@@ -107,9 +95,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class Unchanged:
-    """Contexts of forward passes that leave no trace in a model: afterwards
-    queues, counters and parameters have their values back; averaged copies
-    (momentum encoders) stand still. One object serves passes that overlap.
+    """Forward passes that leave no trace in a model: afterwards queues,
+    counters and parameters have their values back; averaged copies (momentum
+    encoders) stand still. One object serves passes that overlap.
 
     Statistics of normalisations may change, as recalibration wants. Who
     traces a model takes care of its state outside.
@@ -118,7 +106,7 @@ class Unchanged:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._passes = 0
-        self._values: List[Tuple[Dict[str, Any], str, Any, Tensor]] = []
+        self._values: List[Tuple[dict, str, Any, Tensor]] = []
         self._averages = ExitStack()
 
     @contextmanager
@@ -145,7 +133,7 @@ class Unchanged:
             if isinstance(module, BaseAveragedModel):
                 self._averages.enter_context(patch.object(
                     module, 'update_parameters', lambda *_, **__: None))
-            tables: List[Any] = [module._parameters] * parameters
+            tables: List[dict] = [module._parameters] * parameters
             if not isinstance(module, _NormBase):
                 tables.append(module._buffers)
             self._values += [(table, key, x, x.detach().clone())
