@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The contract between mmbasis and a model that it runs."""
-from typing import Any, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -40,6 +40,8 @@ class Adapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        #: what was found out about how to run it, by purpose
+        self.ways: Dict[str, str] = {}
 
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
@@ -48,7 +50,9 @@ class Adapter:
 
     def twin(self, model: nn.Module) -> 'Adapter':
         """An adapter of a copy of the model, which is run in the same way."""
-        return type(self)(model)
+        twin = type(self)(model)
+        twin.ways.update(self.ways)
+        return twin
 
     @property
     def weight(self) -> Optional[Tensor]:
@@ -120,10 +124,9 @@ class Adapter:
                     not target.is_floating_point()):
                 return F.cross_entropy(logits, target.to(logits.device).long())
         raise UnknownLossError(
-            f'{type(self.model).__name__}: the training loss is known of an '
-            'MMEngine model, of one that returns it, and of a plain '
-            'classifier, which returns one tensor of shape (images, classes): '
-            'set loss_aware=False, or register an adapter with a loss() in '
+            f'{type(self.model).__name__} is no MMEngine model, returns no '
+            'loss, and no logits of shape (images, classes) with labels: set '
+            'loss_aware=False, or register an adapter with a loss() in '
             'mmbasis.registry.ADAPTERS')
 
     def count_images(self, data: Any) -> int:
@@ -161,21 +164,10 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
 def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
                 classifies: bool) -> Tensor:
     """The loss of a batch, summed over its images, whose gradients say what
-    the outputs of a layer are worth.
-
-    Logits are given labels of their own: that makes the gradients' second
-    moment the Fisher information of the model. Without, it is the training
-    loss.
-
-    Args:
-        adapter (Adapter): The model.
-        data (Any): The batch, prepared or not.
-        batch_index (int): Seed of the labels.
-        classifies (bool): Whether the model returns logits.
-
-    Raises:
-        UnknownLossError: If the model has no loss that is known.
-    """
+    the outputs of a layer are worth: the training loss, or, if the model
+    ``classifies``, that of labels drawn from its logits. Their seed is
+    ``batch_index``. That makes the gradients' second moment the Fisher
+    information. Raises an :class:`UnknownLossError` if there is no loss."""
     logits = adapter.logits(data) if classifies else None
     if logits is None:
         return adapter.loss(data) * adapter.count_images(data)

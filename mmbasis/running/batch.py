@@ -4,11 +4,15 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import torch.nn as nn
 from mmengine.structures import BaseDataElement
 from torch import Tensor
+
+#: annotations of sequences, perhaps in quotes, or with a module's name
+SEQUENCE = re.compile(r"'?([\w.]+\.)?(list|tuple|sequence)\b", re.IGNORECASE)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -76,10 +80,9 @@ def count(data: Any) -> int:
 
 def parameters_of(model: nn.Module) -> List[inspect.Parameter]:
     """The parameters of ``forward``; none where Python cannot tell."""
-    try:
+    with suppress(TypeError, ValueError):
         return list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):
-        return []
+    return []
 
 
 def bind(model: nn.Module, data: Any) -> Batch:
@@ -106,8 +109,9 @@ def bind(model: nn.Module, data: Any) -> Batch:
         found = ', '.join(map(str, data))
     elif isinstance(data, (tuple, list)):
         lacks = len(required) > len(data)
-        whole = len(required) == 1 and _takes_sequence(named[0]) and all(
-            isinstance(x, Tensor) for x in data)
+        whole = len(required) == 1 and all(
+            isinstance(x, Tensor) for x in data) and bool(SEQUENCE.match(
+                inspect.formatannotation(named[0].annotation)))
         taken = max(len(required), 1)
         batch = Batch(data, tuple(data[:taken]), rest=list(data[taken:]))
         found = f'{len(data)} entries'
@@ -120,10 +124,3 @@ def bind(model: nn.Module, data: Any) -> Batch:
             f'{type(model).__name__}.forward requires {", ".join(required)}, '
             f'but a batch has {found}')
     return batch
-
-
-def _takes_sequence(parameter: inspect.Parameter) -> bool:
-    # a name may be in quotes, and have its module before it
-    return re.match(r"'?([\w.]+\.)?(list|tuple|sequence)\b",
-                    inspect.formatannotation(parameter.annotation),
-                    re.IGNORECASE) is not None

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from traceback import walk_tb
-from typing import Any, Dict, List, Optional
+from typing import Any, List, Optional
 
 import torch
 import torch.nn as nn
@@ -43,8 +43,6 @@ class MMEngineAdapter(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        #: the way that works, by purpose
-        self._ways: Dict[str, str] = {}
         self._unchanged = Unchanged(model)
         self._has_mode = any(
             x.name == 'mode' or x.kind is x.VAR_KEYWORD
@@ -53,11 +51,6 @@ class MMEngineAdapter(Adapter):
         step = getattr(model, 'test_step', BaseModel.test_step)
         if getattr(step, '__func__', step) is not BaseModel.test_step:
             self._possible.add('test_step')
-
-    def twin(self, model: nn.Module) -> 'MMEngineAdapter':
-        twin = type(self)(model)
-        twin._ways.update(self._ways)
-        return twin
 
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
@@ -90,7 +83,7 @@ class MMEngineAdapter(Adapter):
         logits = as_logits(self.raw(batch))
         # features of a self-supervised model look like logits
         if logits is not None and self._has_mode and (
-                self._ways['outputs'] != 'tensor'
+                self.ways['outputs'] != 'tensor'
                 or self._lacks_predict(batch)):
             return None
         return logits
@@ -108,14 +101,14 @@ class MMEngineAdapter(Adapter):
         return parse(losses)[0]
 
     def _lacks_predict(self, data: Any) -> bool:
-        if 'predict' not in self._ways:
+        if 'predict' not in self.ways:
             self.predict(data)
-        return self._ways['predict'] in ('loss', 'tensor')
+        return self.ways['predict'] in ('loss', 'tensor')
 
     def _run(self, purpose: str, data: Any) -> Any:
         """Run the model in the first way that works."""
-        if purpose in self._ways:
-            return self._in_way(purpose, self._ways[purpose], data)
+        if purpose in self.ways:
+            return self._in_way(purpose, self.ways[purpose], data)
         failed: List[str] = []
         for way in filter(self._possible.__contains__, _WAYS[purpose]):
             try:
@@ -132,7 +125,7 @@ class MMEngineAdapter(Adapter):
                     raise
                 failed.append(f'{way} ({type(error).__name__}: {error})')
             else:
-                self._ways[purpose] = way
+                self.ways[purpose] = way
                 return result
         raise CannotRunError(
             f'{type(self.model).__name__} has no way to get at its {purpose}, '
@@ -150,7 +143,7 @@ class MMEngineAdapter(Adapter):
             return run()
         # in a pass that stops, others write weights meanwhile
         whole = current_pass() is None and (
-            purpose != 'loss' or self._ways.get('predict') == 'loss')
+            purpose != 'loss' or self.ways.get('predict') == 'loss')
         with self._unchanged.during(parameters=whole), ExitStack() as stack:
             if purpose == 'loss':
                 return run()

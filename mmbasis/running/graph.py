@@ -54,12 +54,8 @@ class Targets(NamedTuple):
     an output nor another layer (proposals are detached). A layer that feeds
     another one of the same output does not count: in a backbone without a
     head, that leaves the last residual branch. Only a loss, a single number,
-    counts all layers that it reaches.
-
-    Args:
-        predictions (set[str]): Layers that make predictions.
-        offsets (set[str]): Layers whose output reaches, in the same way, the
-            positions where one of :data:`SAMPLERS` samples, or its weights.
+    counts all layers that it reaches. Offsets reach, in the same way, the
+    positions where one of :data:`SAMPLERS` samples, or its weights.
     """
     predictions: AbstractSet[str]
     offsets: AbstractSet[str]
@@ -80,10 +76,9 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
         Targets: Empty where the model runs without gradients (``no_grad``).
     """
     graph = _Graph(model, layers)
-    # reentrant checkpoints hide their layers
+    # reentrant checkpoints and frozen layers would hide layers
     no_checkpoint = SimpleNamespace(
         apply=lambda function, preserve, *args: function(*args))
-    # so that frozen layers are seen
     with torch.enable_grad(), requiring_gradients(model, True), patch.object(
             torch.utils.checkpoint, 'CheckpointFunction', no_checkpoint
     ), torch.autograd.graph.saved_tensors_hooks(
@@ -222,9 +217,8 @@ def _sampling_operands(node: Any) -> tuple[int, ...]:
 def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
     """MACs and parameters of a whole model, counted by MMEngine's analysis.
 
-    A fused multiply-add counts as one; biases, activations and elementwise
-    sums count as in MMEngine. A deformable convolution counts as a plain one,
-    without interpolation.
+    A fused multiply-add counts as one; a deformable convolution counts as a
+    plain one, without interpolation.
 
     Args:
         model (nn.Module | Adapter): The model; its raw outputs are traced.

@@ -4,6 +4,7 @@ import inspect
 import threading
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import torch
@@ -62,10 +63,9 @@ class Pass:
         self.adapter, self.data, self.watch = adapter, data, watch
         #: inputs of layers that wait for their sums
         self.inputs: Dict[str, Tensor] = {}
-        self._goes_on = threading.Semaphore(0)
-        self._stands = threading.Semaphore(0)
-        self._error: Optional[BaseException] = None
-        self._left = False
+        # whether to go on, and where the pass stands then, or an error
+        self._orders: SimpleQueue = SimpleQueue()
+        self._reports: SimpleQueue = SimpleQueue()
         self._random = get_random()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -74,8 +74,7 @@ class Pass:
         return self
 
     def __exit__(self, *_) -> None:
-        self._left = True
-        self._goes_on.release()
+        self._orders.put(False)
         self._thread.join()
 
     def advance(self) -> None:
@@ -85,36 +84,33 @@ class Pass:
         self.name = self.tensor = self.sum = None
         with kept_random():
             set_random(self._random)
-            self._goes_on.release()
-            self._stands.acquire()
+            self._orders.put(True)
+            report = self._reports.get()
             self._random = get_random()
-        if self._error is not None:
-            raise self._error
+        if isinstance(report, BaseException):
+            raise report
+        self.name, self.tensor, self.sum = report
 
     def stop(self, name: str, tensor: Any, into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
-        self.name, self.tensor, self.sum = name, tensor, into
-        self._stands.release()
-        self._wait()
-
-    def _wait(self) -> None:
-        self._goes_on.acquire()
-        if self._left:
+        self._reports.put((name, tensor, into))
+        if not self._orders.get():
             raise SystemExit  # ends the thread
 
     def _run(self) -> None:
         _CURRENT.value = self
+        report: Any = (None, None, None)
+        if not self._orders.get():
+            return
         try:
-            self._wait()
             weight = self.adapter.weight
             if weight is not None and weight.is_cuda:
                 torch.cuda.set_device(weight.device)  # by thread, too
             with torch.no_grad(), self.watch or nullcontext():
                 self.adapter.predict(self.data)
         except BaseException as error:
-            self._error = error
-        finally:
-            self._stands.release()
+            report = error
+        self._reports.put(report)
 
 
 def current_pass() -> Optional[Pass]:

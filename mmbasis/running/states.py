@@ -52,11 +52,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 def train_deterministically(model: nn.Module) -> None:
     """Put a model in training mode, except what then changes with the batch
-    or by chance: normalisations, dropout, stochastic depth.
-
-    Losses need that mode: some heads return other things in evaluation mode
-    (VFNet, RepPoints), or the same in other units (FCOS).
-    """
+    or by chance: normalisations, dropout, stochastic depth. Some heads return
+    other things in evaluation mode (VFNet), or other units (FCOS)."""
     model.train()
     for module in model.modules():
         if isinstance(module, (_NormBase, _DropoutNd, nn.MultiheadAttention

@@ -22,10 +22,9 @@ def load_config(path: str,
     """Read a config of any OpenMMLab library and fill in what tools expect.
 
     Args:
-        path (str): Config file, or ``library::config`` of an installed
-            library such as ``mmpretrain::resnet/resnet18_8xb32_in1k.py``.
-        cfg_options (dict, optional): Values that override the file's, keys
-            with dots.
+        path (str): File, or ``library::config`` of an installed library, such
+            as ``mmpretrain::resnet/resnet18_8xb32_in1k.py``.
+        cfg_options (dict, optional): Overrides, keys with dots.
         work_dir (str, optional): Where the run writes. Defaults to the
             config's own, else ``work_dirs/<name of the config>``.
 
@@ -121,10 +120,9 @@ def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
     without a CUDA device unless a process group is already there.
 
     Args:
-        launcher (str): The tools' ``--launcher``. All but ``'pytorch'`` (that
-            is ``torchrun``) change nothing.
-        cfg (Config, optional): Config of the runner. Gets a model wrapper
-            that names no CUDA device unless it has one.
+        launcher (str): The tools' ``--launcher``; only ``'pytorch'`` counts.
+        cfg (Config, optional): Gets a model wrapper that names no CUDA device
+            unless it has one.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun``.
@@ -134,8 +132,7 @@ def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
     if 'RANK' not in os.environ:
         raise RuntimeError(
             'launcher is pytorch, but RANK is not set: start the tool with '
-            'torchrun --nproc_per_node=N tools/train.py ... '
-            '--launcher pytorch')
+            'torchrun --nproc_per_node=N TOOL ... --launcher pytorch')
     dist.init_process_group('gloo')
     # gloo's threads must not outlive the interpreter, which would abort
     atexit.register(

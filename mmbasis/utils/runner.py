@@ -18,12 +18,8 @@ _RUNS = itertools.count()
 
 def example_batch(cfg: Config, *splits: str) -> Any:
     """A batch of one image, to count and time with; the first of several
-    augmentations of it.
-
-    Args:
-        cfg (Config): With data loaders.
-        splits (str): ``'test'``, ``'val'`` or ``'train'``: the first that has
-            a data loader gives the image, with the transforms it has.
+    augmentations of it. The first of the splits (``'test'``, ``'val'`` or
+    ``'train'``) that has a data loader gives it.
 
     Raises:
         KeyError: If there is none.
@@ -55,19 +51,10 @@ def check_evaluation(cfg: Config, split: str) -> None:
                            'not have')
 
 
-def evaluate(cfg: Config,
-             model: nn.Module,
+def evaluate(cfg: Config, model: nn.Module,
              split: str = 'test') -> Dict[str, float]:
-    """Run the test loop of a config on a model.
-
-    Args:
-        cfg (Config): With ``<split>_dataloader`` and ``<split>_evaluator``.
-        model (nn.Module): The model, left in evaluation mode.
-        split (str): ``'test'`` or ``'val'``.
-
-    Returns:
-        dict: The evaluator's metrics.
-    """
+    """The metrics of a model, left in evaluation mode, by the
+    ``<split>_dataloader`` and the ``<split>_evaluator`` of a config."""
     cfg = copy.deepcopy(cfg)
     runner = Runner(
         model=repair(model),
