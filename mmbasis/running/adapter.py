@@ -57,20 +57,20 @@ class Adapter:
     @property
     def weight(self) -> Optional[Tensor]:
         """A weight, for device and precision of the model."""
-        return next((p for p in self.model.parameters()
-                     if p.is_floating_point()), None)
+        weights = filter(torch.is_floating_point, self.model.parameters())
+        return next(weights, None)
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:
-        """A batch as the model takes it: on its device and, where it is of
-        floating point, in its precision; prepared data is not changed. With
-        ``gradients``, such inputs are detached leaves that require grad."""
+        """A batch as the model takes it, see :meth:`move`; prepared data stays
+        as it is. With ``gradients``, inputs of floating point are detached
+        leaves that require grad."""
         batch = data if isinstance(data, Batch) else self.bind(data)
         return batch if not gradients else batch.map(
             lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
 
     def bind(self, data: Any) -> Batch:
-        """What :meth:`prepare` does with a batch that is not prepared yet, see
-        :func:`~mmbasis.running.batch.bind`."""
+        """What :meth:`prepare` does with a batch as the dataloader yields it:
+        it becomes the arguments of ``forward``."""
         return bind(self.model, data).map(self.move)
 
     def move(self, x: Tensor) -> Tensor:
@@ -107,12 +107,8 @@ class Adapter:
 
     def loss(self, data: Any) -> Tensor:
         """The training loss of a batch, a scalar, averaged over images as the
-        model defines it. A plain module returns ``loss``, or is a classifier,
-        of which it is the cross-entropy.
-
-        Raises:
-            UnknownLossError: If there is none.
-        """
+        model defines it: what it returns as ``loss``, or a classifier's cross-
+        entropy. Raises an :class:`UnknownLossError` if there is none."""
         batch = self.prepare(data)
         outputs = self.raw(batch)
         loss = _entry(outputs, 'loss')

@@ -89,12 +89,10 @@ def bind(model: nn.Module, data: Any) -> Batch:
     """Make a batch the arguments of a plain module.
 
     Of a tuple or list it takes as many entries as ``forward`` requires, of a
-    dict those that ``forward`` names. It passes whole what is neither, a list
-    to a model whose only argument is annotated as a sequence, and a dict to a
-    model that requires one argument of another name, or that names none.
-
-    Raises:
-        TypeError: If ``forward`` requires what the batch does not have.
+    dict those that ``forward`` names; a :class:`TypeError` says what lacks. It
+    passes whole what is neither, a list to a model whose only argument is
+    annotated as a sequence, and a dict to a model that requires one argument
+    of another name, or that names none.
     """
     known = parameters_of(model)
     named = [x for x in known if not x.kind.name.startswith('VAR_')]

@@ -67,13 +67,9 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
     others sample. That takes as much memory as inference.
 
     Args:
-        model (nn.Module): The model.
-        layers (Mapping[str, nn.Module]): Layers of the model by name.
-        run (Callable): Runs the model and returns its outputs or losses,
-            nested in any way.
-
-    Returns:
-        Targets: Empty where the model runs without gradients (``no_grad``).
+        model (nn.Module): The model; without gradients, nothing is found.
+        layers (Mapping[str, nn.Module]): Its layers by name.
+        run (Callable): Runs it and returns its outputs or losses, nested.
     """
     graph = _Graph(model, layers)
     # reentrant checkpoints and frozen layers would hide layers
@@ -87,14 +83,12 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
             hook = partial(graph.record, name)
             stack.callback(module.register_forward_hook(hook).remove)
         outputs = [x for x in tensors(run()) if x.grad_fn is not None]
-    known = {
-        f'{name}.{OFFSET_LAYERS[type(module).__name__]}'.lstrip('.')
-        for name, module in model.named_modules()
-        if type(module).__name__ in OFFSET_LAYERS
-    }
-    return Targets(
-        graph.predictions(outputs),
-        graph.offsets(outputs) | known & layers.keys())
+    offsets = graph.offsets(outputs)
+    for name, module in model.named_modules():
+        child = OFFSET_LAYERS.get(type(module).__name__)
+        if child is not None:
+            offsets |= {f'{name}.{child}'.lstrip('.')} & layers.keys()
+    return Targets(graph.predictions(outputs), offsets)
 
 
 def _fail(saved: None) -> Tensor:
@@ -129,9 +123,8 @@ class _Graph:
         """Names of the layers that make predictions."""
         starts = [x.grad_fn for x in outputs]
         used = set(_walk(starts + _inputs(self.layers)))
-        names = set(self.layers.values()) - {
-            name for node, name in self.layers.items() if node in used
-        }
+        names = set(self.layers.values()).difference(
+            name for node, name in self.layers.items() if node in used)
         for output in outputs:
             found = self._last([output.grad_fn])
             if output.numel() > 1 and len(found) > 1:
@@ -225,8 +218,8 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         data (Any): A batch of one image, as its dataloader yields it.
 
     Returns:
-        dict: ``macs``, ``params`` (numbers) and ``uncounted`` (names of
-        operators that the analysis does not know, with their number).
+        dict: ``macs``, ``params`` and ``uncounted``: how many operators of
+        which name the analysis does not know.
     """
     adapter = adapter_of(model)
     with evaluation(adapter.model), Unchanged(adapter.model).during():

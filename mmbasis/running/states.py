@@ -94,11 +94,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 class Unchanged:
     """Forward passes that leave no trace in a model: afterwards queues,
     counters and parameters have their values back; averaged copies (momentum
-    encoders) stand still. One object serves passes that overlap.
-
-    Statistics of normalisations may change, as recalibration wants. Who
-    traces a model takes care of its state outside.
-    """
+    encoders) stand still. Statistics of normalisations may change, as
+    recalibration wants. One object serves passes that overlap."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -109,6 +106,7 @@ class Unchanged:
     @contextmanager
     def during(self, parameters: bool = True) -> Iterator[None]:
         """The context of a pass, with or without values of parameters."""
+        # who traces a model takes care of its state outside
         if self._passes == 0 and not torch.jit.is_tracing():
             self._remember(parameters)
         self._passes += 1

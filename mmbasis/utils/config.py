@@ -67,15 +67,10 @@ def _fill_in_by_library(cfg: Config) -> None:
 
 def as_text_config(cfg: Config) -> Config:
     """A config that can be written to a file and read again: the classes and
-    functions after ``type`` become strings to import.
-
-    Raises:
-        TypeError: If it holds an object that no text can name.
-    """
-    return Config(
-        _as_text(cfg._to_lazy_dict(), 'cfg'),
-        cfg_text=cfg.text,
-        filename=cfg.filename)
+    functions after ``type`` become strings to import. Raises a
+    :class:`TypeError` if it holds an object that no text can name."""
+    text = _as_text(cfg._to_lazy_dict(), 'cfg')
+    return Config(text, cfg_text=cfg.text, filename=cfg.filename)
 
 
 class _Special(float):

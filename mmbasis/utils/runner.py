@@ -17,13 +17,9 @@ _RUNS = itertools.count()
 
 
 def example_batch(cfg: Config, *splits: str) -> Any:
-    """A batch of one image, to count and time with; the first of several
-    augmentations of it. The first of the splits (``'test'``, ``'val'`` or
-    ``'train'``) that has a data loader gives it.
-
-    Raises:
-        KeyError: If there is none.
-    """
+    """A batch of one image, to count and time with, or of the first of its
+    augmentations: from the first of the splits (``'test'``, ``'val'`` or
+    ``'train'``) with a data loader, or a :class:`KeyError`."""
     for split in splits:
         config = cfg.get(f'{split}_dataloader')
         if config is not None:
@@ -40,11 +36,8 @@ def _collate(collate: Callable, images: Sequence[Any]) -> Any:
 
 
 def check_evaluation(cfg: Config, split: str) -> None:
-    """Check that a config can be evaluated, before any work starts.
-
-    Raises:
-        KeyError: If it lacks ``<split>_dataloader`` or ``<split>_evaluator``.
-    """
+    """Check that a config can be evaluated, before any work starts: raises a
+    :class:`KeyError` if it lacks the split's data loader or evaluator."""
     for key in (f'{split}_dataloader', f'{split}_evaluator'):
         if cfg.get(key) is None:
             raise KeyError(f'evaluation needs {key}, which the config does '
