@@ -1,14 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """How a model is run, which nothing else in the package needs to know."""
-from .adapter import (
-    Adapter,
-    CannotRunError,
-    UnknownLossError,
-    adapter_of,
-    fisher_loss,
-)
+from .adapter import Adapter, UnknownLossError, adapter_of, fisher_loss
 from .batch import Batch, tensors
-from .engine import MMEngineAdapter
+from .engine import CannotRunError, MMEngineAdapter
 from .graph import Targets, model_complexity, trace_targets
 from .passes import Pass, Sum, SumWatch, current_pass
 from .states import evaluation, train_deterministically, undisturbed

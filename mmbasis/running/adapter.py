@@ -21,10 +21,6 @@ class UnknownLossError(ValueError):
     """The model has no loss that is known here."""
 
 
-class CannotRunError(RuntimeError):
-    """No known way to run a model works."""
-
-
 @ADAPTERS.register_module()
 class Adapter:
     """How a model is run: this class calls it like any module.
@@ -57,7 +53,7 @@ class Adapter:
     @property
     def weight(self) -> Optional[Tensor]:
         """A weight, for device and precision of the model."""
-        weights = filter(torch.is_floating_point, self.model.parameters())
+        weights = filter(Tensor.is_floating_point, self.model.parameters())
         return next(weights, None)
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:

@@ -15,7 +15,7 @@ from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .adapter import Adapter, CannotRunError, UnknownLossError, as_logits
+from .adapter import Adapter, UnknownLossError, as_logits
 from .batch import Batch, bind, map_tensors, parameters_of, tensors
 from .passes import current_pass
 from .states import Unchanged, kept_random
@@ -26,6 +26,10 @@ _WAYS = dict(
     predict=('test_step', 'predict', 'loss', 'tensor'),
     outputs=('tensor', 'test_step', 'predict', 'loss'),
     loss=('loss', ))
+
+
+class CannotRunError(RuntimeError):
+    """No known way to run a model works."""
 
 
 @ADAPTERS.register_module()

@@ -67,8 +67,8 @@ def requiring_gradients(model: nn.Module, value: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for x in model.parameters():
             if x.is_floating_point():
-                stack.callback(x.requires_grad_, x.requires_grad)
-                x.requires_grad_(value)
+                stack.callback(setattr, x, 'requires_grad', x.requires_grad)
+                x.requires_grad = value
         yield
 
 
