@@ -22,7 +22,7 @@ from ..compression import (
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
 from ..registry import HOOKS
-from ..utils.plain import from_plain, to_plain
+from ..utils.io import from_plain, to_plain
 from .rebuild import Managed, bare_model
 
 

@@ -10,7 +10,7 @@ from typing import Any, Mapping, Optional, Sequence, Tuple
 
 from ..registry import PLANNERS
 from ..running import Targets
-from ..utils.plain import to_json
+from ..utils.io import to_json
 from .costs import Cost, Costs, Form
 from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan

@@ -305,7 +305,7 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
 
 def _backward(adapter: running.Adapter, batches: Sequence[Any]) -> None:
     """Take the gradients of the loss on each batch."""
-    is_classifier = running.classifies(adapter, batches[0])
+    is_classifier = adapter.logits(batches[0]) is not None
     if not is_classifier:
         running.train_deterministically(adapter.model)
     for index, data in enumerate(batches):

@@ -1,24 +1,15 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """How a model is run, which nothing else in the package needs to know."""
-from .adapter import (
-                      Adapter,
-                      CannotRunError,
-                      ModuleAdapter,
-                      UnknownLossError,
-                      adapter_of,
-)
+from .adapter import Adapter, UnknownLossError, adapter_of, fisher_loss
 from .batch import Batch, tensors
-from .complexity import model_complexity
-from .engine import MMEngineAdapter
-from .graph import Targets, trace_targets
-from .loss import classifies, fisher_loss
+from .engine import CannotRunError, MMEngineAdapter
+from .graph import Targets, model_complexity, trace_targets
 from .passes import Pass, Sum, SumWatch, current_pass
 from .states import evaluation, train_deterministically, undisturbed
 
 __all__ = [
-    'Adapter', 'CannotRunError', 'ModuleAdapter', 'UnknownLossError',
-    'adapter_of', 'Batch', 'tensors', 'model_complexity', 'MMEngineAdapter',
-    'classifies', 'fisher_loss', 'Pass', 'Sum', 'SumWatch', 'current_pass',
-    'evaluation', 'train_deterministically', 'undisturbed', 'Targets',
-    'trace_targets'
+    'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',
+    'tensors', 'model_complexity', 'MMEngineAdapter', 'fisher_loss', 'Pass',
+    'Sum', 'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
+    'undisturbed', 'Targets', 'trace_targets'
 ]

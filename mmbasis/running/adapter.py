@@ -1,43 +1,34 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The contract between mmbasis and a model that it runs."""
-from typing import Any, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mmengine.dist import get_rank, get_world_size
 from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .batch import Batch, bind, count, leaf, tensors
+from .batch import Batch, bind, count, tensors
+
+#: Labels are drawn from softened predictions: on its training images a
+#: network is so sure of itself that its gradients all but vanish.
+TEMPERATURE = 2.
 
 
 class UnknownLossError(ValueError):
     """The model has no loss that is known here."""
 
 
-class CannotRunError(RuntimeError):
-    """No known way to run a model works."""
-
-
+@ADAPTERS.register_module()
 class Adapter:
-    """How a model is run. This class calls it like any module.
+    """How a model is run: this class calls it like any module.
 
-    For a model that is run in another way, register a subclass with what
-    differs in your package::
-
-        @ADAPTERS.register_module()
-        class MyAdapter(Adapter):
-
-            @classmethod
-            def handles(cls, model):
-                return isinstance(model, MyModel)
-
-            def predict(self, data):
-                return self.model.infer(self.prepare(data).kwargs['image'])
-
-    ``data`` is a batch as the dataloader yields it, or what :meth:`prepare`
-    returned. The caller sets modes and gradients, see
-    :func:`~mmbasis.running.evaluation`.
+    For a model that is run in another way, register a subclass that says what
+    it :meth:`handles` and what differs; CONTRIBUTING.md shows one. ``data`` is
+    a batch as the dataloader yields it, or what :meth:`prepare` returned. The
+    caller sets modes and gradients, see :func:`~mmbasis.running.evaluation`.
 
     Args:
         model (nn.Module): The bare model, without a distributed wrapper.
@@ -45,31 +36,42 @@ class Adapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        #: what was found out about how to run it, by purpose
+        self.ways: Dict[str, str] = {}
 
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
-        """Whether a model is run in this way."""
-        raise NotImplementedError(f'{cls.__name__} must define handles()')
+        """Whether a model is run in this way; a subclass must define it."""
+        return cls is Adapter
 
     def twin(self, model: nn.Module) -> 'Adapter':
         """An adapter of a copy of the model, which is run in the same way."""
-        return type(self)(model)
+        twin = type(self)(model)
+        twin.ways.update(self.ways)
+        return twin
+
+    @property
+    def weight(self) -> Optional[Tensor]:
+        """A weight, for device and precision of the model."""
+        weights = filter(Tensor.is_floating_point, self.model.parameters())
+        return next(weights, None)
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:
-        """A batch as the model takes it: on its device and, where it is of
-        floating point, in its precision; prepared data is not changed. With
-        ``gradients``, such inputs are detached leaves that require grad."""
+        """A batch as the model takes it, see :meth:`move`; prepared data stays
+        as it is. With ``gradients``, inputs of floating point are detached
+        leaves that require grad."""
         batch = data if isinstance(data, Batch) else self.bind(data)
-        return batch.map(leaf) if gradients else batch
+        return batch if not gradients else batch.map(
+            lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
 
     def bind(self, data: Any) -> Batch:
-        """What :meth:`prepare` does with a batch that is not prepared yet."""
+        """What :meth:`prepare` does with a batch as the dataloader yields it:
+        it becomes the arguments of ``forward``."""
         return bind(self.model, data).map(self.move)
 
     def move(self, x: Tensor) -> Tensor:
         """Move a tensor to the model's device and precision."""
-        weight = next((p for p in self.model.parameters()
-                       if p.is_floating_point()), None)
+        weight = self.weight
         if weight is None:
             return x
         return x.to(weight if x.is_floating_point() else weight.device)
@@ -101,12 +103,8 @@ class Adapter:
 
     def loss(self, data: Any) -> Tensor:
         """The training loss of a batch, a scalar, averaged over images as the
-        model defines it. A plain module returns ``loss``, or is a classifier,
-        of which it is the cross-entropy.
-
-        Raises:
-            UnknownLossError: If there is none.
-        """
+        model defines it: what it returns as ``loss``, or a classifier's cross-
+        entropy. Raises an :class:`UnknownLossError` if there is none."""
         batch = self.prepare(data)
         outputs = self.raw(batch)
         loss = _entry(outputs, 'loss')
@@ -118,10 +116,9 @@ class Adapter:
                     not target.is_floating_point()):
                 return F.cross_entropy(logits, target.to(logits.device).long())
         raise UnknownLossError(
-            f'{type(self.model).__name__}: the training loss is known of an '
-            'MMEngine model, of one that returns it, and of a plain '
-            'classifier, which returns one tensor of shape (images, classes): '
-            'set loss_aware=False, or register an adapter with a loss() in '
+            f'{type(self.model).__name__} is no MMEngine model, returns no '
+            'loss, and no logits of shape (images, classes) with labels: set '
+            'loss_aware=False, or register an adapter with a loss() in '
             'mmbasis.registry.ADAPTERS')
 
     def count_images(self, data: Any) -> int:
@@ -129,25 +126,13 @@ class Adapter:
         return count(data.raw if isinstance(data, Batch) else data)
 
 
-@ADAPTERS.register_module()
-class ModuleAdapter(Adapter):
-    """Runs any module by calling it; see :func:`~mmbasis.running.batch.bind`
-    for what is passed of a batch."""
-
-    @classmethod
-    def handles(cls, model: nn.Module) -> bool:
-        return True
-
-
 def as_logits(outputs: Any) -> Optional[Tensor]:
     """The logits among a classifier's outputs; None of other outputs."""
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
         outputs = outputs[0]
-    logits = _entry(outputs, 'logits', outputs)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and (
-            logits.is_floating_point()):
-        return logits
-    return None
+    x = _entry(outputs, 'logits', outputs)
+    found = isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point()
+    return x if found else None
 
 
 def _entry(outputs: Any, key: str, default: Any = None) -> Any:
@@ -164,7 +149,30 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
         return model
     while is_model_wrapper(model):
         model = model.get_submodule('module')
-    for cls in reversed(ADAPTERS.module_dict.values()):
-        if cls.handles(model):
-            return cls(model)
-    raise CannotRunError(f'no adapter handles {type(model).__name__}')
+    return next(cls for cls in reversed(ADAPTERS.module_dict.values())
+                if cls.handles(model))(model)
+
+
+def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
+                classifies: bool) -> Tensor:
+    """The loss of a batch, summed over its images, whose gradients say what
+    the outputs of a layer are worth: the training loss, or, if the model
+    ``classifies``, that of labels drawn from its logits. Their seed is
+    ``batch_index``. That makes the gradients' second moment the Fisher
+    information. Raises an :class:`UnknownLossError` if there is no loss."""
+    logits = adapter.logits(data) if classifies else None
+    if logits is None:
+        return adapter.loss(data) * adapter.count_images(data)
+    labels = sampled_labels(logits, batch_index)
+    return F.cross_entropy(logits, labels, reduction='sum')
+
+
+def sampled_labels(logits: Tensor, batch: int) -> Tensor:
+    """Draw labels from logits of shape ``(N, classes)``, seeded by the batch
+    and the same for an image however images are spread over processes."""
+    rank, world = get_rank(), get_world_size()
+    generator = torch.Generator().manual_seed(batch)
+    uniform = torch.rand(len(logits) * world, 1, generator=generator)
+    cumulative = (logits.detach() / TEMPERATURE).softmax(-1).cumsum(-1)
+    labels = (cumulative < uniform[rank::world].to(cumulative)).sum(-1)
+    return labels.clamp_max(logits.shape[-1] - 1)

@@ -4,11 +4,15 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import torch.nn as nn
 from mmengine.structures import BaseDataElement
 from torch import Tensor
+
+#: annotations of sequences, perhaps in quotes, or with a module's name
+SEQUENCE = re.compile(r"'?([\w.]+\.)?(list|tuple|sequence)\b", re.IGNORECASE)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -28,29 +32,23 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested inputs with a function applied to each tensor, in the
-    order of :func:`tensors`; whatever else is passed through."""
+    """Copy nested inputs with a function applied to each tensor, in the order
+    of :func:`tensors`."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
         return {k: map_tensors(v, function) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         items = [map_tensors(item, function) for item in value]
-        is_named = hasattr(value, '_fields')
-        return type(value)(*items) if is_named else type(value)(items)
+        make = getattr(value, '_make', type(value))  # of named tuples
+        return make(items)
     return value
 
 
 @dataclasses.dataclass
 class Batch:
-    """A batch, prepared to be passed to a model's ``forward``.
-
-    Args:
-        raw (Any): What the dataloader yielded.
-        args (tuple): Positional arguments.
-        kwargs (dict): Arguments by keyword.
-        rest (list): Entries that ``forward`` does not take: targets.
-    """
+    """What the dataloader yielded (``raw``), prepared for a model's
+    ``forward``: its arguments, and entries that it does not take: targets."""
     raw: Any
     args: Tuple[Any, ...] = ()
     kwargs: Dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,80 +62,63 @@ class Batch:
             kwargs=map_tensors(self.kwargs, function))
 
 
-def leaf(x: Tensor) -> Tensor:
-    """A detached copy that requires grad, of a floating-point tensor."""
-    if not x.is_floating_point():
-        return x
-    return x.detach().clone().requires_grad_()
-
-
 def count(data: Any) -> int:
     """Number of images in a batch: of its data samples, else of its inputs,
     which may be a list of batched tensors (views of the same images)."""
-    if isinstance(data, Mapping):
-        samples = data.get('data_samples')
-        if isinstance(samples, (tuple, list)) and samples and isinstance(
-                samples[0], BaseDataElement):
-            return len(samples)
-        inputs = data.get('inputs', next(iter(data.values())))
-        if isinstance(inputs, (tuple, list)) and isinstance(
-                inputs[0], Tensor) and inputs[0].dim() == 4:
-            inputs = inputs[0]
-        return count(inputs) if isinstance(inputs, Mapping) else len(inputs)
-    return len(data[0] if isinstance(data, (tuple, list)) else data)
+    if not isinstance(data, Mapping):
+        return len(data[0] if isinstance(data, (tuple, list)) else data)
+    samples = data.get('data_samples')
+    if isinstance(samples, (tuple, list)) and samples and isinstance(
+            samples[0], BaseDataElement):
+        return len(samples)
+    inputs = data.get('inputs', next(iter(data.values())))
+    if isinstance(inputs, (tuple, list)) and isinstance(
+            inputs[0], Tensor) and inputs[0].dim() == 4:
+        inputs = inputs[0]
+    return count(inputs) if isinstance(inputs, Mapping) else len(inputs)
 
 
 def parameters_of(model: nn.Module) -> List[inspect.Parameter]:
     """The parameters of ``forward``; none where Python cannot tell."""
-    try:
+    with suppress(TypeError, ValueError):
         return list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):
-        return []
+    return []
 
 
 def bind(model: nn.Module, data: Any) -> Batch:
     """Make a batch the arguments of a plain module.
 
     Of a tuple or list it takes as many entries as ``forward`` requires, of a
-    dict those that ``forward`` names. It passes whole what is neither, a list
-    to a model whose only argument is annotated as a sequence, and a dict to a
-    model that requires one argument of another name, or that names none.
-
-    Raises:
-        TypeError: If ``forward`` requires what the batch does not have.
+    dict those that ``forward`` names; a :class:`TypeError` says what lacks. It
+    passes whole what is neither, a list to a model whose only argument is
+    annotated as a sequence, and a dict to a model that requires one argument
+    of another name, or that names none.
     """
     known = parameters_of(model)
     named = [x for x in known if not x.kind.name.startswith('VAR_')]
     required = [x.name for x in named if x.default is x.empty]
-    whole = Batch(data, (data, ))
-    if not isinstance(data, (Mapping, tuple, list)):
-        return whole
     if isinstance(data, Mapping):
         lacks = not data.keys() >= set(required)
         keywords = not known or known[-1].kind.name == 'VAR_KEYWORD'
-        if lacks and len(required) == 1 or not (named or keywords):
-            return whole
+        whole = lacks and len(required) == 1 or not (named or keywords)
         names = data.keys() if keywords else {x.name for x in named}
         batch = Batch(data, (), {k: data[k] for k in data if k in names},
                       [data[k] for k in data if k not in names])
         found = ', '.join(map(str, data))
-    else:
-        if len(required) == 1 and _takes_sequence(named[0]) and all(
-                isinstance(x, Tensor) for x in data):
-            return whole
+    elif isinstance(data, (tuple, list)):
+        lacks = len(required) > len(data)
+        whole = len(required) == 1 and all(
+            isinstance(x, Tensor) for x in data) and bool(SEQUENCE.match(
+                inspect.formatannotation(named[0].annotation)))
         taken = max(len(required), 1)
         batch = Batch(data, tuple(data[:taken]), rest=list(data[taken:]))
-        lacks = len(required) > len(data)
         found = f'{len(data)} entries'
+    else:
+        whole = True
+    if whole:
+        return Batch(data, (data, ))
     if lacks:
         raise TypeError(
             f'{type(model).__name__}.forward requires {", ".join(required)}, '
             f'but a batch has {found}')
     return batch
-
-
-def _takes_sequence(parameter: inspect.Parameter) -> bool:
-    # a name may be in quotes, and have its module before it
-    return re.match(r"'?([\w.]+\.)?(list|tuple|sequence)\b",
-                    inspect.formatannotation(parameter.annotation),
-                    re.IGNORECASE) is not None

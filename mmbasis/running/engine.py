@@ -2,11 +2,11 @@
 """MMEngine's models, in whichever of its modes they know."""
 import os.path as osp
 import re
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from traceback import walk_tb
-from typing import Any, ContextManager, Dict, Iterator, List, Optional
+from typing import Any, List, Optional
 
 import torch
 import torch.nn as nn
@@ -15,47 +15,46 @@ from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .adapter import Adapter, CannotRunError, UnknownLossError, as_logits
-from .batch import Batch, bind, leaf, map_tensors, parameters_of, tensors
+from .adapter import Adapter, UnknownLossError, as_logits
+from .batch import Batch, bind, map_tensors, parameters_of, tensors
 from .passes import current_pass
 from .states import Unchanged, kept_random
 
 _TORCH = osp.dirname(torch.__file__)
-#: Modes to try, by what they are to return.
+#: Ways to try, by what they are to return, the best one first.
 _WAYS = dict(
-    predict=('predict', 'loss', 'tensor'),
-    outputs=('tensor', 'predict', 'loss'),
+    predict=('test_step', 'predict', 'loss', 'tensor'),
+    outputs=('tensor', 'test_step', 'predict', 'loss'),
     loss=('loss', ))
+
+
+class CannotRunError(RuntimeError):
+    """No known way to run a model works."""
 
 
 @ADAPTERS.register_module()
 class MMEngineAdapter(Adapter):
     """Runs MMEngine's models in the modes ``tensor``, ``predict`` and
-    ``loss``, or as a plain module where ``forward`` has no mode.
+    ``loss``, by a ``test_step`` of their own, or as a plain module where
+    ``forward`` has no mode.
 
     A model may refuse a mode: by a ``NotImplementedError``, by a
     ``RuntimeError`` or ``ValueError`` that names the mode, or by returning
-    None. Then the next way is tried; the one that works is remembered. Any
-    other error is raised.
-
-    A model without the mode ``predict`` (self-supervised) predicts by
-    computing its loss, each time with the same random numbers, and without a
-    change of its state.
+    None. Then the next way is tried; the one that works is remembered. A
+    self-supervised model predicts by computing its loss, each time with the
+    same random numbers, and without a change of its state.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        #: the way that works, by purpose
-        self._ways: Dict[str, str] = {}
         self._unchanged = Unchanged(model)
         self._has_mode = any(
             x.name == 'mode' or x.kind is x.VAR_KEYWORD
             for x in parameters_of(model))
-
-    def twin(self, model: nn.Module) -> 'MMEngineAdapter':
-        twin = type(self)(model)
-        twin._ways.update(self._ways)
-        return twin
+        self._possible = {'predict', *['tensor', 'loss'] * self._has_mode}
+        step = getattr(model, 'test_step', BaseModel.test_step)
+        if getattr(step, '__func__', step) is not BaseModel.test_step:
+            self._possible.add('test_step')
 
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
@@ -65,33 +64,17 @@ class MMEngineAdapter(Adapter):
         preprocessor = getattr(self.model, 'data_preprocessor', None)
         if preprocessor is None:
             return super().bind(data)
-        if isinstance(preprocessor, BaseDataPreprocessor):
-            weight = next(self.model.parameters(), None)
-            if weight is not None and preprocessor.device != weight.device:
-                # moved past BaseModel.to(), as part of another model
-                preprocessor.to(weight.device)
+        if isinstance(preprocessor, BaseDataPreprocessor) and (
+                self.weight is not None):
+            # the model may have been moved as a part of another one
+            preprocessor.to(self.weight.device)
         ready = map_tensors(preprocessor(data, False), self.move)
         if not self._has_mode:
             return replace(bind(self.model, ready), raw=data)
         if isinstance(ready, dict):
             return Batch(data, kwargs=ready)
-        return Batch(
-            data,
-            tuple(ready) if isinstance(ready, (tuple, list)) else (ready, ))
-
-    def prepare(self, data: Any, gradients: bool = False) -> Batch:
-        """Only ``inputs`` take gradients, or what comes first: the others may
-        be targets."""
-        batch = super().prepare(data)
-        if gradients and batch.args:
-            first, *others = batch.args
-            return replace(batch, args=(map_tensors(first, leaf), *others))
-        if gradients:
-            kwargs = dict(batch.kwargs)
-            key = 'inputs' if 'inputs' in kwargs else next(iter(kwargs))
-            kwargs[key] = map_tensors(kwargs[key], leaf)
-            return replace(batch, kwargs=kwargs)
-        return batch
+        args = ready if isinstance(ready, (tuple, list)) else [ready]
+        return Batch(data, tuple(args))
 
     def predict(self, data: Any) -> Any:
         return self._run('predict', data)
@@ -104,7 +87,7 @@ class MMEngineAdapter(Adapter):
         logits = as_logits(self.raw(batch))
         # features of a self-supervised model look like logits
         if logits is not None and self._has_mode and (
-                self._ways['outputs'] != 'tensor'
+                self.ways['outputs'] != 'tensor'
                 or self._lacks_predict(batch)):
             return None
         return logits
@@ -122,27 +105,22 @@ class MMEngineAdapter(Adapter):
         return parse(losses)[0]
 
     def _lacks_predict(self, data: Any) -> bool:
-        if 'predict' not in self._ways:
+        if 'predict' not in self.ways:
             self.predict(data)
-        return self._ways['predict'] in ('loss', 'tensor')
-
-    def _ways_to(self, purpose: str) -> List[str]:
-        """Ways to try, the best one first."""
-        ways = list(_WAYS[purpose] if self._has_mode else ['predict'])
-        step = getattr(self.model, 'test_step', BaseModel.test_step)
-        own = getattr(step, '__func__', step) is not BaseModel.test_step
-        if own and 'predict' in ways:  # which it may not have
-            ways.insert(ways.index('predict'), 'test_step')
-        return ways
+        return self.ways['predict'] in ('loss', 'tensor')
 
     def _run(self, purpose: str, data: Any) -> Any:
         """Run the model in the first way that works."""
-        if purpose in self._ways:
-            return self._in_way(purpose, self._ways[purpose], data)
+        if purpose in self.ways:
+            return self._in_way(purpose, self.ways[purpose], data)
         failed: List[str] = []
-        for way in self._ways_to(purpose):
+        for way in filter(self._possible.__contains__, _WAYS[purpose]):
             try:
                 result = self._in_way(purpose, way, data)
+                if result is None or purpose == 'loss' and not isinstance(
+                        result, dict):
+                    raise NotImplementedError(
+                        f'it returned {type(result).__name__}')
             except Exception as error:
                 # backbones cannot take the views of a self-supervised model
                 if not (_refuses(error, way)
@@ -150,12 +128,9 @@ class MMEngineAdapter(Adapter):
                         and self._lacks_predict(data)):
                     raise
                 failed.append(f'{way} ({type(error).__name__}: {error})')
-                continue
-            if isinstance(result, dict) if purpose == 'loss' else (
-                    result is not None):
-                self._ways[purpose] = way
+            else:
+                self.ways[purpose] = way
                 return result
-            failed.append(f'{way} (it returned {type(result).__name__})')
         raise CannotRunError(
             f'{type(self.model).__name__} has no way to get at its {purpose}, '
             f'tried {"; ".join(failed)}: make forward() accept the mode, or '
@@ -164,43 +139,29 @@ class MMEngineAdapter(Adapter):
 
     def _in_way(self, purpose: str, way: str, data: Any) -> Any:
         if way == 'test_step':
-            raw = data.raw if isinstance(data, Batch) else data
-            return self.model.test_step(raw)
-        batch = self.prepare(data)
-        run = partial(
-            self.call, batch, **dict(mode=way) if self._has_mode else {})
+            return self.model.test_step(
+                data.raw if isinstance(data, Batch) else data)
+        mode = dict(mode=way) if self._has_mode else {}
+        run = partial(self.call, self.prepare(data), **mode)
         if way != 'loss':
             return run()
-        if purpose == 'loss':
-            with self._kept(self._ways.get('predict') == 'loss'):
+        # in a pass that stops, others write weights meanwhile
+        whole = current_pass() is None and (
+            purpose != 'loss' or self.ways.get('predict') == 'loss')
+        with self._unchanged.during(parameters=whole), ExitStack() as stack:
+            if purpose == 'loss':
                 return run()
-        with self._kept(True), kept_random():
+            stack.enter_context(kept_random())
             set_random_seed(0)
-            if purpose == 'predict':
-                return run()
-            with _children(self.model) as found:
-                losses = run()
+            found: List[Tensor] = []
+            if purpose == 'outputs':  # of the parts, rather than losses
+                for child in self.model.children():
+                    if next(child.parameters(), None) is not None:
+                        stack.callback(child.register_forward_hook(
+                            lambda _, args, y: found.extend(tensors(y))
+                        ).remove)
+            losses = run()
             return found or losses
-
-    def _kept(self, parameters: bool) -> ContextManager[None]:
-        """Nothing changes; in a pass that stops parameters may, since others
-        write weights meanwhile."""
-        if torch.jit.is_tracing():
-            return nullcontext()  # who traces a model takes care of its state
-        return self._unchanged.during(parameters and current_pass() is None)
-
-
-@contextmanager
-def _children(model: nn.Module) -> Iterator[List[Tensor]]:
-    """Outputs of a model's parts, for models that return only losses."""
-    found: List[Tensor] = []
-    with ExitStack() as stack:
-        for child in model.children():
-            if next(child.parameters(), None) is not None:
-                handle = child.register_forward_hook(
-                    lambda _, args, output: found.extend(tensors(output)))
-                stack.callback(handle.remove)
-        yield found
 
 
 def _refuses(error: Exception, mode: str) -> bool:

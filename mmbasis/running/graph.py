@@ -1,33 +1,27 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What layers do in a model, read from the autograd graph of one run."""
+"""What layers do in a model, and what it costs, read from the graphs of one
+run: autograd's, and that of a trace."""
+from __future__ import annotations
+
 import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import (
-    AbstractSet,
-    Any,
-    Callable,
-    Container,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Set,
-    Tuple,
-)
+from math import prod
+from types import SimpleNamespace
+from typing import AbstractSet, Any, Callable, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
+from mmengine.analysis import FlopAnalyzer
 from torch import Tensor
 
 from ..quirks import OFFSET_LAYERS
-from .batch import tensors
-from .states import requiring_gradients
+from .adapter import Adapter, adapter_of
+from .batch import Batch, tensors
+from .states import Unchanged, evaluation, requiring_gradients
 
 #: Names of nodes that may multiply by a matrix of weights. Additions and
 #: products by element take parameters, too: positions, scales.
@@ -44,6 +38,12 @@ SAMPLERS = (
     ('MultiScaleDeformableAttnFunctionBackward', (3, 4)),  # mmcv, on a GPU
     ('GridSampler', (1, )),
 )
+#: The operators of MMCV that apply weights, by their names in a trace, and
+#: where these stand among the tensors that they take.
+WEIGHTED = {
+    'prim::PythonOp.DeformConv2dFunction': 2,
+    'prim::PythonOp.ModulatedDeformConv2dFunction': 3,
+}
 
 
 class Targets(NamedTuple):
@@ -54,12 +54,8 @@ class Targets(NamedTuple):
     an output nor another layer (proposals are detached). A layer that feeds
     another one of the same output does not count: in a backbone without a
     head, that leaves the last residual branch. Only a loss, a single number,
-    counts all layers that it reaches.
-
-    Args:
-        predictions (set[str]): Layers that make predictions.
-        offsets (set[str]): Layers whose output reaches, in the same way, the
-            positions where one of :data:`SAMPLERS` samples, or its weights.
+    counts all layers that it reaches. Offsets reach, in the same way, the
+    positions where one of :data:`SAMPLERS` samples, or its weights.
     """
     predictions: AbstractSet[str]
     offsets: AbstractSet[str]
@@ -71,39 +67,33 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
     others sample. That takes as much memory as inference.
 
     Args:
-        model (nn.Module): The model.
-        layers (Mapping[str, nn.Module]): Layers of the model by name.
-        run (Callable): Runs the model, and returns nested dictionaries,
-            sequences and dataclasses of tensors: outputs or losses.
-
-    Returns:
-        Targets: Some of the names. Empty where the model runs without
-        gradients (``no_grad``).
+        model (nn.Module): The model; without gradients, nothing is found.
+        layers (Mapping[str, nn.Module]): Its layers by name.
+        run (Callable): Runs it and returns its outputs or losses, nested.
     """
     graph = _Graph(model, layers)
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        # so that frozen layers are seen
-        stack.enter_context(requiring_gradients(model, True))
-        # reentrant checkpoints hide their layers
-        stack.enter_context(
-            patch.object(torch.utils.checkpoint, 'CheckpointFunction',
-                         _NoCheckpoint))
-        stack.enter_context(
-            torch.autograd.graph.saved_tensors_hooks(lambda x: None, _fail))
+    # reentrant checkpoints and frozen layers would hide layers
+    no_checkpoint = SimpleNamespace(
+        apply=lambda function, preserve, *args: function(*args))
+    with torch.enable_grad(), requiring_gradients(model, True), patch.object(
+            torch.utils.checkpoint, 'CheckpointFunction', no_checkpoint
+    ), torch.autograd.graph.saved_tensors_hooks(
+            lambda x: None, _fail), ExitStack() as stack:
         for name, module in layers.items():
-            stack.callback(
-                module.register_forward_hook(partial(graph.record,
-                                                     name)).remove)
+            hook = partial(graph.record, name)
+            stack.callback(module.register_forward_hook(hook).remove)
         outputs = [x for x in tensors(run()) if x.grad_fn is not None]
-    known = {
-        f'{name}.{OFFSET_LAYERS[type(module).__name__]}'.lstrip('.')
-        for name, module in model.named_modules()
-        if type(module).__name__ in OFFSET_LAYERS
-    }
-    return Targets(
-        graph.predictions(outputs),
-        graph.offsets(outputs) | known & layers.keys())
+    offsets = graph.offsets(outputs)
+    for name, module in model.named_modules():
+        child = OFFSET_LAYERS.get(type(module).__name__)
+        if child is not None:
+            offsets |= {f'{name}.{child}'.lstrip('.')} & layers.keys()
+    return Targets(graph.predictions(outputs), offsets)
+
+
+def _fail(saved: None) -> Tensor:
+    raise RuntimeError('the model computes gradients in its forward pass: '
+                       'its layers cannot be traced')
 
 
 class _Graph:
@@ -118,7 +108,7 @@ class _Graph:
                 self.parameters[id(x)] = self.parameters[id(x)] or name
         #: layers by the nodes of their outputs; keeps the nodes alive, which
         #: have an identity only as long as somebody holds them
-        self.layers: Dict[Any, str] = {}
+        self.layers: dict[Any, str] = {}
 
     def record(self, name: str, module: nn.Module, args: Any,
                outputs: Any) -> None:
@@ -129,14 +119,12 @@ class _Graph:
             if x.grad_fn is not None:
                 self.layers[x.grad_fn] = name
 
-    def predictions(self, outputs: List[Tensor]) -> Set[str]:
+    def predictions(self, outputs: list[Tensor]) -> set[str]:
         """Names of the layers that make predictions."""
         starts = [x.grad_fn for x in outputs]
-        used = _walk(starts + _inputs(self.layers))
-        names = set(self.layers.values()) - {
-            self.layers[node]
-            for node in used if node in self.layers
-        }
+        used = set(_walk(starts + _inputs(self.layers)))
+        names = set(self.layers.values()).difference(
+            name for node, name in self.layers.items() if node in used)
         for output in outputs:
             found = self._last([output.grad_fn])
             if output.numel() > 1 and len(found) > 1:
@@ -145,7 +133,7 @@ class _Graph:
             names |= set(found.values())
         return names - {''}
 
-    def offsets(self, outputs: List[Tensor]) -> Set[str]:
+    def offsets(self, outputs: list[Tensor]) -> set[str]:
         """Names of the layers that decide where others sample."""
         starts = [x.grad_fn for x in outputs]
         operands = [
@@ -156,29 +144,28 @@ class _Graph:
         ]
         return set(self._last(operands).values()) - {''}
 
-    def _last(self, starts: Iterable[Any]) -> Dict[Any, str]:
+    def _last(self, starts: Iterable[Any]) -> dict[Any, str]:
         """Products by weights next to some nodes, and the layers of these
-        weights; an empty name for those of no layer (attention's)."""
-        found: Dict[Any, str] = {}
+        weights; an empty name for those of no layer (attention)."""
+        found: dict[Any, str] = {}
         for node in _walk(starts, found):
             name = self._layer_of(node)
             if name is not None:
                 found[node] = name
         return found
 
-    def _layer_of(self, node: Any) -> Optional[str]:
+    def _layer_of(self, node: Any) -> str | None:
         """None where a node does not multiply by weights."""
         if node in self.layers:
             return self.layers[node]
-        if not MATRIX_PRODUCT.search(node.name()):
-            return None
-        for operand in reversed(_inputs([node])):
-            owners = self._owners(operand)
-            if owners:
-                return max(owners)  # an empty name only if there is no other
+        if MATRIX_PRODUCT.search(node.name()):
+            for operand in reversed(_inputs([node])):
+                owners = self._owners(operand)
+                if owners:  # an empty name counts only if there is no other
+                    return max(owners)
         return None
 
-    def _owners(self, operand: Any) -> Set[str]:
+    def _owners(self, operand: Any) -> set[str]:
         """Layers of the matrices that an operand is computed from; none where
         it also depends on what a layer computes."""
         owners = set()
@@ -193,7 +180,7 @@ class _Graph:
         return owners
 
 
-def _inputs(nodes: Iterable[Any], values: bool = False) -> List[Any]:
+def _inputs(nodes: Iterable[Any], values: bool = False) -> list[Any]:
     """What nodes are computed from; with ``values``, without the positions
     where they sample."""
     return [
@@ -202,34 +189,71 @@ def _inputs(nodes: Iterable[Any], values: bool = False) -> List[Any]:
     ]
 
 
-def _walk(starts: Iterable[Any],
-          stop: Container[Any] = (),
+def _walk(starts: Iterable[Any], stop: Container[Any] = (),
           values: bool = False) -> Iterator[Any]:
     """Nodes that some nodes are computed from, and these, each once; not
     beyond those in ``stop``, which may grow on the way."""
-    seen, waiting = set(), list(starts)
+    seen, waiting = {None}, list(starts)
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if node not in stop:
-            waiting += _inputs([node], values)
+        if node not in seen:
+            seen.add(node)
+            yield node
+            if node not in stop:
+                waiting += _inputs([node], values)
 
 
-def _sampling_operands(node: Any) -> Tuple[int, ...]:
+def _sampling_operands(node: Any) -> tuple[int, ...]:
     return next((x for name, x in SAMPLERS if name in node.name()), ())
 
 
-class _NoCheckpoint:
-    """Runs what is to be checkpointed as if it was not."""
+def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
+    """MACs and parameters of a whole model, counted by MMEngine's analysis.
 
-    @staticmethod
-    def apply(function: Callable, preserve: bool, *args: Any) -> Any:
-        return function(*args)
+    A fused multiply-add counts as one; a deformable convolution counts as a
+    plain one, without interpolation.
+
+    Args:
+        model (nn.Module | Adapter): The model; its raw outputs are traced.
+        data (Any): A batch of one image, as its dataloader yields it.
+
+    Returns:
+        dict: ``macs``, ``params`` and ``uncounted``: how many operators of
+        which name the analysis does not know.
+    """
+    adapter = adapter_of(model)
+    with evaluation(adapter.model), Unchanged(adapter.model).during():
+        batch = adapter.prepare(data)
+        # the search for a way to run the model would end the trace
+        adapter.outputs(batch)
+        inputs = tuple(tensors((batch.args, batch.kwargs)))
+        analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
+        analyzer.set_op_handle(**{
+            k: partial(_deform_conv_macs, x) for k, x in WEIGHTED.items()})
+        analyzer.unsupported_ops_warnings(False)
+        analyzer.uncalled_modules_warnings(False)
+        analyzer.tracer_warnings('none')
+        macs, uncounted = analyzer.total(), analyzer.unsupported_ops()
+    return dict(
+        macs=int(macs),
+        params=sum(p.numel() for p in adapter.model.parameters()),
+        uncounted={k: int(v) for k, v in uncounted.items()})
 
 
-def _fail(saved: None) -> Tensor:
-    raise RuntimeError('the model computes gradients in its forward pass: '
-                       'its layers cannot be traced')
+class _Traced(nn.Module):
+    """A model as a function of the tensors of a batch."""
+
+    def __init__(self, adapter: Adapter, batch: Batch) -> None:
+        super().__init__()
+        self.model = adapter.model
+        self.adapter, self.batch = adapter, batch
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(inputs)
+        batch = self.batch.map(lambda _: next(remaining))
+        return tuple(self.adapter.outputs(batch))
+
+
+def _deform_conv_macs(index: int, inputs: list, outputs: list) -> int:
+    batch, _, *positions = outputs[0].type().sizes()
+    return batch * prod(positions) * prod(inputs[index].type().sizes())

@@ -1,10 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Forward passes that stop at layers, and at the sums that layers go into."""
+import inspect
 import threading
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set
+from queue import SimpleQueue
+from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import torch
 import torch.nn as nn
@@ -13,29 +14,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..layers import observe
+from .adapter import Adapter
 from .batch import tensors
 from .states import get_random, kept_random, set_random
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)
 #: the attribute that marks a tensor as the output of a layer
 _BRANCH = '_mmbasis_branch'
+_CURRENT = threading.local()
 
 
-@dataclass
-class Sum:
-    """A sum that a layer's output is about to go into, as of a residual block.
-
-    Args:
-        branch (Tensor): The operand that comes from the layer: ``scale``
-            times its output plus a constant for each channel.
-        other (Tensor): The other operand.
-        scale (Tensor): That of a batch normalisation in between, shape
-            ``(P, )``; or one, a scalar.
-    """
+class Sum(NamedTuple):
+    """A sum that a layer's output is about to go into, as of a residual block:
+    of ``branch``, which is ``scale`` times the output plus a constant for each
+    channel, and ``other``. The scale is that of a batch normalisation in
+    between, shape ``(P, )``, or one, a scalar."""
     branch: Tensor
     other: Tensor
     scale: Tensor
@@ -46,35 +40,32 @@ class Pass:
 
     A hook of the layer calls :meth:`stop`, and the model goes on when
     somebody calls :meth:`advance`. So all batches go through a model side by
-    side and once, however it is built.
+    side and once, however it is built. The end of a ``with`` block ends it.
 
     Each pass is a thread, of which one runs at a time: PyTorch keeps the
-    states of gradients, autocast, modes and warnings by thread. It runs in a
-    ``with`` block, whose end ends it. It has random numbers of its own, so
-    that passes of two models that were made together draw the same ones.
+    states of gradients, autocast, modes and warnings by thread. It has random
+    numbers of its own, so that passes of two models that were made together
+    draw the same ones.
 
     Args:
         adapter (Adapter): The model.
         data (Any): The batch.
         watch (SumWatch, optional): Sees the sums of this pass.
     """
+    #: where the pass stands; None at its end
+    name: Optional[str] = None
+    #: what the layer takes or returns, and the sum, if it stands at one
+    tensor: Any = None
+    sum: Any = None
 
-    def __init__(self,
-                 adapter: 'Adapter',
-                 data: Any,
+    def __init__(self, adapter: Adapter, data: Any,
                  watch: Optional['SumWatch'] = None) -> None:
         self.adapter, self.data, self.watch = adapter, data, watch
         #: inputs of layers that wait for their sums
         self.inputs: Dict[str, Tensor] = {}
-        #: where the pass stands; None at its end
-        self.name: Optional[str] = None
-        #: what the layer takes or returns, and the sum, if it stands at one
-        self.tensor: Any = None
-        self.sum: Any = None
-        self._goes_on = threading.Semaphore(0)
-        self._stands = threading.Semaphore(0)
-        self._error: Optional[BaseException] = None
-        self._left = False
+        # whether to go on, and where the pass stands then, or an error
+        self._orders: SimpleQueue = SimpleQueue()
+        self._reports: SimpleQueue = SimpleQueue()
         self._random = get_random()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -83,8 +74,7 @@ class Pass:
         return self
 
     def __exit__(self, *_) -> None:
-        self._left = True
-        self._goes_on.release()
+        self._orders.put(False)
         self._thread.join()
 
     def advance(self) -> None:
@@ -94,40 +84,33 @@ class Pass:
         self.name = self.tensor = self.sum = None
         with kept_random():
             set_random(self._random)
-            self._goes_on.release()
-            self._stands.acquire()
+            self._orders.put(True)
+            report = self._reports.get()
             self._random = get_random()
-        if self._error is not None:
-            raise self._error
+        if isinstance(report, BaseException):
+            raise report
+        self.name, self.tensor, self.sum = report
 
     def stop(self, name: str, tensor: Any, into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
-        self.name, self.tensor, self.sum = name, tensor, into
-        self._stands.release()
-        self._wait()
-
-    def _wait(self) -> None:
-        self._goes_on.acquire()
-        if self._left:
+        self._reports.put((name, tensor, into))
+        if not self._orders.get():
             raise SystemExit  # ends the thread
 
     def _run(self) -> None:
         _CURRENT.value = self
+        report: Any = (None, None, None)
+        if not self._orders.get():
+            return
         try:
-            self._wait()
-            weight = next(self.adapter.model.parameters(), None)
+            weight = self.adapter.weight
             if weight is not None and weight.is_cuda:
                 torch.cuda.set_device(weight.device)  # by thread, too
             with torch.no_grad(), self.watch or nullcontext():
                 self.adapter.predict(self.data)
         except BaseException as error:
-            if not self._left:
-                self._error = error
-        finally:
-            self._stands.release()
-
-
-_CURRENT = threading.local()
+            report = error
+        self._reports.put(report)
 
 
 def current_pass() -> Optional[Pass]:
@@ -136,29 +119,25 @@ def current_pass() -> Optional[Pass]:
 
 
 class SumWatch(TorchFunctionMode):
-    """Sees into which sums the outputs of layers go.
-
-    Where ``x + norm(layer(z))`` is computed, the layer can make up for what
-    is wrong with ``x`` as well. :meth:`probe` finds these layers; later passes
-    stop at the sum instead of at the layer.
-    """
+    """Sees into which sums the outputs of layers go: where it computes
+    ``x + norm(layer(z))``, the layer can make up for what is wrong with ``x``
+    as well. :meth:`probe` finds these layers; later passes stop at the sum."""
 
     def __init__(self) -> None:
         super().__init__()
         #: layers whose output goes into a sum and nowhere else
         self.residual: Set[str] = set()
-        #: all layers that take one input (not offsets, too), in the order in
-        #: which they ran
+        #: layers that take one input (no offsets), as they ran
         self.order: List[str] = []
 
-    def probe(self, adapter: 'Adapter', layers: Dict[str, nn.Module],
+    def probe(self, adapter: Adapter, layers: Dict[str, nn.Module],
               data: Any) -> None:
         """Run a model on a batch to find which of its layers, given by name,
         are residual."""
         with self, ExitStack() as stack:
             for name, module in layers.items():
-                stack.callback(
-                    observe(module, partial(self._ran, name)).remove)
+                hook = partial(self._ran, name)
+                stack.callback(observe(module, hook).remove)
             adapter.predict(data)
 
     def _ran(self, name: str, module: nn.Module, args: tuple, kwargs: dict,
@@ -175,19 +154,17 @@ class SumWatch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         marked = [x for x in tensors((args, kwargs)) if hasattr(x, _BRANCH)]
-        if marked and func in _SUMS and _is_plain_sum(args, kwargs):
+        if marked and func in _SUMS and _is_plain_sum(*args, **kwargs):
             self._at_sum(*args)
             marked = []
         result = func(*args, **kwargs)
-        if not marked:
-            return result
-        scale = _norm_scale(*args, **kwargs) if func is F.batch_norm else None
-        if scale is not None and marked == [args[0]]:
-            name, before = vars(args[0]).pop(_BRANCH)
-            setattr(result, _BRANCH, (name, before * scale))
-        elif any(True for _ in tensors(result)):
-            for x in marked:  # something else makes use of it
-                vars(x).pop(_BRANCH, None)
+        if marked and any(True for _ in tensors(result)):
+            # a normalisation, or something else makes use of it
+            (name, before), *_ = [vars(x).pop(_BRANCH, None) for x in marked]
+            if func is F.batch_norm and marked[0] is args[0]:
+                scale = _norm_scale(*args, **kwargs)
+                if scale is not None:
+                    setattr(result, _BRANCH, (name, before * scale))
         return result
 
     def _at_sum(self, left: Tensor, right: Tensor) -> None:
@@ -205,24 +182,18 @@ class SumWatch(TorchFunctionMode):
                          Sum(branch, other, scale))
 
 
-def _is_plain_sum(args: tuple, kwargs: dict) -> bool:
-    return (not kwargs and len(args) == 2
-            and all(isinstance(x, Tensor) for x in args)
-            and args[0].shape == args[1].shape and args[0] is not args[1]
-            and args[0].dtype == args[1].dtype)
+def _is_plain_sum(left: Any, right: Any, **kwargs: Any) -> bool:
+    return (not kwargs and isinstance(left, Tensor)
+            and isinstance(right, Tensor) and left is not right
+            and (left.shape, left.dtype) == (right.shape, right.dtype))
 
 
-def _norm_scale(x: Tensor,
-                running_mean: Tensor,
-                running_var: Tensor,
-                weight: Optional[Tensor] = None,
-                bias: Optional[Tensor] = None,
-                training: bool = False,
-                momentum: float = .1,
-                eps: float = 1e-5) -> Optional[Tensor]:
-    """The scale of each channel in a call of :func:`F.batch_norm`; None if
-    it does not take its statistics as they are."""
-    if training:
+def _norm_scale(*args: Any, **kwargs: Any) -> Optional[Tensor]:
+    """The scale of each channel in batch normalisation; None in training."""
+    call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
+    call.apply_defaults()
+    norm = call.arguments
+    if norm['training']:
         return None
-    scale = (running_var + eps).rsqrt()
-    return scale if weight is None else scale * weight
+    scale = (norm['running_var'] + norm['eps']).rsqrt()
+    return scale if norm['weight'] is None else scale * norm['weight']

@@ -1,9 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What running a model may change, and how it is put back."""
-import copy
 import random
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Tuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, Iterator, List, Tuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,36 +32,28 @@ def set_random(states: Tuple[Any, ...]) -> None:
 @contextmanager
 def kept_random() -> Iterator[None]:
     """Generators are as before afterwards."""
-    states = get_random()
-    try:
+    with ExitStack() as stack:
+        stack.callback(set_random, get_random())
         yield
-    finally:
-        set_random(states)
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random states of Python,
     NumPy and PyTorch are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad(), kept_random():
-        try:
-            model.eval()
-            yield
-        finally:
-            # for those that do more in train() than to set a flag (LeViT)
-            model.train(modes[model])
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.no_grad(), kept_random(), ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, 'training', module.training)
+        # for those that do more in train() than to set a flag (LeViT)
+        stack.callback(model.train, model.training)
+        model.eval()
+        yield
 
 
 def train_deterministically(model: nn.Module) -> None:
     """Put a model in training mode, except what then changes with the batch
-    or by chance: normalisations, dropout, stochastic depth.
-
-    Losses need that mode: some heads return other things in evaluation mode
-    (VFNet, RepPoints), or the same in other units (FCOS).
-    """
+    or by chance: normalisations, dropout, stochastic depth. Some heads return
+    other things in evaluation mode (VFNet), or other units (FCOS)."""
     model.train()
     for module in model.modules():
         if isinstance(module, (_NormBase, _DropoutNd, nn.MultiheadAttention
@@ -72,86 +64,71 @@ def train_deterministically(model: nn.Module) -> None:
 @contextmanager
 def requiring_gradients(model: nn.Module, value: bool) -> Iterator[None]:
     """All parameters of a model require gradients meanwhile, or none."""
-    changed = [
-        x for x in model.parameters()
-        if x.requires_grad != value and x.is_floating_point()
-    ]
-    try:
-        for parameter in changed:
-            parameter.requires_grad = value
+    with ExitStack() as stack:
+        for x in model.parameters():
+            if x.is_floating_point():
+                stack.callback(setattr, x, 'requires_grad', x.requires_grad)
+                x.requires_grad = value
         yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad = not value
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients of weights are computed. Afterwards buffers, attributes of
     modules, and entries of those that are dictionaries or lists are as before;
-    moving averages stand still.
-
-    Gradients of the inputs alone would not do in models that checkpoint
-    activations. Heads may keep outputs, with graphs that cannot be copied
-    (CondInst), or hang modules elsewhere (DDQ).
-    """
-    before = []
-    for module in model.modules():
-        for value in (vars(module), *vars(module).values()):
-            if isinstance(value, (dict, list)):
-                before.append((value, copy.copy(value)))
+    moving averages stand still."""
+    # Gradients of the inputs alone would not do in models that checkpoint
+    # activations. Heads may keep outputs, with graphs that cannot be copied
+    # (CondInst), or hang modules elsewhere (DDQ).
     with Unchanged(model).during(parameters=False), requiring_gradients(
-            model, False):
-        try:
-            yield
-        finally:
-            for value, old in before:
-                value.clear()
-                (value.update if isinstance(value, dict) else value.extend)(
-                    old)
+            model, False), ExitStack() as stack:
+        for module in model.modules():
+            for value in (vars(module), *vars(module).values()):
+                if isinstance(value, dict):
+                    stack.enter_context(patch.dict(value))
+                elif isinstance(value, list):
+                    stack.callback(value.__setitem__, slice(None), value[:])
+        yield
 
 
 class Unchanged:
-    """Contexts of forward passes that leave no trace in a model: afterwards
-    queues, counters and parameters have their values back; averaged copies
-    (momentum encoders) stand still. One object serves passes that overlap.
-
-    Statistics of normalisations may change, as recalibration wants.
-    """
+    """Forward passes that leave no trace in a model: afterwards queues,
+    counters and parameters have their values back; averaged copies (momentum
+    encoders) stand still. Statistics of normalisations may change, as
+    recalibration wants. One object serves passes that overlap."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._depth = 0
-        self._values: List[Tuple[Dict[str, Any], str, Any, Tensor]] = []
-        self._averaged: List[nn.Module] = []
+        self._passes = 0
+        self._values: List[Tuple[dict, str, Any, Tensor]] = []
+        self._averages = ExitStack()
 
     @contextmanager
     def during(self, parameters: bool = True) -> Iterator[None]:
         """The context of a pass, with or without values of parameters."""
-        if self._depth == 0:
+        # who traces a model takes care of its state outside
+        if self._passes == 0 and not torch.jit.is_tracing():
             self._remember(parameters)
-        self._depth += 1
+        self._passes += 1
         try:
             yield
         finally:
-            self._depth -= 1
+            self._passes -= 1
             for table, key, tensor, value in self._values:
                 table[key] = tensor
                 if not torch.equal(tensor, value):
                     # past autograd, whose graph may still be needed
                     tensor.data.copy_(value)
-            if self._depth == 0:
+            if self._passes == 0:
                 self._values.clear()
-                while self._averaged:
-                    vars(self._averaged.pop()).pop('update_parameters', None)
+                self._averages.close()
 
     def _remember(self, parameters: bool) -> None:
         for module in self.model.modules():
-            if isinstance(module, BaseAveragedModel) and (
-                    'update_parameters' not in vars(module)):
-                module.update_parameters = lambda *_, **__: None
-                self._averaged.append(module)
-            tables: List[Any] = [module._parameters] * parameters
+            if isinstance(module, BaseAveragedModel):
+                self._averages.enter_context(patch.object(
+                    module, 'update_parameters', lambda *_, **__: None))
+            tables: List[dict] = [module._parameters] * parameters
             if not isinstance(module, _NormBase):
                 tables.append(module._buffers)
             self._values += [(table, key, x, x.detach().clone())

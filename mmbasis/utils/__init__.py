@@ -1,5 +1,4 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from .config import as_text_config, load_config
-from .dist import init_cpu_dist
+from .config import as_text_config, init_cpu_dist, load_config
 
 __all__ = ['as_text_config', 'init_cpu_dist', 'load_config']

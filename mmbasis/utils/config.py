@@ -1,11 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What all tools do with a config before they build a runner from it."""
+"""What all tools do before they build a runner from a config."""
+import atexit
 import math
+import os
 import os.path as osp
 from typing import Any, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
@@ -19,20 +22,23 @@ def load_config(path: str,
     """Read a config of any OpenMMLab library and fill in what tools expect.
 
     Args:
-        path (str): Config file, or ``library::config`` of an installed
-            library such as ``mmpretrain::resnet/resnet18_8xb32_in1k.py``.
-        cfg_options (dict, optional): Values that override the file's, keys
-            with dots. Defaults to None.
-        work_dir (str, optional): Where the run writes. None leaves the
+        path (str): File, or ``library::config`` of an installed library, such
+            as ``mmpretrain::resnet/resnet18_8xb32_in1k.py``.
+        cfg_options (dict, optional): Overrides, keys with dots.
+        work_dir (str, optional): Where the run writes. Defaults to the
             config's own, else ``work_dirs/<name of the config>``.
 
     Raises:
         FileNotFoundError: If there is no such file.
         KeyError: If the config describes no model.
     """
-    cfg = _read(path)
-    if cfg_options:
-        cfg.merge_from_dict(cfg_options)
+    if '::' not in path and not osp.isfile(path):
+        raise FileNotFoundError(
+            f'config {path} does not exist (looked from {os.getcwd()}); give '
+            "a file, or the name of an installed config as "
+            "'library::folder/name.py'")
+    cfg = get_config(path) if '::' in path else Config.fromfile(path)
+    cfg.merge_from_dict(cfg_options or {})
     if cfg.get('model') is None:
         raise KeyError(f"config {path} has no 'model': found "
                        f'{sorted(cfg.keys())}')
@@ -40,54 +46,31 @@ def load_config(path: str,
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'work_dirs/{name}'
     if cfg.get('data_preprocessor') is not None:  # as the runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    # pure-Python configs have None, but may name some parts
-    if 'default_scope' in cfg and cfg.default_scope is None:
-        cfg.default_scope = _library(cfg.model)
-    if cfg.get('default_scope') == 'mmpretrain':
-        _stack_samples(cfg)
+    _fill_in_by_library(cfg)
     return cfg
 
 
-def _read(path: str) -> Config:
-    """Read the file, or the config of an installed library."""
-    if '::' in path:
-        return get_config(path)
-    if not osp.isfile(path):
-        raise FileNotFoundError(
-            f'config {path} does not exist (looked from '
-            f'{osp.abspath(osp.curdir)}); give a file, or the name of an '
-            f"installed config as 'library::folder/name.py'")
-    return Config.fromfile(path)
-
-
-def _library(model: dict) -> str:
-    """The scope of the library that a model given as a class comes from."""
-    model = model.get('architecture', model)
-    library = getattr(model.get('type'), '__module__', '').partition('.')[0]
-    return library if library in MODELS.children else 'mmengine'
-
-
-def _stack_samples(cfg: Config) -> None:
-    """Set up data loaders as mmpretrain's own tools do."""
-    for name in ('train', 'val', 'test'):
-        loader = cfg.get(f'{name}_dataloader')
-        if loader is not None:
-            loader.setdefault('collate_fn', dict(type='default_collate'))
-            loader.setdefault('pin_memory', torch.cuda.is_available())
+def _fill_in_by_library(cfg: Config) -> None:
+    # pure-Python configs have None, but may name some parts
+    if 'default_scope' in cfg and cfg.default_scope is None:
+        type_ = cfg.model.get('architecture', cfg.model).get('type')
+        library = getattr(type_, '__module__', '').partition('.')[0]
+        cfg.default_scope = (
+            library if library in MODELS.children else 'mmengine')
+    if cfg.get('default_scope') == 'mmpretrain':  # as its own tools do
+        for split in ('train', 'val', 'test'):
+            loader = cfg.get(f'{split}_dataloader')
+            if loader is not None:
+                loader.setdefault('collate_fn', dict(type='default_collate'))
+                loader.setdefault('pin_memory', torch.cuda.is_available())
 
 
 def as_text_config(cfg: Config) -> Config:
-    """A config that can be written to a file and read again.
-
-    The classes and functions after ``type`` become strings to import.
-
-    Raises:
-        TypeError: If it holds an object that no text can name.
-    """
-    return Config(
-        _as_text(cfg._to_lazy_dict(), 'cfg'),
-        cfg_text=cfg.text,
-        filename=cfg.filename)
+    """A config that can be written to a file and read again: the classes and
+    functions after ``type`` become strings to import. Raises a
+    :class:`TypeError` if it holds an object that no text can name."""
+    text = _as_text(cfg._to_lazy_dict(), 'cfg')
+    return Config(text, cfg_text=cfg.text, filename=cfg.filename)
 
 
 class _Special(float):
@@ -125,3 +108,33 @@ def _as_text(value: Any, key: str) -> Any:
             f'{key} of the config is {value!r}, which cannot be imported as '
             f'{name}: define it at the top of a module')
     return name
+
+
+def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
+    """Join the processes over gloo where there is no GPU: MMEngine fails
+    without a CUDA device unless a process group is already there.
+
+    Args:
+        launcher (str): The tools' ``--launcher``; only ``'pytorch'`` counts.
+        cfg (Config, optional): Gets a model wrapper that names no CUDA device
+            unless it has one.
+
+    Raises:
+        RuntimeError: If the process was not started by ``torchrun``.
+    """
+    if launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    if 'RANK' not in os.environ:
+        raise RuntimeError(
+            'launcher is pytorch, but RANK is not set: start the tool with '
+            'torchrun --nproc_per_node=N TOOL ... --launcher pytorch')
+    dist.init_process_group('gloo')
+    # gloo's threads must not outlive the interpreter, which would abort
+    atexit.register(
+        lambda: dist.is_initialized() and dist.destroy_process_group())
+    if cfg is not None and cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False))

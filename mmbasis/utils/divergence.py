@@ -7,14 +7,9 @@ from torch import Tensor
 def kl_divergence(student: Tensor,
                   teacher: Tensor,
                   temperature: float = 1.) -> Tensor:
-    """``T^2 KL(teacher || student)`` of softened predictions, averaged over
-    images (Hinton et al., 2015).
-
-    Args:
-        student (Tensor): Logits, shape ``(N, ..., classes)``.
-        teacher (Tensor): Logits of the same shape.
-        temperature (float): ``T``. Defaults to 1.
-    """
+    """``T^2 KL(teacher || student)`` of predictions softened by a temperature
+    ``T``, averaged over images (Hinton et al., 2015); logits have shape
+    ``(N, ..., classes)``."""
     student = F.log_softmax(student.flatten(0, -2) / temperature, -1)
     teacher = F.log_softmax(teacher.flatten(0, -2) / temperature, -1)
     return temperature**2 * F.kl_div(

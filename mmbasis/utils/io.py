@@ -1,5 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+"""Text files, and values as plain types, which JSON and
+``torch.load(weights_only=True)`` read."""
+import json
 import os
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
 
 
 def write_atomically(path: str, text: str) -> None:
@@ -9,3 +17,44 @@ def write_atomically(path: str, text: str) -> None:
     with open(temporary, 'w', encoding='utf-8') as file:
         file.write(text)
     os.replace(temporary, path)
+
+
+def to_plain(value: Any) -> Any:
+    """Copy nested containers with plain types in place of NumPy's and of
+    MMEngine's log histories. Tensors stay, whatever else is unknown as well.
+
+    :func:`from_plain` is the inverse for the histories.
+    """
+    if isinstance(value, HistoryBuffer):
+        return {
+            '__history__': to_plain(list(value.data)),
+            'max_length': value.max_length
+        }
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_plain(v) for v in value)
+    return value
+
+
+def from_plain(value: Any) -> Any:
+    """Turn plain log histories back into MMEngine's."""
+    if not isinstance(value, dict):
+        return value
+    if '__history__' in value:
+        return HistoryBuffer(
+            *value['__history__'], max_length=value['max_length'])
+    return {k: from_plain(v) for k, v in value.items()}
+
+
+def to_json(value: Any) -> Any:
+    """Copy with the types of JSON: arrays and tensors become lists, and text
+    what JSON has no type for."""
+
+    def encode(x: Any) -> Any:
+        is_array = isinstance(x, (np.generic, np.ndarray, torch.Tensor))
+        return x.tolist() if is_array else repr(x)
+
+    return json.loads(json.dumps(value, default=encode))

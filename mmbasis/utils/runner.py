@@ -17,66 +17,47 @@ _RUNS = itertools.count()
 
 
 def example_batch(cfg: Config, *splits: str) -> Any:
-    """A batch of one image, to count and time with; the first of several
-    augmentations of it.
-
-    Args:
-        cfg (Config): With data loaders.
-        splits (str): ``'test'``, ``'val'`` or ``'train'``: the first that has
-            a data loader gives the image, with the transforms it has.
-
-    Raises:
-        KeyError: If there is none.
-    """
+    """A batch of one image, to count and time with, or of the first of its
+    augmentations: from the first of the splits (``'test'``, ``'val'`` or
+    ``'train'``) with a data loader, or a :class:`KeyError`."""
     for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        if loader is not None:
+        config = cfg.get(f'{split}_dataloader')
+        if config is not None:
             loader = Runner.build_dataloader(
-                dict(loader, batch_size=1), seed=0)
+                dict(config, batch_size=1), seed=0)
             loader.collate_fn = partial(_collate, loader.collate_fn)
             return next(iter(loader))
     raise KeyError('the config needs one of ' +
                    ', '.join(f'{split}_dataloader' for split in splits))
 
 
-def _collate(collate: Callable, samples: Sequence[Any]) -> Any:
-    return collate([single(sample) for sample in samples])
+def _collate(collate: Callable, images: Sequence[Any]) -> Any:
+    return collate([single(image) for image in images])
 
 
 def check_evaluation(cfg: Config, split: str) -> None:
-    """Check that a config can be evaluated, before any work starts.
-
-    Raises:
-        KeyError: If it lacks ``<split>_dataloader`` or ``<split>_evaluator``.
-    """
+    """Check that a config can be evaluated, before any work starts: raises a
+    :class:`KeyError` if it lacks the split's data loader or evaluator."""
     for key in (f'{split}_dataloader', f'{split}_evaluator'):
         if cfg.get(key) is None:
             raise KeyError(f'evaluation needs {key}, which the config does '
                            'not have')
 
 
-def evaluate(cfg: Config,
-             model: nn.Module,
+def evaluate(cfg: Config, model: nn.Module,
              split: str = 'test') -> Dict[str, float]:
-    """Run the test loop of a config on a model.
-
-    Args:
-        cfg (Config): With ``<split>_dataloader`` and ``<split>_evaluator``.
-        model (nn.Module): The model, left in evaluation mode.
-        split (str): ``'test'`` or ``'val'``. Defaults to ``'test'``.
-
-    Returns:
-        dict: The evaluator's metrics.
-    """
+    """The metrics of a model, left in evaluation mode, by the
+    ``<split>_dataloader`` and the ``<split>_evaluator`` of a config."""
+    cfg = copy.deepcopy(cfg)
     runner = Runner(
         model=repair(model),
         work_dir=osp.join(cfg.work_dir, 'evaluate'),
-        test_dataloader=copy.deepcopy(cfg[f'{split}_dataloader']),
-        test_cfg=copy.deepcopy(cfg.get('test_cfg') or {}),
-        test_evaluator=copy.deepcopy(cfg[f'{split}_evaluator']),
-        default_hooks=copy.deepcopy(cfg.get('default_hooks')),
+        test_dataloader=cfg[f'{split}_dataloader'],
+        test_cfg=cfg.get('test_cfg') or {},
+        test_evaluator=cfg[f'{split}_evaluator'],
+        default_hooks=cfg.get('default_hooks'),
         log_level=cfg.get('log_level', 'INFO'),
-        visualizer=copy.deepcopy(cfg.get('visualizer')),
+        visualizer=cfg.get('visualizer'),
         default_scope=cfg.get('default_scope', 'mmengine'),
         # two runs in one process must not share a log
         experiment_name=f'evaluate_{next(_RUNS)}')

@@ -11,7 +11,7 @@ from mmpretrain.models.backbones import ResNet
 from mmbasis.compression import compress
 from mmbasis.planning import BudgetPlanner
 from mmbasis.running import UnknownLossError
-from mmbasis.running.loss import sampled_labels
+from mmbasis.running.adapter import sampled_labels
 from tests.analyses import measured, ranks
 from tests.toy import ToyNet
 
@@ -92,11 +92,11 @@ def test_batch_split_and_seed(monkeypatch):
     assert torch.equal(a, b)
     logits = torch.randn(12, 5)
     whole = sampled_labels(logits, 3)
-    monkeypatch.setattr('mmbasis.running.loss.get_world_size',
+    monkeypatch.setattr('mmbasis.running.adapter.get_world_size',
                         lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(
-            'mmbasis.running.loss.get_rank', lambda rank=rank: rank)
+            'mmbasis.running.adapter.get_rank', lambda rank=rank: rank)
         assert torch.equal(sampled_labels(logits[rank::2], 3), whole[rank::2])
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
-from mmbasis.utils.plain import from_plain, to_plain
+from mmbasis.utils.io import from_plain, to_plain
 
 
 def history():
