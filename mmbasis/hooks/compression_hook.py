@@ -1,10 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-import os.path as osp
-from typing import Any, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import (
+    BaseLoop,
+    EpochBasedTrainLoop,
+    Runner,
+    find_latest_checkpoint,
+)
 
 from ..compression import (
     META_KEY,
@@ -21,9 +25,9 @@ from ..compression import (
 )
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
+from ..optim import bare_model, replaced_parameters, set_model
 from ..registry import HOOKS
 from ..utils.plain import from_plain, to_plain
-from .rebuild import Managed, bare_model
 
 
 @HOOKS.register_module()
@@ -38,12 +42,6 @@ class BasisCompressionHook(Hook):
     checkpoint carries the plan in its ``meta``, without pickle, and whoever
     loads it takes the structure of that plan:
     :func:`mmbasis.compression.resolve` has the table of what happens when.
-
-    Examples:
-        >>> custom_hooks = [
-        >>>     dict(type='mmbasis.BasisCompressionHook',
-        >>>          planner=dict(type='BudgetPlanner', macs=0.5))
-        >>> ]
 
     Args:
         **recipe: Fields of :class:`mmbasis.compression.Recipe`, except those
@@ -70,8 +68,7 @@ class BasisCompressionHook(Hook):
         model = bare_model(runner)
         # after training, the model under test is the one that was trained
         if isinstance(model, BasisModel) and model.recipe is not self.recipe:
-            model.recipe = _merged(model.recipe, self.recipe)
-            self.recipe = model.recipe
+            model.recipe = self.recipe = _merged(model.recipe, self.recipe)
         self._run = Run.TEST
         # MMEngine builds the loop of what it is about to do
         if not isinstance(runner._train_loop, BaseLoop):
@@ -82,7 +79,7 @@ class BasisCompressionHook(Hook):
         if not isinstance(model, BasisModel):
             model = BasisModel(model, **self.recipe.config)
             self.recipe = model.recipe
-            Managed(runner).set_model(model)
+            set_model(runner, model)
         if runner._load_from is not None or resumes:
             model.has_weights = True
             model.source = runner._load_from
@@ -92,50 +89,37 @@ class BasisCompressionHook(Hook):
         are copied into the model; an error if they do not go together."""
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
-        model = bare_model(runner)
+        model = unwrap(bare_model(runner))
         self._source = Source.of(checkpoint)
         self._start = resolve(self.recipe, self._source, self._run,
-                              get_plan(unwrap(model)))
+                              get_plan(model))
         if self._start.note:
             runner.logger.warning(self._start.note)
         if self._start.action is Action.FOLLOW:
             assert self._start.plan is not None
-            managed = Managed(runner)
-            restructure(unwrap(model), self._start.plan)
-            managed.rebuild(model)
+            with replaced_parameters(runner):
+                restructure(model, self._start.plan)
 
     def before_train(self, runner: Runner) -> None:
         """Compress the dense weights, unless the model is compressed."""
         model = bare_model(runner)
         start = self._start or resolve(self.recipe, None, self._run,
                                        model.plan)
-        resumed = self._run is Run.RESUME
+        if start.action is Action.COMPRESS:
+            if not model.has_weights:
+                runner.logger.warning(
+                    'The model to be compressed has random weights: give the '
+                    'trained ones as load_from')
+            with replaced_parameters(runner):
+                model.compress(
+                    _calibration_batches(runner, self.recipe), self.recipe)
+            if is_model_wrapper(runner.model):
+                runner._maybe_compile('train_step')
+        else:
+            log_plan(model.plan)
+            self._find_teacher(runner, model)
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME
-        if start.action is not Action.COMPRESS:
-            log_plan(model.plan)
-            self._find_teacher(runner, model, resumed)
-            return
-        if not model.has_weights:
-            runner.logger.warning(
-                'The model to be compressed has random weights: give the '
-                'trained ones as load_from')
-        managed = Managed(runner)
-        model.compress(self._dataloader(runner), self.recipe)
-        managed.rebuild(model)
-        if is_model_wrapper(runner.model):
-            runner._maybe_compile('train_step')
-
-    def truncate(self, runner: Runner, planner: dict) -> None:
-        """Compress the compressed model further in the middle of training, by
-        the config of a planner whose budgets are fractions of the dense model;
-        the optimizer's state and the schedules go on."""
-        model, managed = bare_model(runner), Managed(runner)
-        before = model.architecture
-        config = {k: v for k, v in self.recipe.config.items() if k != 'plan'}
-        recipe = Recipe.of(**{**config, 'planner': planner})
-        model.truncate(self._dataloader(runner), recipe)
-        managed.rebuild(model, carry_over_from=before)
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to test a dense model under a compression config."""
@@ -157,8 +141,7 @@ class BasisCompressionHook(Hook):
             if key in checkpoint:
                 checkpoint[key] = to_plain(checkpoint[key])
 
-    def _find_teacher(self, runner: Runner, model: BasisModel,
-                      resumed: bool) -> None:
+    def _find_teacher(self, runner: Runner, model: BasisModel) -> None:
         """Load the teacher of a model that was compressed earlier from the
         file that its checkpoint names. Runs that asked for a teacher, now or
         when they began, do not go on without."""
@@ -166,17 +149,18 @@ class BasisCompressionHook(Hook):
         if distillation is None or distillation.teacher is not None:
             return
         path = self._source.teacher if self._source else distillation.source
-        must = self.recipe.asks_for_teacher or resumed and path is not None
-        found = ('the checkpoint names none' if path is None else
-                 f'{path} of the checkpoint does not exist')
-        if path is not None and ('://' in path or osp.isfile(path)):
+        found = 'the checkpoint names none'
+        if path is not None:
             try:
                 distillation.load(model.architecture, path)
                 runner.logger.info('The teacher is %s', path)
                 return
+            except FileNotFoundError as error:
+                found = str(error)
             except RuntimeError as error:
                 found = f'it is of another model: {error}'
-        if must:
+        resumed = self._run is Run.RESUME and path is not None
+        if self.recipe.asks_for_teacher or resumed:
             raise RuntimeError(
                 f'distillation needs the dense weights, but {found}: give '
                 'them as distillation=dict(checkpoint=…), or set '
@@ -184,12 +168,71 @@ class BasisCompressionHook(Hook):
         runner.logger.warning('Training without a teacher: %s', found)
         model.distillation = None
 
-    def _dataloader(self, runner: Runner) -> Any:
-        """Calibration batches."""
-        config = self.recipe.calibration.dataloader
-        if config is None:
-            return calibration_dataloader(runner, runner.seed)
-        return Runner.build_dataloader(to_plain(config), seed=runner.seed)
+
+def _calibration_batches(runner: Runner, recipe: Recipe) -> Any:
+    config = recipe.calibration.dataloader
+    if config is None:
+        return calibration_dataloader(runner, runner.seed)
+    return Runner.build_dataloader(to_plain(config), seed=runner.seed)
+
+
+@HOOKS.register_module()
+class ProgressiveTruncationHook(Hook):
+    """Lower the ranks in stages while the model is fine-tuned: compress a
+    little, tune, compress more.
+
+    Before the named epochs the model is planned and truncated again, as
+    :class:`BasisCompressionHook` does at the start of the run. The optimizer's
+    state is carried over to the new factors and the schedules go on; EMA's
+    average starts afresh. Resuming is exact.
+
+    Args:
+        stages (Sequence[dict]): ``epoch``, counted from 0, before which the
+            stage is reached, and ``planner``, whose budget is that of the
+            dense model.
+
+    Raises:
+        ValueError: If a stage is malformed or out of order.
+    """
+
+    # when the other hooks are done with the epoch before
+    priority = 'VERY_LOW'
+
+    def __init__(self, stages: Sequence[dict]) -> None:
+        self.planners: Dict[int, dict] = {}
+        for stage in stages:
+            epoch = stage.get('epoch')
+            if (set(stage) != {'epoch', 'planner'}
+                    or not isinstance(epoch, int) or epoch < 1):
+                raise ValueError(
+                    'a stage of ProgressiveTruncationHook is dict(epoch=N, '
+                    'planner=dict(…)) with an epoch of at least 1 (the first '
+                    'plan is that of BasisCompressionHook), but got '
+                    f'{dict(stage)}')
+            if epoch <= max(self.planners, default=0):
+                raise ValueError('the epochs of the stages must rise, but '
+                                 f'{epoch} follows {max(self.planners)}')
+            Recipe.of(planner=stage['planner'])  # complains at once
+            self.planners[epoch] = dict(stage['planner'])
+
+    def before_train(self, runner: Runner) -> None:
+        """Check that the run compresses and counts epochs."""
+        if not any(isinstance(x, BasisCompressionHook) for x in runner.hooks):
+            raise RuntimeError('ProgressiveTruncationHook lowers the ranks of '
+                               'a compressed model: add BasisCompressionHook')
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            raise RuntimeError('ProgressiveTruncationHook counts epochs, but '
+                               f'train_cfg has {type(runner.train_loop)}')
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Truncate where a stage begins."""
+        planner = self.planners.get(runner.epoch)
+        if planner is not None:
+            model = bare_model(runner)
+            config = dict(model.recipe.config, plan=None, planner=planner)
+            recipe = Recipe.of(**config)
+            with replaced_parameters(runner, continued=model.architecture):
+                model.truncate(_calibration_batches(runner, recipe), recipe)
 
 
 def _merged(of_model: Recipe, of_hook: Recipe) -> Recipe:

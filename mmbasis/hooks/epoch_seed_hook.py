@@ -1,15 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-import random
 from functools import partial
 
 import numpy as np
-import torch
 from mmengine.dataset import worker_init_fn
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 
-from mmbasis.registry import HOOKS
+from ..registry import HOOKS
 
 
 @HOOKS.register_module()
@@ -18,16 +16,19 @@ class EpochSeedHook(Hook):
 
     MMEngine seeds once and saves no state of the generators: a resumed run
     draws other augmentations and dropout masks than the uninterrupted one.
-    With this hook the numbers depend on the runner's seed, the epoch and the
-    rank only.
+    With this hook they depend on the runner's seed, the epoch and the rank.
 
     Resume is exact if ``randomness=dict(seed=...)`` is set, the loop is
     epoch-based, checkpoints are saved at the end of epochs, and
-    ``num_workers`` is the same in both runs, without persistent workers.
+    ``num_workers`` is the same in both runs.
 
     Args:
         enabled (bool): False leaves everything as MMEngine does it. Defaults
             to True.
+
+    Raises:
+        ValueError: At the start of training, if the data loader keeps its
+            workers.
     """
 
     # after other hooks have drawn numbers of their own
@@ -36,12 +37,8 @@ class EpochSeedHook(Hook):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
 
-    def before_train(self, runner) -> None:
-        """Check the data loader and free its workers of the fixed seed.
-
-        Raises:
-            ValueError: If the data loader keeps its workers.
-        """
+    def before_train(self, runner: Runner) -> None:
+        """Check the data loader and free its workers of the fixed seed."""
         if not self.enabled:
             return
         loader = runner.train_dataloader
@@ -61,12 +58,9 @@ class EpochSeedHook(Hook):
         if isinstance(init_fn, partial) and init_fn.func is worker_init_fn:
             loader.worker_init_fn = None
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Seed Python, NumPy and PyTorch for the epoch."""
-        if not self.enabled:
-            return
-        state = np.random.SeedSequence([runner.seed, runner.epoch, get_rank()])
-        seed = int(state.generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        if self.enabled:
+            state = np.random.SeedSequence(
+                [runner.seed, runner.epoch, get_rank()])
+            set_random_seed(int(state.generate_state(1)[0]))

@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from functools import partial
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import torch
 from mmengine.dist import all_reduce
@@ -10,9 +10,9 @@ from mmengine.runner import Runner
 from ..compression import recalibrate_if_better, take_batches
 from ..datasets import calibration_dataloader
 from ..models import unwrap
+from ..optim import bare_model
 from ..registry import HOOKS
 from ..running import adapter_of, evaluation, train_deterministically
-from .rebuild import bare_model
 
 
 @HOOKS.register_module()
@@ -43,11 +43,7 @@ class RecalibrationHook(Hook):
         self.num_batches = num_batches
         self.held_out = held_out
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Any = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Recalibrate after the last iteration."""
         if not self.is_last_train_iter(runner):
             return
@@ -59,11 +55,11 @@ class RecalibrationHook(Hook):
                 'No recalibration: %d batches of training images leave none '
                 'to choose by', len(batches))
             return
-        models = [unwrap(bare_model(runner))] + [
-            unwrap(hook.ema_model.module)
-            for hook in runner.hooks if isinstance(hook, EMAHook)
+        averages = [
+            hook.ema_model.module for hook in runner.hooks
+            if isinstance(hook, EMAHook)
         ]
-        for model in models:
+        for model in map(unwrap, [bare_model(runner), *averages]):
             recalibrate_if_better(model, batches,
                                   partial(mean_loss, model, held_out))
 

@@ -4,6 +4,7 @@ import torch
 
 from mmbasis.compression import Recipe
 from mmbasis.hooks import ProgressiveTruncationHook
+from mmbasis.layers import BasisLayer
 from mmbasis.models import BasisModel
 from mmbasis.optim import carry_over
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
@@ -116,7 +117,7 @@ def test_gradient_averages_are_those_of_the_new_factors():
         x, Recipe.of(planner=dict(type='FixedPlanner', ranks=ranks)))
     after = model.architecture
     new = OptimWrapper(torch.optim.SGD(after.parameters(), .1, .9))
-    carry_over(before, old, after, new)
+    carry_over(before, old.optimizer.state, after, new.optimizer.state)
     expected = momentum(after, products)
     for parameter, entry in expected.optimizer.state.items():
         torch.testing.assert_close(
@@ -124,6 +125,23 @@ def test_gradient_averages_are_those_of_the_new_factors():
             entry['momentum_buffer'],
             rtol=1e-3,
             atol=1e-4)
+
+
+def test_factors_of_a_dense_layer_count_steps_of_their_own():
+    """Optimizers count in place, so what they count with is not shared."""
+    before, after = ToyNet(), ToyNet()
+    after.conv2 = BasisLayer(before.conv2, 4)
+    optimizer = torch.optim.AdamW(before.parameters())
+    before(torch.rand(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    state = {}
+    carry_over(before, optimizer.state, after, state)
+    steps = [
+        state[factor.weight]['step']
+        for factor in (after.conv2.basis, after.conv2.coefficients)
+    ]
+    steps[0] += 1
+    assert [float(step) for step in steps] == [2, 1]
 
 
 @pytest.mark.parametrize('stages, message', [

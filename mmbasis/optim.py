@@ -1,0 +1,267 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What a runner holds besides the layers of its model, when these change."""
+import copy
+from collections import defaultdict
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from mmengine.hooks import EMAHook
+from mmengine.logging import MMLogger
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from torch import Tensor
+
+from .layers import BasisLayer
+from .registry import OPTIM_WRAPPERS
+
+State = Mapping[nn.Parameter, Dict[str, Any]]
+#: entries of an optimizer's state that are averages of gradients
+_GRADIENTS = ('momentum_buffer', 'exp_avg')
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Automatic mixed precision on CPUs, in bfloat16, which halves the time
+    of a step where they have the instructions. MMEngine's ``AmpOptimWrapper``
+    refuses CPUs. bfloat16 has the range of float32, so no loss is scaled."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(
+                'cpu', dtype=torch.bfloat16):
+            yield
+
+
+def bare_model(runner: Runner) -> Any:
+    """The model without distributed wrapper and test-time augmentation."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def set_model(runner: Runner, model: nn.Module) -> None:
+    """Give the runner a model, wrapped as its config says."""
+    if not isinstance(runner.model, BaseTTAModel):  # else changed in place
+        runner.model = runner.wrap_model(
+            copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), model)
+
+
+@contextmanager
+def replaced_parameters(
+        runner: Runner,
+        continued: Optional[nn.Module] = None) -> Iterator[None]:
+    """Replace parameters of the model meanwhile; afterwards the distributed
+    wrapper, EMA, optimizer and schedulers hold the new ones. The optimizer is
+    built from the config again; without one, they take the places of the old.
+
+    Args:
+        runner (Runner): Its model is changed in the context.
+        continued (nn.Module, optional): The model before, which stays as it
+            is. The state of its optimizer and the schedules go on.
+    """
+    model = bare_model(runner)
+    before = _named_parameters(model)
+    yield
+    set_model(runner, model)
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            hook.before_run(runner)
+    if not isinstance(runner.optim_wrapper, OptimWrapper):
+        return  # testing
+    states = [dict(x.optimizer.state) for x in _wrappers(runner)]
+    if runner.cfg.get('optim_wrapper') is None:
+        for wrapper in _wrappers(runner):
+            _regroup(wrapper.optimizer, before, model)
+    else:
+        _build_again(runner, model, continued is not None)
+    if continued is not None:
+        for state, wrapper in zip(states, _wrappers(runner)):
+            carry_over(continued, state, model, wrapper.optimizer.state)
+    runner.optim_wrapper.initialize_count_status(
+        runner.model, runner.iter, runner.train_loop.max_iters)
+
+
+def _wrappers(runner: Runner) -> List[OptimWrapper]:
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, OptimWrapperDict):
+        return list(wrapper.values())
+    return [wrapper]
+
+
+def _build_again(runner: Runner, model: nn.Module, go_on: bool) -> None:
+    """Optimizer and schedulers from the config, where the old ones stand."""
+    before, schedulers = _wrappers(runner), runner.param_schedulers
+    runner.optim_wrapper = runner.build_optim_wrapper(
+        _with_custom_keys(runner.cfg.optim_wrapper, model))
+    # the runner refuses to scale under schedulers, which are stale anyway
+    runner.param_schedulers = None
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    if runner.cfg.get('param_scheduler') is not None:
+        runner.param_schedulers = runner.build_param_scheduler(
+            copy.deepcopy(runner.cfg.param_scheduler))
+    runner.logger.info('Optimizer and parameter schedulers are built again '
+                       'for the compressed model')
+    if not go_on:
+        return
+    for old, new in zip(_flat(schedulers), _flat(runner.param_schedulers)):
+        new.load_state_dict(old.state_dict())
+    for old, new in zip(before, _wrappers(runner)):
+        # how far the schedule has taken the learning rates of all groups
+        first = old.optimizer.param_groups[0]
+        ratio = first['lr'] / first.get('initial_lr', first['lr'])
+        for group in new.optimizer.param_groups:
+            group['lr'] = group.get('initial_lr', group['lr']) * ratio
+        if hasattr(old, 'loss_scaler'):
+            new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
+
+
+def _flat(schedulers: Any) -> List[Any]:
+    """Schedulers of one optimizer or of several, as one list."""
+    if isinstance(schedulers, dict):
+        return [one for key in schedulers for one in _flat(schedulers[key])]
+    return schedulers or []
+
+
+def _dense_names(model: nn.Module) -> Dict[str, str]:
+    """The name that each parameter of a basis layer has in the dense model:
+    ``conv.weight`` for ``conv.basis.weight`` and so on."""
+    names = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BasisLayer):
+            for parameter, _ in layer.named_parameters():
+                part, _, own = parameter.partition('.')
+                dense = 'weight' if part == 'norm' else own
+                names[f'{name}.{parameter}'] = f'{name}.{dense}'
+    return names
+
+
+def _with_custom_keys(optim_wrapper: Mapping[str, Any],
+                     model: nn.Module) -> Dict[str, Any]:
+    """A copy of an optimizer's config, in which ``custom_keys`` that name
+    parameters of dense layers speak of the factors in their place."""
+    config = copy.deepcopy(dict(optim_wrapper))
+    paramwise = config.get('paramwise_cfg') or {}
+    keys = paramwise.get('custom_keys') or {}
+    # MMEngine's order: the longest key that a name contains decides
+    order = sorted(sorted(keys), key=len, reverse=True)
+    added = {}
+    for name, dense in _dense_names(model).items():
+        meant = next((k for k in order if k in dense), '')
+        found = next((k for k in order if k in name), '')
+        if meant not in name and len(found) < len(meant):
+            added[name] = copy.deepcopy(keys[meant])
+    if added:
+        MMLogger.get_current_instance().info(
+            'paramwise_cfg.custom_keys name dense layers that are compressed '
+            'now: their factors get the same settings (%d parameters)',
+            len(added))
+        paramwise['custom_keys'] = {**keys, **added}
+    return config
+
+
+def _named_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
+    """The parameters of a model by their names; those of basis layers also by
+    the names in the dense model."""
+    named = dict(model.named_parameters())
+    dense = {old: named[new] for new, old in _dense_names(model).items()}
+    return {**dense, **named}
+
+
+def _regroup(optimizer: torch.optim.Optimizer,
+            before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Put the parameters of a model in the place of its
+    :func:`_named_parameters` before: factors go into the group of the weights
+    that they stand for. States of parameters that are gone are dropped."""
+    dense = _dense_names(model)
+    new: Dict[nn.Parameter, List[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        old = dense.get(name, name)
+        # compression gives biases to layers that had none
+        weight = f'{old.rpartition(".")[0]}.weight'
+        origin = next((x for x in (name, old, weight) if x in before), None)
+        if origin is not None and parameter.requires_grad:
+            new[before[origin]].append(parameter)
+    for group in optimizer.param_groups:
+        group['params'] = [x for old in group['params'] for x in new[old]]
+    for gone in set(optimizer.state).difference(model.parameters()):
+        del optimizer.state[gone]
+
+
+@torch.no_grad()
+def carry_over(old_model: nn.Module, old: State, new_model: nn.Module,
+               new: Dict[nn.Parameter, Dict[str, Any]]) -> None:
+    """Hand the state of an optimizer to that of the same model with other
+    ranks.
+
+    Parameters that are there in both keep their state. Averaged gradients of
+    factors are turned into one of the product and from there into those of
+    the new factors; entries of other kinds keep their mean.
+
+    Args:
+        old_model (nn.Module): The model before.
+        old (Mapping): The state of its optimizer.
+        new_model (nn.Module): The model now.
+        new (dict): The state of its optimizer, changed in place.
+    """
+    before = dict(old_model.named_parameters())
+    for name, parameter in new_model.named_parameters():
+        same = before.get(name)
+        if (same is not None and same.shape == parameter.shape
+                and old.get(same)):
+            new[parameter] = old[same]
+    modules = dict(old_model.named_modules())
+    for name, layer in new_model.named_modules():
+        if isinstance(layer, BasisLayer) and layer.basis.weight not in new:
+            new.update(_mapped(modules[name], layer, old))
+
+
+def _mapped(old: nn.Module, new: BasisLayer,
+            state: State) -> Dict[nn.Parameter, Dict[str, Any]]:
+    """State of a layer's new factors."""
+    sources = (old.weight, old.weight)
+    if isinstance(old, BasisLayer):
+        sources = (old.basis.weight, old.coefficients.weight)
+    if not all(state.get(source) for source in sources):
+        return {}
+    values = [state[source] for source in sources]
+    gradients = {
+        key: _gradients(old, new, *[x[key] for x in values])
+        for key in _GRADIENTS if isinstance(values[0].get(key), Tensor)
+    }
+    found = {}
+    for index, part in enumerate((new.basis, new.coefficients)):
+        weight = part.weight
+        # a copy, as optimizers count steps in place
+        found[weight] = entry = copy.deepcopy(values[index])
+        for key, value in entry.items():
+            if key in gradients:
+                one = gradients[key][index].reshape_as(weight)
+                entry[key] = one.to(weight)
+            elif (isinstance(value, Tensor)
+                    and value.shape == sources[index].shape):
+                entry[key] = torch.full_like(weight, float(value.mean()))
+    return found
+
+
+def _gradients(old: nn.Module, new: BasisLayer, basis: Tensor,
+               coefficients: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of a layer's new factors, from those of the old factors or
+    twice that of the dense weights. Between them is the gradient ``M`` of the
+    product ``H = w F`` that is of least norm among those with the old
+    gradients ``w^T M`` and ``M F^T``; its shape is ``(G, P / G, D)``."""
+    dense: Any = SimpleNamespace(weight=basis, groups=new.groups)
+    product = new.kind.to_matrix(dense).double()
+    if isinstance(old, BasisLayer):
+        found, w = (factor.double() for factor in old.factors)
+        inside = coefficients.double().reshape(w.shape) @ torch.linalg.pinv(
+            found.mT)
+        rest = torch.linalg.pinv(w.mT) @ product
+        product = inside + rest - rest @ torch.linalg.pinv(found) @ found
+    found, w = (factor.double() for factor in new.factors)
+    return (new.kind.from_matrix(w.mT @ product, new.basis),
+            product @ found.mT)
