@@ -58,14 +58,11 @@ def replaced_parameters(
     """Replace parameters of the model meanwhile; afterwards the distributed
     wrapper, EMA, optimizer and schedulers hold the new ones. The optimizer is
     built from the config again; without one, they take the places of the old.
-
-    Args:
-        runner (Runner): Its model is changed in the context.
-        continued (nn.Module, optional): The model before, which stays as it
-            is. The state of its optimizer and the schedules go on.
-    """
+    With ``continued``, the model before, which must stay as it is, the
+    optimizer's state and the schedules go on."""
     model = bare_model(runner)
-    before = _named_parameters(model)
+    named = dict(model.named_parameters())
+    dense = {old: named[new] for new, old in _dense_names(model).items()}
     yield
     set_model(runner, model)
     for hook in runner.hooks:
@@ -73,29 +70,30 @@ def replaced_parameters(
             hook.before_run(runner)
     if not isinstance(runner.optim_wrapper, OptimWrapper):
         return  # testing
-    states = [dict(x.optimizer.state) for x in _wrappers(runner)]
+    old = _parts(runner.optim_wrapper)
+    states = [dict(wrapper.optimizer.state) for wrapper in old]
     if runner.cfg.get('optim_wrapper') is None:
-        for wrapper in _wrappers(runner):
-            _regroup(wrapper.optimizer, before, model)
+        for wrapper in old:
+            _regroup(wrapper.optimizer, {**dense, **named}, model)
     else:
         _build_again(runner, model, continued is not None)
     if continued is not None:
-        for state, wrapper in zip(states, _wrappers(runner)):
+        for state, wrapper in zip(states, _parts(runner.optim_wrapper)):
             carry_over(continued, state, model, wrapper.optimizer.state)
     runner.optim_wrapper.initialize_count_status(
         runner.model, runner.iter, runner.train_loop.max_iters)
 
 
-def _wrappers(runner: Runner) -> List[OptimWrapper]:
-    wrapper = runner.optim_wrapper
-    if isinstance(wrapper, OptimWrapperDict):
-        return list(wrapper.values())
-    return [wrapper]
+def _parts(whole: Any) -> List[Any]:
+    """Wrappers or schedulers, of one optimizer or of several, as a list."""
+    if isinstance(whole, (dict, OptimWrapperDict)):
+        return [part for one in whole.values() for part in _parts(one)]
+    return whole if isinstance(whole, list) else [whole]
 
 
 def _build_again(runner: Runner, model: nn.Module, go_on: bool) -> None:
     """Optimizer and schedulers from the config, where the old ones stand."""
-    before, schedulers = _wrappers(runner), runner.param_schedulers
+    wrapper, schedulers = runner.optim_wrapper, runner.param_schedulers
     runner.optim_wrapper = runner.build_optim_wrapper(
         _with_custom_keys(runner.cfg.optim_wrapper, model))
     # the runner refuses to scale under schedulers, which are stale anyway
@@ -108,9 +106,10 @@ def _build_again(runner: Runner, model: nn.Module, go_on: bool) -> None:
                        'for the compressed model')
     if not go_on:
         return
-    for old, new in zip(_flat(schedulers), _flat(runner.param_schedulers)):
+    for old, new in zip(_parts(schedulers or []),
+                        _parts(runner.param_schedulers or [])):
         new.load_state_dict(old.state_dict())
-    for old, new in zip(before, _wrappers(runner)):
+    for old, new in zip(_parts(wrapper), _parts(runner.optim_wrapper)):
         # how far the schedule has taken the learning rates of all groups
         first = old.optimizer.param_groups[0]
         ratio = first['lr'] / first.get('initial_lr', first['lr'])
@@ -118,13 +117,6 @@ def _build_again(runner: Runner, model: nn.Module, go_on: bool) -> None:
             group['lr'] = group.get('initial_lr', group['lr']) * ratio
         if hasattr(old, 'loss_scaler'):
             new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
-
-
-def _flat(schedulers: Any) -> List[Any]:
-    """Schedulers of one optimizer or of several, as one list."""
-    if isinstance(schedulers, dict):
-        return [one for key in schedulers for one in _flat(schedulers[key])]
-    return schedulers or []
 
 
 def _dense_names(model: nn.Module) -> Dict[str, str]:
@@ -141,7 +133,7 @@ def _dense_names(model: nn.Module) -> Dict[str, str]:
 
 
 def _with_custom_keys(optim_wrapper: Mapping[str, Any],
-                     model: nn.Module) -> Dict[str, Any]:
+                      model: nn.Module) -> Dict[str, Any]:
     """A copy of an optimizer's config, in which ``custom_keys`` that name
     parameters of dense layers speak of the factors in their place."""
     config = copy.deepcopy(dict(optim_wrapper))
@@ -157,26 +149,16 @@ def _with_custom_keys(optim_wrapper: Mapping[str, Any],
             added[name] = copy.deepcopy(keys[meant])
     if added:
         MMLogger.get_current_instance().info(
-            'paramwise_cfg.custom_keys name dense layers that are compressed '
-            'now: their factors get the same settings (%d parameters)',
-            len(added))
+            'The custom_keys of compressed layers hold for their factors, '
+            '%d parameters', len(added))
         paramwise['custom_keys'] = {**keys, **added}
     return config
 
 
-def _named_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
-    """The parameters of a model by their names; those of basis layers also by
-    the names in the dense model."""
-    named = dict(model.named_parameters())
-    dense = {old: named[new] for new, old in _dense_names(model).items()}
-    return {**dense, **named}
-
-
 def _regroup(optimizer: torch.optim.Optimizer,
-            before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-    """Put the parameters of a model in the place of its
-    :func:`_named_parameters` before: factors go into the group of the weights
-    that they stand for. States of parameters that are gone are dropped."""
+             before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Put the parameters of a model in the place of those before: factors go
+    into the group of the weights that they stand for. State is dropped."""
     dense = _dense_names(model)
     new: Dict[nn.Parameter, List[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -188,25 +170,18 @@ def _regroup(optimizer: torch.optim.Optimizer,
             new[before[origin]].append(parameter)
     for group in optimizer.param_groups:
         group['params'] = [x for old in group['params'] for x in new[old]]
-    for gone in set(optimizer.state).difference(model.parameters()):
-        del optimizer.state[gone]
+    optimizer.state.clear()
 
 
 @torch.no_grad()
 def carry_over(old_model: nn.Module, old: State, new_model: nn.Module,
                new: Dict[nn.Parameter, Dict[str, Any]]) -> None:
-    """Hand the state of an optimizer to that of the same model with other
-    ranks.
+    """Hand the state of an optimizer to that, changed in place, of the same
+    model with other ranks.
 
     Parameters that are there in both keep their state. Averaged gradients of
     factors are turned into one of the product and from there into those of
     the new factors; entries of other kinds keep their mean.
-
-    Args:
-        old_model (nn.Module): The model before.
-        old (Mapping): The state of its optimizer.
-        new_model (nn.Module): The model now.
-        new (dict): The state of its optimizer, changed in place.
     """
     before = dict(old_model.named_parameters())
     for name, parameter in new_model.named_parameters():
@@ -223,9 +198,8 @@ def carry_over(old_model: nn.Module, old: State, new_model: nn.Module,
 def _mapped(old: nn.Module, new: BasisLayer,
             state: State) -> Dict[nn.Parameter, Dict[str, Any]]:
     """State of a layer's new factors."""
-    sources = (old.weight, old.weight)
-    if isinstance(old, BasisLayer):
-        sources = (old.basis.weight, old.coefficients.weight)
+    sources = [old.basis.weight, old.coefficients.weight] if isinstance(
+        old, BasisLayer) else [old.weight] * 2
     if not all(state.get(source) for source in sources):
         return {}
     values = [state[source] for source in sources]
@@ -242,8 +216,7 @@ def _mapped(old: nn.Module, new: BasisLayer,
             if key in gradients:
                 one = gradients[key][index].reshape_as(weight)
                 entry[key] = one.to(weight)
-            elif (isinstance(value, Tensor)
-                    and value.shape == sources[index].shape):
+            elif getattr(value, 'shape', None) == sources[index].shape:
                 entry[key] = torch.full_like(weight, float(value.mean()))
     return found
 

@@ -16,12 +16,9 @@ class PeriodicHook(Hook):
     """Do something at regular times in training.
 
     Args:
-        interval (int): Iterations or epochs from one time to the next.
-            Defaults to 1.
+        interval (int): Iterations or epochs from one time to the next, at
+            least 1, or a ValueError is raised. Defaults to 1.
         by_epoch (bool): Whether the interval counts epochs. Defaults to True.
-
-    Raises:
-        ValueError: If the interval is not positive.
     """
 
     def __init__(self, interval: int = 1, by_epoch: bool = True) -> None:
@@ -46,13 +43,10 @@ class PeriodicHook(Hook):
 
 @HOOKS.register_module()
 class OrthogonalityHook(PeriodicHook):
-    """Make the basis filters orthonormal again while they are trained.
-
-    The retraction does not change what the model computes: what it takes
-    from the basis it gives to the coefficients. It is the hard form of the
-    penalty ``BasisModel(orthogonality=dict(weight=…))``. For arguments see
-    :class:`PeriodicHook`.
-    """
+    """Make the basis filters orthonormal again while they are trained; the
+    coefficients make up for it, so that the model computes the same. It is
+    the hard form of the penalty ``BasisModel(orthogonality=…)``. For arguments
+    see :class:`PeriodicHook`."""
 
     # after the optimizer's step, before EMA averages and checkpoints are saved
     priority = 'HIGH'
@@ -82,13 +76,10 @@ class SpectrumHook(PeriodicHook):
             return
         errors = [layer.orthogonality_error for layer in layers.values()]
         mean, largest = sum(errors) / len(errors), max(errors)
-        runner.visualizer.add_scalars(
-            {
-                'orthogonality/mean': mean,
-                'orthogonality/max': largest,
-                **{f'spectrum/{k}': _evenness(v) for k, v in layers.items()}
-            },
-            step=step)
+        scalars = {f'spectrum/{k}': _evenness(v) for k, v in layers.items()}
+        scalars['orthogonality/mean'] = mean
+        scalars['orthogonality/max'] = largest
+        runner.visualizer.add_scalars(scalars, step=step)
         runner.logger.info('Orthonormality error: mean %.2e, max %.2e', mean,
                            largest)
 

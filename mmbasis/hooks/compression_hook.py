@@ -17,7 +17,6 @@ from ..compression import (
     Recipe,
     Run,
     Source,
-    Start,
     get_plan,
     log_plan,
     resolve,
@@ -37,18 +36,14 @@ class BasisCompressionHook(Hook):
 
     The hook wraps the model in :class:`~mmbasis.models.BasisModel` for
     training (unless the config does). The dense weights (``load_from``) are
-    compressed at the start of training; optimizer, schedulers, the
-    distributed wrapper and EMA's average then hold the new parameters. Every
-    checkpoint carries the plan in its ``meta``, without pickle, and whoever
-    loads it takes the structure of that plan:
-    :func:`mmbasis.compression.resolve` has the table of what happens when.
+    compressed at the start of training. Every checkpoint carries the plan in
+    its ``meta``, without pickle, and whoever loads it takes the structure of
+    that plan: :func:`mmbasis.compression.resolve` has the table.
 
     Args:
         **recipe: Fields of :class:`mmbasis.compression.Recipe`, except those
-            that the config's ``BasisModel`` has.
-
-    Raises:
-        ValueError: If a field is unknown or out of range.
+            that the config's ``BasisModel`` has. A ValueError is raised if
+            one is unknown or out of range.
     """
 
     # before EMAHook copies the model, and before anything is saved or loaded
@@ -58,18 +53,16 @@ class BasisCompressionHook(Hook):
         #: what is asked for; that of the model is added before the run
         self.recipe = Recipe.of(**recipe)
         self._run = Run.TEST
-        #: what was loaded, and what was decided then
+        #: what was loaded
         self._source: Optional[Source] = None
-        self._start: Optional[Start] = None
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
-        self._source = self._start = None
+        self._run, self._source = Run.TEST, None
         model = bare_model(runner)
         # after training, the model under test is the one that was trained
         if isinstance(model, BasisModel) and model.recipe is not self.recipe:
             model.recipe = self.recipe = _merged(model.recipe, self.recipe)
-        self._run = Run.TEST
         # MMEngine builds the loop of what it is about to do
         if not isinstance(runner._train_loop, BaseLoop):
             return
@@ -91,20 +84,18 @@ class BasisCompressionHook(Hook):
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = unwrap(bare_model(runner))
         self._source = Source.of(checkpoint)
-        self._start = resolve(self.recipe, self._source, self._run,
-                              get_plan(model))
-        if self._start.note:
-            runner.logger.warning(self._start.note)
-        if self._start.action is Action.FOLLOW:
-            assert self._start.plan is not None
+        start = resolve(self.recipe, self._source, self._run, get_plan(model))
+        if start.note:
+            runner.logger.warning(start.note)
+        if start.action is Action.FOLLOW:
+            assert start.plan is not None
             with replaced_parameters(runner):
-                restructure(model, self._start.plan)
+                restructure(model, start.plan)
 
     def before_train(self, runner: Runner) -> None:
         """Compress the dense weights, unless the model is compressed."""
         model = bare_model(runner)
-        start = self._start or resolve(self.recipe, None, self._run,
-                                       model.plan)
+        start = resolve(self.recipe, self._source, self._run, model.plan)
         if start.action is Action.COMPRESS:
             if not model.has_weights:
                 runner.logger.warning(
@@ -178,8 +169,7 @@ def _calibration_batches(runner: Runner, recipe: Recipe) -> Any:
 
 @HOOKS.register_module()
 class ProgressiveTruncationHook(Hook):
-    """Lower the ranks in stages while the model is fine-tuned: compress a
-    little, tune, compress more.
+    """Lower the ranks in stages while the model is fine-tuned.
 
     Before the named epochs the model is planned and truncated again, as
     :class:`BasisCompressionHook` does at the start of the run. The optimizer's
@@ -187,12 +177,9 @@ class ProgressiveTruncationHook(Hook):
     average starts afresh. Resuming is exact.
 
     Args:
-        stages (Sequence[dict]): ``epoch``, counted from 0, before which the
-            stage is reached, and ``planner``, whose budget is that of the
-            dense model.
-
-    Raises:
-        ValueError: If a stage is malformed or out of order.
+        stages (Sequence[dict]): Each with ``epoch``, before which it is
+            reached, counted from 0 and rising, and ``planner``, whose budget
+            is that of the dense model; or a ValueError is raised.
     """
 
     # when the other hooks are done with the epoch before
@@ -229,8 +216,8 @@ class ProgressiveTruncationHook(Hook):
         planner = self.planners.get(runner.epoch)
         if planner is not None:
             model = bare_model(runner)
-            config = dict(model.recipe.config, plan=None, planner=planner)
-            recipe = Recipe.of(**config)
+            recipe = Recipe.of(
+                **dict(model.recipe.config, plan=None, planner=planner))
             with replaced_parameters(runner, continued=model.architecture):
                 model.truncate(_calibration_batches(runner, recipe), recipe)
 

@@ -20,15 +20,12 @@ class EpochSeedHook(Hook):
 
     Resume is exact if ``randomness=dict(seed=...)`` is set, the loop is
     epoch-based, checkpoints are saved at the end of epochs, and
-    ``num_workers`` is the same in both runs.
+    ``num_workers`` is the same in both runs. Workers that persist raise a
+    ValueError.
 
     Args:
         enabled (bool): False leaves everything as MMEngine does it. Defaults
             to True.
-
-    Raises:
-        ValueError: At the start of training, if the data loader keeps its
-            workers.
     """
 
     # after other hooks have drawn numbers of their own

@@ -25,12 +25,10 @@ class RecalibrationHook(Hook):
     testing, as does the loss. EMA's average of the model gets its own.
 
     Args:
-        num_batches (int): Training batches for the statistics. Defaults
-            to 32.
-        held_out (int): Training batches for the choice. Defaults to 8.
-
-    Raises:
-        ValueError: If a number is not positive.
+        num_batches (int): Training batches for the statistics, at least 1.
+            Defaults to 32.
+        held_out (int): Training batches for the choice, at least 1. Defaults
+            to 8. Less raises a ValueError.
     """
 
     # after the optimizer's step and EMA's, before checkpoints are saved
