@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Differences between versions of the libraries: the only file that asks for
-versions."""
+"""Differences between versions of the libraries, known nowhere else."""
 import functools
 import inspect
 import pickle
@@ -61,11 +60,8 @@ def repair_partition() -> None:
 
 @functools.lru_cache(maxsize=None)
 def repair_static_methods() -> None:
-    """Make MMDeploy restore the static methods that it rewrote.
-
-    Its rewriter restores plain functions, which take the object for their
-    first argument: Swin no longer runs after any export.
-    """
+    """Make MMDeploy restore the static methods that it rewrote, not as plain
+    functions, with which Swin no longer runs after any export."""
     from mmdeploy.core.rewriters import function_rewriter as rewriter
     put, methods = rewriter._set_func, {}
 

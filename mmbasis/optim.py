@@ -18,7 +18,6 @@ from torch import Tensor
 from .layers import BasisLayer
 from .registry import OPTIM_WRAPPERS
 
-State = Mapping[nn.Parameter, Dict[str, Any]]
 #: entries of an optimizer's state that are averages of gradients
 _GRADIENTS = ('momentum_buffer', 'exp_avg')
 
@@ -70,16 +69,18 @@ def replaced_parameters(
             hook.before_run(runner)
     if not isinstance(runner.optim_wrapper, OptimWrapper):
         return  # testing
-    old = _parts(runner.optim_wrapper)
-    states = [dict(wrapper.optimizer.state) for wrapper in old]
+    wrappers = _parts(runner.optim_wrapper)
+    schedulers = _parts(runner.param_schedulers or [])
     if runner.cfg.get('optim_wrapper') is None:
-        for wrapper in old:
+        for wrapper in wrappers:
             _regroup(wrapper.optimizer, {**dense, **named}, model)
     else:
-        _build_again(runner, model, continued is not None)
+        _build_again(runner, model)
     if continued is not None:
-        for state, wrapper in zip(states, _parts(runner.optim_wrapper)):
-            carry_over(continued, state, model, wrapper.optimizer.state)
+        for old, new in zip(wrappers, _parts(runner.optim_wrapper)):
+            carry_over(continued, old, model, new)
+        for old, new in zip(schedulers, _parts(runner.param_schedulers or [])):
+            new.load_state_dict(old.state_dict())
     runner.optim_wrapper.initialize_count_status(
         runner.model, runner.iter, runner.train_loop.max_iters)
 
@@ -91,9 +92,8 @@ def _parts(whole: Any) -> List[Any]:
     return whole if isinstance(whole, list) else [whole]
 
 
-def _build_again(runner: Runner, model: nn.Module, go_on: bool) -> None:
-    """Optimizer and schedulers from the config, where the old ones stand."""
-    wrapper, schedulers = runner.optim_wrapper, runner.param_schedulers
+def _build_again(runner: Runner, model: nn.Module) -> None:
+    """Optimizer and schedulers from the config."""
     runner.optim_wrapper = runner.build_optim_wrapper(
         _with_custom_keys(runner.cfg.optim_wrapper, model))
     # the runner refuses to scale under schedulers, which are stale anyway
@@ -104,19 +104,6 @@ def _build_again(runner: Runner, model: nn.Module, go_on: bool) -> None:
             copy.deepcopy(runner.cfg.param_scheduler))
     runner.logger.info('Optimizer and parameter schedulers are built again '
                        'for the compressed model')
-    if not go_on:
-        return
-    for old, new in zip(_parts(schedulers or []),
-                        _parts(runner.param_schedulers or [])):
-        new.load_state_dict(old.state_dict())
-    for old, new in zip(_parts(wrapper), _parts(runner.optim_wrapper)):
-        # how far the schedule has taken the learning rates of all groups
-        first = old.optimizer.param_groups[0]
-        ratio = first['lr'] / first.get('initial_lr', first['lr'])
-        for group in new.optimizer.param_groups:
-            group['lr'] = group.get('initial_lr', group['lr']) * ratio
-        if hasattr(old, 'loss_scaler'):
-            new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
 
 
 def _dense_names(model: nn.Module) -> Dict[str, str]:
@@ -158,7 +145,7 @@ def _with_custom_keys(optim_wrapper: Mapping[str, Any],
 def _regroup(optimizer: torch.optim.Optimizer,
              before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """Put the parameters of a model in the place of those before: factors go
-    into the group of the weights that they stand for. State is dropped."""
+    into the group of the weights that they stand for."""
     dense = _dense_names(model)
     new: Dict[nn.Parameter, List[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -170,33 +157,42 @@ def _regroup(optimizer: torch.optim.Optimizer,
             new[before[origin]].append(parameter)
     for group in optimizer.param_groups:
         group['params'] = [x for old in group['params'] for x in new[old]]
-    optimizer.state.clear()
 
 
 @torch.no_grad()
-def carry_over(old_model: nn.Module, old: State, new_model: nn.Module,
-               new: Dict[nn.Parameter, Dict[str, Any]]) -> None:
-    """Hand the state of an optimizer to that, changed in place, of the same
-    model with other ranks.
+def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
+               new: OptimWrapper) -> None:
+    """Have the optimizer of a model go on where that of the same model with
+    other ranks stands; it may be the same object.
 
     Parameters that are there in both keep their state. Averaged gradients of
     factors are turned into one of the product and from there into those of
     the new factors; entries of other kinds keep their mean.
     """
+    state = dict(old.optimizer.state)
+    new.optimizer.state.clear()
     before = dict(old_model.named_parameters())
     for name, parameter in new_model.named_parameters():
         same = before.get(name)
         if (same is not None and same.shape == parameter.shape
-                and old.get(same)):
-            new[parameter] = old[same]
+                and state.get(same)):
+            new.optimizer.state[parameter] = state[same]
     modules = dict(old_model.named_modules())
     for name, layer in new_model.named_modules():
-        if isinstance(layer, BasisLayer) and layer.basis.weight not in new:
-            new.update(_mapped(modules[name], layer, old))
+        if (isinstance(layer, BasisLayer)
+                and layer.basis.weight not in new.optimizer.state):
+            new.optimizer.state.update(_mapped(modules[name], layer, state))
+    # how far the schedule has taken the learning rates of all groups
+    first = old.optimizer.param_groups[0]
+    ratio = first['lr'] / first.get('initial_lr', first['lr'])
+    for group in new.optimizer.param_groups:
+        group['lr'] = group.get('initial_lr', group['lr']) * ratio
+    if hasattr(old, 'loss_scaler'):
+        new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
 
 
 def _mapped(old: nn.Module, new: BasisLayer,
-            state: State) -> Dict[nn.Parameter, Dict[str, Any]]:
+            state: Mapping[nn.Parameter, Dict]) -> Dict[nn.Parameter, Dict]:
     """State of a layer's new factors."""
     sources = [old.basis.weight, old.coefficients.weight] if isinstance(
         old, BasisLayer) else [old.weight] * 2

@@ -1,8 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from .basis_hooks import OrthogonalityHook, SpectrumHook
 from .compression_hook import BasisCompressionHook, ProgressiveTruncationHook
-from .epoch_seed_hook import EpochSeedHook
-from .recalibration_hook import RecalibrationHook
+from .training_hooks import (
+    EpochSeedHook,
+    OrthogonalityHook,
+    RecalibrationHook,
+    SpectrumHook,
+)
 
 __all__ = [
     'BasisCompressionHook', 'EpochSeedHook', 'OrthogonalityHook',

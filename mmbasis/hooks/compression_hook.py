@@ -3,25 +3,11 @@ from typing import Any, Dict, Optional, Sequence
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import (
-    BaseLoop,
-    EpochBasedTrainLoop,
-    Runner,
-    find_latest_checkpoint,
-)
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import find_latest_checkpoint
 
-from ..compression import (
-    META_KEY,
-    TEACHER_KEY,
-    Action,
-    Recipe,
-    Run,
-    Source,
-    get_plan,
-    log_plan,
-    resolve,
-    restructure,
-)
+from .. import compression
+from ..compression import Action, Recipe, Run, get_plan, resolve
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
 from ..optim import bare_model, replaced_parameters, set_model
@@ -54,7 +40,7 @@ class BasisCompressionHook(Hook):
         self.recipe = Recipe.of(**recipe)
         self._run = Run.TEST
         #: what was loaded
-        self._source: Optional[Source] = None
+        self._source: Optional[compression.Source] = None
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
@@ -83,14 +69,14 @@ class BasisCompressionHook(Hook):
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = unwrap(bare_model(runner))
-        self._source = Source.of(checkpoint)
+        self._source = compression.Source.of(checkpoint)
         start = resolve(self.recipe, self._source, self._run, get_plan(model))
         if start.note:
             runner.logger.warning(start.note)
         if start.action is Action.FOLLOW:
             assert start.plan is not None
             with replaced_parameters(runner):
-                restructure(model, start.plan)
+                compression.restructure(model, start.plan)
 
     def before_train(self, runner: Runner) -> None:
         """Compress the dense weights, unless the model is compressed."""
@@ -107,7 +93,7 @@ class BasisCompressionHook(Hook):
             if is_model_wrapper(runner.model):
                 runner._maybe_compile('train_step')
         else:
-            log_plan(model.plan)
+            compression.log_plan(model.plan)
             self._find_teacher(runner, model)
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME
@@ -124,10 +110,10 @@ class BasisCompressionHook(Hook):
         model = bare_model(runner)
         plan = get_plan(unwrap(model))
         if plan is not None:
-            checkpoint['meta'][META_KEY] = plan.to_dict()
+            checkpoint['meta'][compression.META_KEY] = plan.to_dict()
         distillation = getattr(model, 'distillation', None)
         if distillation is not None and distillation.source:
-            checkpoint['meta'][TEACHER_KEY] = distillation.source
+            checkpoint['meta'][compression.TEACHER_KEY] = distillation.source
         for key in ('meta', 'message_hub', 'param_schedulers'):
             if key in checkpoint:
                 checkpoint[key] = to_plain(checkpoint[key])
@@ -188,17 +174,14 @@ class ProgressiveTruncationHook(Hook):
     def __init__(self, stages: Sequence[dict]) -> None:
         self.planners: Dict[int, dict] = {}
         for stage in stages:
-            epoch = stage.get('epoch')
+            epoch, last = stage.get('epoch'), max(self.planners, default=0)
             if (set(stage) != {'epoch', 'planner'}
-                    or not isinstance(epoch, int) or epoch < 1):
+                    or not isinstance(epoch, int) or epoch <= last):
                 raise ValueError(
                     'a stage of ProgressiveTruncationHook is dict(epoch=N, '
-                    'planner=dict(…)) with an epoch of at least 1 (the first '
-                    'plan is that of BasisCompressionHook), but got '
-                    f'{dict(stage)}')
-            if epoch <= max(self.planners, default=0):
-                raise ValueError('the epochs of the stages must rise, but '
-                                 f'{epoch} follows {max(self.planners)}')
+                    'planner=dict(…)); epochs are at least 1 (the first plan '
+                    'is that of BasisCompressionHook) and must rise, but got '
+                    f'{dict(stage)} after epoch {last}')
             Recipe.of(planner=stage['planner'])  # complains at once
             self.planners[epoch] = dict(stage['planner'])
 

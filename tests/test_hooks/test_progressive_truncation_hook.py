@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import pytest
 import torch
+from mmengine.optim import OptimWrapper
 
 from mmbasis.compression import Recipe
 from mmbasis.hooks import ProgressiveTruncationHook
@@ -81,7 +82,6 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, cfg, epoch, optimizer):
 def test_gradient_averages_are_those_of_the_new_factors():
     """A gradient of the product, once as that of the old factors and once as
     that of the new ones: carrying over turns the first into the second."""
-    from mmengine.optim import OptimWrapper
     torch.manual_seed(0)
     model = BasisModel(ToyNet(norm=False))
     x = [dict(inputs=torch.rand(4, 3, 8, 8), data_samples=torch.arange(4))]
@@ -117,7 +117,7 @@ def test_gradient_averages_are_those_of_the_new_factors():
         x, Recipe.of(planner=dict(type='FixedPlanner', ranks=ranks)))
     after = model.architecture
     new = OptimWrapper(torch.optim.SGD(after.parameters(), .1, .9))
-    carry_over(before, old.optimizer.state, after, new.optimizer.state)
+    carry_over(before, old, after, new)
     expected = momentum(after, products)
     for parameter, entry in expected.optimizer.state.items():
         torch.testing.assert_close(
@@ -131,13 +131,14 @@ def test_factors_of_a_dense_layer_count_steps_of_their_own():
     """Optimizers count in place, so what they count with is not shared."""
     before, after = ToyNet(), ToyNet()
     after.conv2 = BasisLayer(before.conv2, 4)
-    optimizer = torch.optim.AdamW(before.parameters())
+    old, new = (
+        OptimWrapper(torch.optim.AdamW(net.parameters()))
+        for net in (before, after))
     before(torch.rand(2, 3, 8, 8)).sum().backward()
-    optimizer.step()
-    state = {}
-    carry_over(before, optimizer.state, after, state)
+    old.step()
+    carry_over(before, old, after, new)
     steps = [
-        state[factor.weight]['step']
+        new.optimizer.state[factor.weight]['step']
         for factor in (after.conv2.basis, after.conv2.coefficients)
     ]
     steps[0] += 1
