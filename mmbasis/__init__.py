@@ -1,9 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Compression of convolutional networks by basis filters and spectral fine-
-tuning, for the OpenMMLab ecosystem.
-
-Importing the package registers everything.
-"""
+tuning, for the OpenMMLab ecosystem. Importing it registers everything."""
 from . import compat, datasets, hooks, models, optim  # noqa: F401
 from .compression import compress
 from .models import load_compressed

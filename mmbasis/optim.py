@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 import torch.nn as nn
 from mmengine.hooks import EMAHook
-from mmengine.logging import MMLogger
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
@@ -17,9 +16,6 @@ from torch import Tensor
 
 from .layers import BasisLayer
 from .registry import OPTIM_WRAPPERS
-
-#: entries of an optimizer's state that are averages of gradients
-_GRADIENTS = ('momentum_buffer', 'exp_avg')
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -51,14 +47,13 @@ def set_model(runner: Runner, model: nn.Module) -> None:
 
 
 @contextmanager
-def replaced_parameters(
-        runner: Runner,
-        continued: Optional[nn.Module] = None) -> Iterator[None]:
+def replaced_parameters(runner: Runner,
+                        before: Optional[nn.Module] = None) -> Iterator[None]:
     """Replace parameters of the model meanwhile; afterwards the distributed
     wrapper, EMA, optimizer and schedulers hold the new ones. The optimizer is
     built from the config again; without one, they take the places of the old.
-    With ``continued``, the model before, which must stay as it is, the
-    optimizer's state and the schedules go on."""
+    Given the model before, which must stay as it is, the optimizer's state and
+    the schedules go on; otherwise they begin again."""
     model = bare_model(runner)
     named = dict(model.named_parameters())
     dense = {old: named[new] for new, old in _dense_names(model).items()}
@@ -76,9 +71,9 @@ def replaced_parameters(
             _regroup(wrapper.optimizer, {**dense, **named}, model)
     else:
         _build_again(runner, model)
-    if continued is not None:
+    if before is not None:
         for old, new in zip(wrappers, _parts(runner.optim_wrapper)):
-            carry_over(continued, old, model, new)
+            carry_over(before, old, model, new)
         for old, new in zip(schedulers, _parts(runner.param_schedulers or [])):
             new.load_state_dict(old.state_dict())
     runner.optim_wrapper.initialize_count_status(
@@ -102,8 +97,6 @@ def _build_again(runner: Runner, model: nn.Module) -> None:
     if runner.cfg.get('param_scheduler') is not None:
         runner.param_schedulers = runner.build_param_scheduler(
             copy.deepcopy(runner.cfg.param_scheduler))
-    runner.logger.info('Optimizer and parameter schedulers are built again '
-                       'for the compressed model')
 
 
 def _dense_names(model: nn.Module) -> Dict[str, str]:
@@ -124,21 +117,14 @@ def _with_custom_keys(optim_wrapper: Mapping[str, Any],
     """A copy of an optimizer's config, in which ``custom_keys`` that name
     parameters of dense layers speak of the factors in their place."""
     config = copy.deepcopy(dict(optim_wrapper))
-    paramwise = config.get('paramwise_cfg') or {}
-    keys = paramwise.get('custom_keys') or {}
+    keys = (config.get('paramwise_cfg') or {}).get('custom_keys') or {}
     # MMEngine's order: the longest key that a name contains decides
     order = sorted(sorted(keys), key=len, reverse=True)
-    added = {}
     for name, dense in _dense_names(model).items():
         meant = next((k for k in order if k in dense), '')
         found = next((k for k in order if k in name), '')
         if meant not in name and len(found) < len(meant):
-            added[name] = copy.deepcopy(keys[meant])
-    if added:
-        MMLogger.get_current_instance().info(
-            'The custom_keys of compressed layers hold for their factors, '
-            '%d parameters', len(added))
-        paramwise['custom_keys'] = {**keys, **added}
+            keys[name] = keys[meant]
     return config
 
 
@@ -152,9 +138,9 @@ def _regroup(optimizer: torch.optim.Optimizer,
         old = dense.get(name, name)
         # compression gives biases to layers that had none
         weight = f'{old.rpartition(".")[0]}.weight'
-        origin = next((x for x in (name, old, weight) if x in before), None)
-        if origin is not None and parameter.requires_grad:
-            new[before[origin]].append(parameter)
+        origins = [before[x] for x in (name, old, weight) if x in before]
+        if origins and parameter.requires_grad:
+            new[origins[0]].append(parameter)
     for group in optimizer.param_groups:
         group['params'] = [x for old in group['params'] for x in new[old]]
 
@@ -163,19 +149,16 @@ def _regroup(optimizer: torch.optim.Optimizer,
 def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
                new: OptimWrapper) -> None:
     """Have the optimizer of a model go on where that of the same model with
-    other ranks stands; it may be the same object.
-
-    Parameters that are there in both keep their state. Averaged gradients of
-    factors are turned into one of the product and from there into those of
-    the new factors; entries of other kinds keep their mean.
-    """
+    other ranks stands; it may be the same object. Parameters that are there in
+    both keep their state. Averaged gradients of factors are turned into one of
+    the product and from there into those of the new factors; entries of other
+    kinds keep their mean."""
     state = dict(old.optimizer.state)
     new.optimizer.state.clear()
     before = dict(old_model.named_parameters())
     for name, parameter in new_model.named_parameters():
-        same = before.get(name)
-        if (same is not None and same.shape == parameter.shape
-                and state.get(same)):
+        same = before.get(name, parameter)
+        if same in state and same.shape == parameter.shape:
             new.optimizer.state[parameter] = state[same]
     modules = dict(old_model.named_modules())
     for name, layer in new_model.named_modules():
@@ -199,13 +182,15 @@ def _mapped(old: nn.Module, new: BasisLayer,
     if not all(state.get(source) for source in sources):
         return {}
     values = [state[source] for source in sources]
+    # averages of gradients
     gradients = {
         key: _gradients(old, new, *[x[key] for x in values])
-        for key in _GRADIENTS if isinstance(values[0].get(key), Tensor)
+        for key in ('momentum_buffer', 'exp_avg')
+        if isinstance(values[0].get(key), Tensor)
     }
     found = {}
-    for index, part in enumerate((new.basis, new.coefficients)):
-        weight = part.weight
+    targets = (new.basis.weight, new.coefficients.weight)
+    for index, weight in enumerate(targets):
         # a copy, as optimizers count steps in place
         found[weight] = entry = copy.deepcopy(values[index])
         for key, value in entry.items():
@@ -227,10 +212,9 @@ def _gradients(old: nn.Module, new: BasisLayer, basis: Tensor,
     product = new.kind.to_matrix(dense).double()
     if isinstance(old, BasisLayer):
         found, w = (factor.double() for factor in old.factors)
-        inside = coefficients.double().reshape(w.shape) @ torch.linalg.pinv(
-            found.mT)
-        rest = torch.linalg.pinv(w.mT) @ product
-        product = inside + rest - rest @ torch.linalg.pinv(found) @ found
+        inside = coefficients.double().reshape(w.shape) @ found.mT.pinverse()
+        rest = w.mT.pinverse() @ product
+        product = inside + rest - rest @ found.pinverse() @ found
     found, w = (factor.double() for factor in new.factors)
     return (new.kind.from_matrix(w.mT @ product, new.basis),
             product @ found.mT)

@@ -48,7 +48,15 @@ class BasisCompressionHook(Hook):
         model = bare_model(runner)
         # after training, the model under test is the one that was trained
         if isinstance(model, BasisModel) and model.recipe is not self.recipe:
-            model.recipe = self.recipe = _merged(model.recipe, self.recipe)
+            theirs, ours = model.recipe.config, self.recipe.config
+            allowed = {'calibration', 'reconstruction', 'recalibration'}
+            for key in ours:
+                if key not in allowed.difference(theirs):
+                    raise ValueError(
+                        f'{key} is given to BasisCompressionHook, but the '
+                        'model is a BasisModel, which takes the same fields: '
+                        'give them there')
+            model.recipe = self.recipe = Recipe.of(**theirs, **ours)
         # MMEngine builds the loop of what it is about to do
         if not isinstance(runner._train_loop, BaseLoop):
             return
@@ -187,12 +195,12 @@ class ProgressiveTruncationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check that the run compresses and counts epochs."""
-        if not any(isinstance(x, BasisCompressionHook) for x in runner.hooks):
-            raise RuntimeError('ProgressiveTruncationHook lowers the ranks of '
-                               'a compressed model: add BasisCompressionHook')
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            raise RuntimeError('ProgressiveTruncationHook counts epochs, but '
-                               f'train_cfg has {type(runner.train_loop)}')
+        if (not any(isinstance(x, BasisCompressionHook) for x in runner.hooks)
+                or not isinstance(runner.train_loop, EpochBasedTrainLoop)):
+            raise RuntimeError(
+                'ProgressiveTruncationHook lowers the ranks of a compressed '
+                'model before epochs: add BasisCompressionHook to a run that '
+                'is by epoch')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Truncate where a stage begins."""
@@ -201,17 +209,5 @@ class ProgressiveTruncationHook(Hook):
             model = bare_model(runner)
             recipe = Recipe.of(
                 **dict(model.recipe.config, plan=None, planner=planner))
-            with replaced_parameters(runner, continued=model.architecture):
+            with replaced_parameters(runner, before=model.architecture):
                 model.truncate(_calibration_batches(runner, recipe), recipe)
-
-
-def _merged(of_model: Recipe, of_hook: Recipe) -> Recipe:
-    """The recipe of a ``BasisModel`` with what the hook says of how it is
-    compressed; an error if it says more, or what the model says, too."""
-    for key in of_hook.config:
-        if key not in ('calibration', 'reconstruction',
-                       'recalibration') or key in of_model.config:
-            raise ValueError(
-                f'{key} is given to BasisCompressionHook, but the model is a '
-                'BasisModel, which takes the same fields: give them there')
-    return Recipe.of(**of_model.config, **of_hook.config)

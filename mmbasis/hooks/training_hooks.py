@@ -13,7 +13,6 @@ from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 from ..compression import basis_layers, recalibrate_if_better, take_batches
 from ..datasets import calibration_dataloader
 from ..factorization import merge, spectrum_of_factor
-from ..layers import BasisLayer
 from ..models import unwrap
 from ..optim import bare_model
 from ..registry import HOOKS
@@ -24,14 +23,12 @@ class PeriodicHook(Hook):
     """Do something at regular times in training.
 
     Args:
-        interval (int): Iterations or epochs from one time to the next, at
-            least 1, or a ValueError is raised. Defaults to 1.
+        interval (int): Iterations or epochs from one time to the next; with
+            0 there is none. Defaults to 1.
         by_epoch (bool): Whether the interval counts epochs. Defaults to True.
     """
 
     def __init__(self, interval: int = 1, by_epoch: bool = True) -> None:
-        if interval < 1:
-            raise ValueError(f'interval must be positive, but got {interval}')
         self.interval = interval
         self.by_epoch = by_epoch
 
@@ -51,10 +48,9 @@ class PeriodicHook(Hook):
 
 @HOOKS.register_module()
 class OrthogonalityHook(PeriodicHook):
-    """Make the basis filters orthonormal again while they are trained; the
-    coefficients make up for it, so that the model computes the same. It is
-    the hard form of the penalty ``BasisModel(orthogonality=…)``. For arguments
-    see :class:`PeriodicHook`."""
+    """Make the basis filters orthonormal again while they are trained, where
+    the model computes the same: the hard form of the penalty
+    ``BasisModel(orthogonality=…)``. Arguments: see :class:`PeriodicHook`."""
 
     # after the optimizer's step, before EMA averages and checkpoints are saved
     priority = 'HIGH'
@@ -69,36 +65,32 @@ class SpectrumHook(PeriodicHook):
     """Log how orthonormal the bases are and how their spectra develop.
 
     MMEngine's visualizer gets ``orthogonality/mean`` and ``orthogonality/max``
-    over the layers, each of them the largest entry of ``|F F^T - I|`` in a
-    layer, and ``spectrum/<name>`` for each layer: the effective rank of its
-    weights ``w F`` as a fraction of its rank, 1 where all directions carry the
-    same energy. For arguments see :class:`PeriodicHook`.
+    over the layers, of the largest entry of a layer's ``|F F^T - I|``, and
+    ``spectrum/<name>``: the effective rank of its weights ``w F`` as a
+    fraction of its rank, 1 where all directions carry the same energy.
+    Arguments: see :class:`PeriodicHook`.
     """
 
     priority = 'LOW'
 
     @torch.no_grad()
     def act(self, runner: Runner, step: int) -> None:
-        layers = dict(basis_layers(runner.model))
-        if not layers:
+        errors, scalars = [], {}
+        for name, layer in basis_layers(runner.model):
+            errors.append(layer.orthogonality_error)
+            weights = merge(*(factor.double() for factor in layer.factors))
+            energy = spectrum_of_factor(weights).energy[:layer.rank]
+            # the exponential of the entropy (Roy and Vetterli, 2007)
+            entropy = torch.special.entr(energy / energy.sum()).sum()
+            scalars[f'spectrum/{name}'] = float(entropy.exp()) / layer.rank
+        if not errors:
             return
-        errors = [layer.orthogonality_error for layer in layers.values()]
         mean, largest = sum(errors) / len(errors), max(errors)
-        scalars = {f'spectrum/{k}': _evenness(v) for k, v in layers.items()}
         scalars['orthogonality/mean'] = mean
         scalars['orthogonality/max'] = largest
         runner.visualizer.add_scalars(scalars, step=step)
         runner.logger.info('Orthonormality error: mean %.2e, max %.2e', mean,
                            largest)
-
-
-def _evenness(layer: BasisLayer) -> float:
-    """Effective rank over rank: the exponential of the entropy of the
-    energies (Roy and Vetterli, 2007)."""
-    weights = merge(*(factor.double() for factor in layer.factors))
-    energy = spectrum_of_factor(weights).energy[:layer.rank]
-    share = energy / energy.sum()
-    return float(torch.exp(torch.special.entr(share).sum())) / layer.rank
 
 
 @HOOKS.register_module()
@@ -138,11 +130,10 @@ class RecalibrationHook(Hook):
                 'No recalibration: %d batches of training images leave none '
                 'to choose by', len(batches))
             return
-        averages = [
-            hook.ema_model.module for hook in runner.hooks
-            if isinstance(hook, EMAHook)
-        ]
-        for model in map(unwrap, [bare_model(runner), *averages]):
+        models = [bare_model(runner)]
+        models += [hook.ema_model.module for hook in runner.hooks
+                   if isinstance(hook, EMAHook)]
+        for model in map(unwrap, models):
             recalibrate_if_better(model, batches,
                                   partial(mean_loss, model, held_out))
 
@@ -173,8 +164,7 @@ class EpochSeedHook(Hook):
     ValueError.
 
     Args:
-        enabled (bool): False leaves everything as MMEngine does it. Defaults
-            to True.
+        enabled (bool): False changes nothing. Defaults to True.
     """
 
     # after other hooks have drawn numbers of their own
