@@ -140,8 +140,8 @@ class BasisCompressionHook(Hook):
                 distillation.load(model.architecture, path)
                 runner.logger.info('The teacher is %s', path)
                 return
-            except FileNotFoundError as error:
-                found = str(error)
+            except FileNotFoundError:
+                found = f'{path} of the checkpoint does not exist'
             except RuntimeError as error:
                 found = f'it is of another model: {error}'
         resumed = self._run is Run.RESUME and path is not None

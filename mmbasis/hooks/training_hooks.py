@@ -48,8 +48,8 @@ class PeriodicHook(Hook):
 
 @HOOKS.register_module()
 class OrthogonalityHook(PeriodicHook):
-    """Make the basis filters orthonormal again while they are trained, where
-    the model computes the same: the hard form of the penalty
+    """Make the basis filters orthonormal again while they are trained; the
+    function of the model stays. It is the hard form of the penalty
     ``BasisModel(orthogonality=…)``. Arguments: see :class:`PeriodicHook`."""
 
     # after the optimizer's step, before EMA averages and checkpoints are saved
