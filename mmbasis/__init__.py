@@ -1,16 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Compression of convolutional networks by basis filters and spectral fine-
-tuning, for the OpenMMLab ecosystem.
-
-Importing the package registers everything.
-"""
-from . import compat, datasets, hooks, models, optim
+tuning, for the OpenMMLab ecosystem. Importing it registers everything."""
+from . import compat, datasets, hooks, models, optim  # noqa: F401
 from .compression import compress
 from .models import load_compressed
 from .planning import CompressionPlan
 from .version import __version__
 
-__all__ = [
-    'compat', 'datasets', 'hooks', 'models', 'optim', 'compress',
-    'load_compressed', 'CompressionPlan', '__version__'
-]
+__all__ = ['compress', 'load_compressed', 'CompressionPlan', '__version__']

@@ -1,11 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Differences between versions of the libraries: the only file that asks for
-versions."""
+"""Differences between versions of the libraries, known nowhere else."""
 import functools
 import inspect
 import pickle
-import sys
-from typing import Any, Iterable, List, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +28,9 @@ def _allow_mmengine_checkpoints() -> None:
         return
     scalar = np.float64(0).__reduce__()[0]
     array = np.zeros(0).__reduce__()[0]
-    allowed = [HistoryBuffer, np.ndarray, np.dtype]
+    allowed = [HistoryBuffer, np.ndarray, np.dtype,
+               (_history_attribute, 'builtins.getattr')]
     allowed += {type(np.dtype(code)) for code in 'fdeilLqQbBhH?'}
-    allowed.append((_history_attribute, 'builtins.getattr'))
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed += [(scalar, f'{module}.scalar'),
                     (array, f'{module}._reconstruct')]
@@ -44,15 +42,8 @@ def _keep_tracing_exporter() -> None:
     again: since torch 2.9 that is ``dynamo=True``."""
     export = torch.onnx.export
     default = inspect.signature(export).parameters.get('dynamo')
-    if default is None or default.default is False:
-        return
-
-    @functools.wraps(export)
-    def export_by_tracing(*args, **kwargs):
-        kwargs.setdefault('dynamo', False)
-        return export(*args, **kwargs)
-
-    torch.onnx.export = export_by_tracing
+    if default is not None and default.default is not False:
+        torch.onnx.export = functools.partial(export, dynamo=False)
 
 
 def repair_partition() -> None:
@@ -62,51 +53,26 @@ def repair_partition() -> None:
     from onnx.utils import Extractor
     name = '_dfs_search_reachable_nodes'
     own = getattr(Extractor, name, None)
-    theirs = getattr(extractor, f'{name}_fast', None)
-    counts = {
-        len(inspect.signature(x).parameters)
-        for x in (own, theirs) if x is not None
-    }
-    if len(counts) == 2:
+    # MMDeploy's takes the arguments of onnx < 1.17
+    if own and len(inspect.signature(own).parameters) != 4:
         setattr(extractor, f'{name}_fast', own)
 
 
 @functools.lru_cache(maxsize=None)
 def repair_static_methods() -> None:
-    """Make MMDeploy restore the static methods that it rewrote.
+    """Make MMDeploy restore the static methods that it rewrote, not as plain
+    functions, with which Swin no longer runs after any export."""
+    from mmdeploy.core.rewriters import function_rewriter as rewriter
+    put, methods = rewriter._set_func, {}
 
-    Its rewriter restores plain functions, which take the object for their
-    first argument: Swin no longer runs after any export.
-    """
-    from mmdeploy.core.rewriters.function_rewriter import FunctionRewriter
-    enter, leave = FunctionRewriter.enter, FunctionRewriter.exit
+    def put_static(path: str, function: Any) -> None:
+        owner = rewriter.import_function(path)[1]
+        before = getattr(owner, '__dict__', {}).get(path.rpartition('.')[2])
+        if isinstance(before, staticmethod):
+            methods[before.__func__] = before
+        put(path, methods.get(function, function))
 
-    @functools.wraps(enter)
-    def enter_noting(self, *args, **kwargs):
-        self.static_methods = _static_methods(self._registry._rewrite_records)
-        return enter(self, *args, **kwargs)
-
-    @functools.wraps(leave)
-    def leave_restoring(self):
-        leave(self)
-        for owner, name, method in self.static_methods:
-            setattr(owner, name, method)
-
-    FunctionRewriter.enter = enter_noting
-    FunctionRewriter.exit = leave_restoring
-
-
-def _static_methods(paths: Iterable[str]) -> List[Tuple[type, str, Any]]:
-    """Class, name and method of the static methods among dotted names."""
-    found = []
-    for path in paths:
-        place, _, name = path.rpartition('.')
-        module, _, class_name = place.rpartition('.')
-        owner = getattr(sys.modules.get(module), class_name, None)
-        if isinstance(owner, type) and isinstance(
-                vars(owner).get(name), staticmethod):
-            found.append((owner, name, vars(owner)[name]))
-    return found
+    rewriter._set_func = put_static
 
 
 def max_onnx_opset() -> int:

@@ -1,16 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""All that mmbasis knows of single models, each with its reason.
-
-What a model does differently from others goes here if no general mechanism
-covers it; its test is in ``tests/test_quirks.py``. Names and numbers only:
-this module imports nothing of mmbasis.
-"""
+"""All that mmbasis knows of single models, where no general mechanism covers
+it, each with its reason. This module imports nothing of mmbasis."""
 from typing import Dict, Optional, Tuple
 
 import torch.nn as nn
 
-#: Layers that say where others sample and that no graph shows: type of the
-#: module around them, and their name in it.
+#: layers that say where others sample and that no graph shows: type of the
+#: module around them, and their name in it
 OFFSET_LAYERS: Dict[str, str] = {
     # Deformable DETR and its kin: on a CPU, MMCV weights the samples outside
     # of the operator
@@ -19,8 +15,8 @@ OFFSET_LAYERS: Dict[str, str] = {
     'ModulatedDeformRoIPoolPack': 'mask_fc.2',
 }
 
-#: Where the detector is inside a model: trackers of MMDetection (SORT,
-#: ByteTrack, QDTrack) hold one, beside what associates boxes.
+#: where the detector is inside a model: trackers of MMDetection (SORT,
+#: ByteTrack, QDTrack) hold one, beside what associates boxes
 DETECTOR_PREFIXES: Tuple[str, ...] = ('', 'detector.')
 
 

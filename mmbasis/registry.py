@@ -2,10 +2,7 @@
 """Registries of mmbasis: children of MMEngine's, in the scope ``mmbasis``."""
 from typing import Any, Callable, Optional, Union
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine import registry
 from mmengine.registry import Registry
 
 
@@ -23,7 +20,7 @@ class CompressedModels(Registry):
     def get(self, key: str) -> Optional[Union[type, Callable]]:
         scope, name = self.split_scope_key(key)
         # another scope, not the path of a class
-        known = {self.scope, 'mmengine', *MMENGINE_MODELS.children}
+        known = {self.scope, 'mmengine', *registry.MODELS.children}
         if key in self._module_dict or ('.' not in name and scope in known):
             return super().get(key)
 
@@ -33,13 +30,13 @@ class CompressedModels(Registry):
         return build
 
 
-DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmbasis')
+DATASETS = Registry('dataset', parent=registry.DATASETS, scope='mmbasis')
+HOOKS = Registry('hook', parent=registry.HOOKS, scope='mmbasis')
+MODELS = CompressedModels('model', parent=registry.MODELS, scope='mmbasis')
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper', parent=registry.OPTIM_WRAPPERS, scope='mmbasis')
+PLANNERS = Registry('planner', scope='mmbasis')
 #: kinds of dense layers, see :class:`mmbasis.layers.DenseKind`
 LAYER_KINDS = Registry('layer kind', scope='mmbasis')
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmbasis')
-MODELS = CompressedModels('model', parent=MMENGINE_MODELS, scope='mmbasis')
-OPTIM_WRAPPERS = Registry(
-    'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmbasis')
-PLANNERS = Registry('planner', scope='mmbasis')
 #: ways to run a model, see :class:`mmbasis.running.Adapter`
 ADAPTERS = Registry('adapter', scope='mmbasis')

@@ -1,29 +1,18 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-import os.path as osp
-from typing import Any, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import find_latest_checkpoint
 
-from ..compression import (
-    META_KEY,
-    TEACHER_KEY,
-    Action,
-    Recipe,
-    Run,
-    Source,
-    Start,
-    get_plan,
-    log_plan,
-    resolve,
-    restructure,
-)
+from .. import compression
+from ..compression import Action, Recipe, Run, get_plan, resolve
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
+from ..optim import bare_model, replaced_parameters, set_model
 from ..registry import HOOKS
 from ..utils.io import from_plain, to_plain
-from .rebuild import Managed, bare_model
 
 
 @HOOKS.register_module()
@@ -33,24 +22,14 @@ class BasisCompressionHook(Hook):
 
     The hook wraps the model in :class:`~mmbasis.models.BasisModel` for
     training (unless the config does). The dense weights (``load_from``) are
-    compressed at the start of training; optimizer, schedulers, the
-    distributed wrapper and EMA's average then hold the new parameters. Every
-    checkpoint carries the plan in its ``meta``, without pickle, and whoever
-    loads it takes the structure of that plan:
-    :func:`mmbasis.compression.resolve` has the table of what happens when.
-
-    Examples:
-        >>> custom_hooks = [
-        >>>     dict(type='mmbasis.BasisCompressionHook',
-        >>>          planner=dict(type='BudgetPlanner', macs=0.5))
-        >>> ]
+    compressed at the start of training. Every checkpoint carries the plan in
+    its ``meta``, without pickle, and whoever loads it takes the structure of
+    that plan: :func:`mmbasis.compression.resolve` has the table.
 
     Args:
         **recipe: Fields of :class:`mmbasis.compression.Recipe`, except those
-            that the config's ``BasisModel`` has.
-
-    Raises:
-        ValueError: If a field is unknown or out of range.
+            that the config's ``BasisModel`` has. A ValueError is raised if
+            one is unknown or out of range.
     """
 
     # before EMAHook copies the model, and before anything is saved or loaded
@@ -60,19 +39,24 @@ class BasisCompressionHook(Hook):
         #: what is asked for; that of the model is added before the run
         self.recipe = Recipe.of(**recipe)
         self._run = Run.TEST
-        #: what was loaded, and what was decided then
-        self._source: Optional[Source] = None
-        self._start: Optional[Start] = None
+        #: what was loaded
+        self._source: Optional[compression.Source] = None
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
-        self._source = self._start = None
+        self._run, self._source = Run.TEST, None
         model = bare_model(runner)
         # after training, the model under test is the one that was trained
         if isinstance(model, BasisModel) and model.recipe is not self.recipe:
-            model.recipe = _merged(model.recipe, self.recipe)
-            self.recipe = model.recipe
-        self._run = Run.TEST
+            theirs, ours = model.recipe.config, self.recipe.config
+            allowed = {'calibration', 'reconstruction', 'recalibration'}
+            for key in ours:
+                if key not in allowed.difference(theirs):
+                    raise ValueError(
+                        f'{key} is given to BasisCompressionHook, but the '
+                        'model is a BasisModel, which takes the same fields: '
+                        'give them there')
+            model.recipe = self.recipe = Recipe.of(**theirs, **ours)
         # MMEngine builds the loop of what it is about to do
         if not isinstance(runner._train_loop, BaseLoop):
             return
@@ -82,7 +66,7 @@ class BasisCompressionHook(Hook):
         if not isinstance(model, BasisModel):
             model = BasisModel(model, **self.recipe.config)
             self.recipe = model.recipe
-            Managed(runner).set_model(model)
+            set_model(runner, model)
         if runner._load_from is not None or resumes:
             model.has_weights = True
             model.source = runner._load_from
@@ -92,50 +76,35 @@ class BasisCompressionHook(Hook):
         are copied into the model; an error if they do not go together."""
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
-        model = bare_model(runner)
-        self._source = Source.of(checkpoint)
-        self._start = resolve(self.recipe, self._source, self._run,
-                              get_plan(unwrap(model)))
-        if self._start.note:
-            runner.logger.warning(self._start.note)
-        if self._start.action is Action.FOLLOW:
-            assert self._start.plan is not None
-            managed = Managed(runner)
-            restructure(unwrap(model), self._start.plan)
-            managed.rebuild(model)
+        model = unwrap(bare_model(runner))
+        self._source = compression.Source.of(checkpoint)
+        start = resolve(self.recipe, self._source, self._run, get_plan(model))
+        if start.note:
+            runner.logger.warning(start.note)
+        if start.action is Action.FOLLOW:
+            assert start.plan is not None
+            with replaced_parameters(runner):
+                compression.restructure(model, start.plan)
 
     def before_train(self, runner: Runner) -> None:
         """Compress the dense weights, unless the model is compressed."""
         model = bare_model(runner)
-        start = self._start or resolve(self.recipe, None, self._run,
-                                       model.plan)
-        resumed = self._run is Run.RESUME
+        start = resolve(self.recipe, self._source, self._run, model.plan)
+        if start.action is Action.COMPRESS:
+            if not model.has_weights:
+                runner.logger.warning(
+                    'The model to be compressed has random weights: give the '
+                    'trained ones as load_from')
+            with replaced_parameters(runner):
+                model.compress(
+                    _calibration_batches(runner, self.recipe), self.recipe)
+            if is_model_wrapper(runner.model):
+                runner._maybe_compile('train_step')
+        else:
+            compression.log_plan(model.plan)
+            self._find_teacher(runner, model)
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME
-        if start.action is not Action.COMPRESS:
-            log_plan(model.plan)
-            self._find_teacher(runner, model, resumed)
-            return
-        if not model.has_weights:
-            runner.logger.warning(
-                'The model to be compressed has random weights: give the '
-                'trained ones as load_from')
-        managed = Managed(runner)
-        model.compress(self._dataloader(runner), self.recipe)
-        managed.rebuild(model)
-        if is_model_wrapper(runner.model):
-            runner._maybe_compile('train_step')
-
-    def truncate(self, runner: Runner, planner: dict) -> None:
-        """Compress the compressed model further in the middle of training, by
-        the config of a planner whose budgets are fractions of the dense model;
-        the optimizer's state and the schedules go on."""
-        model, managed = bare_model(runner), Managed(runner)
-        before = model.architecture
-        config = {k: v for k, v in self.recipe.config.items() if k != 'plan'}
-        recipe = Recipe.of(**{**config, 'planner': planner})
-        model.truncate(self._dataloader(runner), recipe)
-        managed.rebuild(model, carry_over_from=before)
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to test a dense model under a compression config."""
@@ -149,16 +118,15 @@ class BasisCompressionHook(Hook):
         model = bare_model(runner)
         plan = get_plan(unwrap(model))
         if plan is not None:
-            checkpoint['meta'][META_KEY] = plan.to_dict()
+            checkpoint['meta'][compression.META_KEY] = plan.to_dict()
         distillation = getattr(model, 'distillation', None)
         if distillation is not None and distillation.source:
-            checkpoint['meta'][TEACHER_KEY] = distillation.source
+            checkpoint['meta'][compression.TEACHER_KEY] = distillation.source
         for key in ('meta', 'message_hub', 'param_schedulers'):
             if key in checkpoint:
                 checkpoint[key] = to_plain(checkpoint[key])
 
-    def _find_teacher(self, runner: Runner, model: BasisModel,
-                      resumed: bool) -> None:
+    def _find_teacher(self, runner: Runner, model: BasisModel) -> None:
         """Load the teacher of a model that was compressed earlier from the
         file that its checkpoint names. Runs that asked for a teacher, now or
         when they began, do not go on without."""
@@ -166,17 +134,18 @@ class BasisCompressionHook(Hook):
         if distillation is None or distillation.teacher is not None:
             return
         path = self._source.teacher if self._source else distillation.source
-        must = self.recipe.asks_for_teacher or resumed and path is not None
-        found = ('the checkpoint names none' if path is None else
-                 f'{path} of the checkpoint does not exist')
-        if path is not None and ('://' in path or osp.isfile(path)):
+        found = 'the checkpoint names none'
+        if path is not None:
             try:
                 distillation.load(model.architecture, path)
                 runner.logger.info('The teacher is %s', path)
                 return
+            except FileNotFoundError:
+                found = f'{path} of the checkpoint does not exist'
             except RuntimeError as error:
                 found = f'it is of another model: {error}'
-        if must:
+        resumed = self._run is Run.RESUME and path is not None
+        if self.recipe.asks_for_teacher or resumed:
             raise RuntimeError(
                 f'distillation needs the dense weights, but {found}: give '
                 'them as distillation=dict(checkpoint=…), or set '
@@ -184,21 +153,61 @@ class BasisCompressionHook(Hook):
         runner.logger.warning('Training without a teacher: %s', found)
         model.distillation = None
 
-    def _dataloader(self, runner: Runner) -> Any:
-        """Calibration batches."""
-        config = self.recipe.calibration.dataloader
-        if config is None:
-            return calibration_dataloader(runner, runner.seed)
-        return Runner.build_dataloader(to_plain(config), seed=runner.seed)
+
+def _calibration_batches(runner: Runner, recipe: Recipe) -> Any:
+    config = recipe.calibration.dataloader
+    if config is None:
+        return calibration_dataloader(runner, runner.seed)
+    return Runner.build_dataloader(to_plain(config), seed=runner.seed)
 
 
-def _merged(of_model: Recipe, of_hook: Recipe) -> Recipe:
-    """The recipe of a ``BasisModel`` with what the hook says of how it is
-    compressed; an error if it says more, or what the model says, too."""
-    for key in of_hook.config:
-        if key not in ('calibration', 'reconstruction',
-                       'recalibration') or key in of_model.config:
-            raise ValueError(
-                f'{key} is given to BasisCompressionHook, but the model is a '
-                'BasisModel, which takes the same fields: give them there')
-    return Recipe.of(**of_model.config, **of_hook.config)
+@HOOKS.register_module()
+class ProgressiveTruncationHook(Hook):
+    """Lower the ranks in stages while the model is fine-tuned.
+
+    Before the named epochs the model is planned and truncated again, as
+    :class:`BasisCompressionHook` does at the start of the run. The optimizer's
+    state is carried over to the new factors and the schedules go on; EMA's
+    average starts afresh. Resuming is exact.
+
+    Args:
+        stages (Sequence[dict]): Each with ``epoch``, before which it is
+            reached, counted from 0 and rising, and ``planner``, whose budget
+            is that of the dense model; or a ValueError is raised.
+    """
+
+    # when the other hooks are done with the epoch before
+    priority = 'VERY_LOW'
+
+    def __init__(self, stages: Sequence[dict]) -> None:
+        self.planners: Dict[int, dict] = {}
+        for stage in stages:
+            epoch, last = stage.get('epoch'), max(self.planners, default=0)
+            if (set(stage) != {'epoch', 'planner'}
+                    or not isinstance(epoch, int) or epoch <= last):
+                raise ValueError(
+                    'a stage of ProgressiveTruncationHook is dict(epoch=N, '
+                    'planner=dict(…)); epochs are at least 1 (the first plan '
+                    'is that of BasisCompressionHook) and must rise, but got '
+                    f'{dict(stage)} after epoch {last}')
+            Recipe.of(planner=stage['planner'])  # complains at once
+            self.planners[epoch] = dict(stage['planner'])
+
+    def before_train(self, runner: Runner) -> None:
+        """Check that the run compresses and counts epochs."""
+        if (not any(isinstance(x, BasisCompressionHook) for x in runner.hooks)
+                or not isinstance(runner.train_loop, EpochBasedTrainLoop)):
+            raise RuntimeError(
+                'ProgressiveTruncationHook lowers the ranks of a compressed '
+                'model before epochs: add BasisCompressionHook to a run that '
+                'is by epoch')
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Truncate where a stage begins."""
+        planner = self.planners.get(runner.epoch)
+        if planner is not None:
+            model = bare_model(runner)
+            recipe = Recipe.of(
+                **dict(model.recipe.config, plan=None, planner=planner))
+            with replaced_parameters(runner, before=model.architecture):
+                model.truncate(_calibration_batches(runner, recipe), recipe)

@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from mmbasis.hooks.epoch_seed_hook import EpochSeedHook
+from mmbasis.hooks.training_hooks import EpochSeedHook
 
 
 class RandomDataset(Dataset):
@@ -83,7 +83,7 @@ def test_epochs_differ(tmp_path, num_workers):
 
 def test_ranks_differ(tmp_path):
     first = train(tmp_path / '0', 1)
-    with patch('mmbasis.hooks.epoch_seed_hook.get_rank', return_value=1):
+    with patch('mmbasis.hooks.training_hooks.get_rank', return_value=1):
         second = train(tmp_path / '1', 1)
     assert not torch.isclose(first[:, 1:4], second[:, 1:4]).any()
 

@@ -1,9 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import pytest
 import torch
+from mmengine.optim import OptimWrapper
 
 from mmbasis.compression import Recipe
 from mmbasis.hooks import ProgressiveTruncationHook
+from mmbasis.layers import BasisLayer
 from mmbasis.models import BasisModel
 from mmbasis.optim import carry_over
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
@@ -80,7 +82,6 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, cfg, epoch, optimizer):
 def test_gradient_averages_are_those_of_the_new_factors():
     """A gradient of the product, once as that of the old factors and once as
     that of the new ones: carrying over turns the first into the second."""
-    from mmengine.optim import OptimWrapper
     torch.manual_seed(0)
     model = BasisModel(ToyNet(norm=False))
     x = [dict(inputs=torch.rand(4, 3, 8, 8), data_samples=torch.arange(4))]
@@ -124,6 +125,24 @@ def test_gradient_averages_are_those_of_the_new_factors():
             entry['momentum_buffer'],
             rtol=1e-3,
             atol=1e-4)
+
+
+def test_factors_of_a_dense_layer_count_steps_of_their_own():
+    """Optimizers count in place, so what they count with is not shared."""
+    before, after = ToyNet(), ToyNet()
+    after.conv2 = BasisLayer(before.conv2, 4)
+    old, new = (
+        OptimWrapper(torch.optim.AdamW(net.parameters()))
+        for net in (before, after))
+    before(torch.rand(2, 3, 8, 8)).sum().backward()
+    old.step()
+    carry_over(before, old, after, new)
+    steps = [
+        new.optimizer.state[factor.weight]['step']
+        for factor in (after.conv2.basis, after.conv2.coefficients)
+    ]
+    steps[0] += 1
+    assert [float(step) for step in steps] == [2, 1]
 
 
 @pytest.mark.parametrize('stages, message', [

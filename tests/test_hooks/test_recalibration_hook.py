@@ -7,7 +7,7 @@ import torch
 from mmengine.runner import load_checkpoint
 
 from mmbasis.hooks import RecalibrationHook
-from mmbasis.hooks.recalibration_hook import mean_loss
+from mmbasis.hooks.training_hooks import mean_loss
 from tests.toy import dense_checkpoint, run, toy_cfg
 
 

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from mmbasis.compression import basis_layers, get_plan
 from mmbasis.hooks import BasisCompressionHook
+from mmbasis.layers import BasisLayer
 from mmbasis.models import unwrap
+from mmbasis.optim import replaced_parameters
 from tests.toy import ToyImages, ToyNet, dense_checkpoint, run, toy_cfg
 
 
@@ -184,6 +186,25 @@ def test_a_runner_without_a_config(tmp_path, dense):
     start.load_state_dict(dense_state)
     moved = dict(basis_layers(model))['conv2'].weight - start.conv2.weight
     assert moved.abs().max() > 1e-3
+
+
+def test_an_offset_branch_stays_in_its_group(tmp_path, dense):
+    """What is inside a basis, too, stands for what was inside the layer."""
+    ops = pytest.importorskip('mmcv.ops')
+    _, runner = bare_runner(tmp_path, dense, grouped)
+    runner.model.conv3 = ops.DeformConv2dPack(8, 8, 3)
+    optimizer = torch.optim.SGD([
+        dict(params=list(runner.model.conv3.conv_offset.parameters())),
+        dict(params=[runner.model.conv3.weight])
+    ], .01)
+    runner.optim_wrapper = OptimWrapper(optimizer)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    with replaced_parameters(runner):
+        runner.model.conv3 = BasisLayer(runner.model.conv3, 4)
+    layer = runner.model.conv3
+    first, second = (set(x['params']) for x in optimizer.param_groups)
+    assert first == set(layer.basis.conv_offset.parameters())
+    assert second == {layer.basis.weight, layer.coefficients.weight}
 
 
 def test_a_runner_without_a_config_resumes(tmp_path, dense):

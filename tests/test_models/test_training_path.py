@@ -8,7 +8,7 @@ from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
 from mmbasis.compression import Recipe, analyze
-from mmbasis.hooks.recalibration_hook import mean_loss
+from mmbasis.hooks.training_hooks import mean_loss
 from mmbasis.models.distillation import Distillation
 from mmbasis.running import train_deterministically
 

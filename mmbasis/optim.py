@@ -1,0 +1,220 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What a runner holds besides the layers of its model, when these change."""
+import copy
+from collections import defaultdict
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from mmengine.hooks import EMAHook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from torch import Tensor
+
+from .layers import BasisLayer
+from .registry import OPTIM_WRAPPERS
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Automatic mixed precision on CPUs, in bfloat16, which halves the time
+    of a step where they have the instructions. MMEngine's ``AmpOptimWrapper``
+    refuses CPUs. bfloat16 has the range of float32, so no loss is scaled."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(
+                'cpu', dtype=torch.bfloat16):
+            yield
+
+
+def bare_model(runner: Runner) -> Any:
+    """The model without distributed wrapper and test-time augmentation."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def set_model(runner: Runner, model: nn.Module) -> None:
+    """Give the runner a model, wrapped as its config says."""
+    if not isinstance(runner.model, BaseTTAModel):  # else changed in place
+        runner.model = runner.wrap_model(
+            copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), model)
+
+
+@contextmanager
+def replaced_parameters(runner: Runner,
+                        before: Optional[nn.Module] = None) -> Iterator[None]:
+    """Replace parameters of the model meanwhile; afterwards the distributed
+    wrapper, EMA, optimizer and schedulers hold the new ones. The optimizer is
+    built from the config again; without one, they take the places of the old.
+    Given the model before, which must stay as it is, the optimizer's state and
+    the schedules go on; otherwise they begin again."""
+    model = bare_model(runner)
+    named = dict(model.named_parameters())
+    dense = {old: named[new] for new, old in _dense_names(model).items()}
+    yield
+    set_model(runner, model)
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            hook.before_run(runner)
+    if not isinstance(runner.optim_wrapper, OptimWrapper):
+        return  # testing
+    wrappers = _parts(runner.optim_wrapper)
+    schedulers = _parts(runner.param_schedulers or [])
+    if runner.cfg.get('optim_wrapper') is None:
+        for wrapper in wrappers:
+            _regroup(wrapper.optimizer, {**dense, **named}, model)
+    else:
+        _build_again(runner, model)
+    if before is not None:
+        for old, new in zip(wrappers, _parts(runner.optim_wrapper)):
+            carry_over(before, old, model, new)
+        for old, new in zip(schedulers, _parts(runner.param_schedulers or [])):
+            new.load_state_dict(old.state_dict())
+    runner.optim_wrapper.initialize_count_status(
+        runner.model, runner.iter, runner.train_loop.max_iters)
+
+
+def _parts(whole: Any) -> List[Any]:
+    """Wrappers or schedulers, of one optimizer or of several, as a list."""
+    if isinstance(whole, (dict, OptimWrapperDict)):
+        return [part for one in whole.values() for part in _parts(one)]
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _build_again(runner: Runner, model: nn.Module) -> None:
+    """Optimizer and schedulers from the config."""
+    runner.optim_wrapper = runner.build_optim_wrapper(
+        _with_custom_keys(runner.cfg.optim_wrapper, model))
+    # the runner refuses to scale under schedulers, which are stale anyway
+    runner.param_schedulers = None
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    if runner.cfg.get('param_scheduler') is not None:
+        runner.param_schedulers = runner.build_param_scheduler(
+            copy.deepcopy(runner.cfg.param_scheduler))
+
+
+def _dense_names(model: nn.Module) -> Dict[str, str]:
+    """The name that each parameter of a basis layer has in the dense model:
+    ``conv.weight`` for ``conv.basis.weight`` and so on."""
+    names = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BasisLayer):
+            for parameter, _ in layer.named_parameters():
+                part, _, own = parameter.partition('.')
+                dense = 'weight' if part == 'norm' else own
+                names[f'{name}.{parameter}'] = f'{name}.{dense}'
+    return names
+
+
+def _with_custom_keys(optim_wrapper: Mapping[str, Any],
+                      model: nn.Module) -> Dict[str, Any]:
+    """A copy of an optimizer's config, in which ``custom_keys`` that name
+    parameters of dense layers speak of the factors in their place."""
+    config = copy.deepcopy(dict(optim_wrapper))
+    keys = (config.get('paramwise_cfg') or {}).get('custom_keys') or {}
+    # MMEngine's order: the longest key that a name contains decides
+    order = sorted(sorted(keys), key=len, reverse=True)
+    for name, dense in _dense_names(model).items():
+        meant = next((k for k in order if k in dense), '')
+        found = next((k for k in order if k in name), '')
+        if meant not in name and len(found) < len(meant):
+            keys[name] = keys[meant]
+    return config
+
+
+def _regroup(optimizer: torch.optim.Optimizer,
+             before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Put the parameters of a model in the place of those before: factors go
+    into the group of the weights that they stand for."""
+    dense = _dense_names(model)
+    new: Dict[nn.Parameter, List[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        old = dense.get(name, name)
+        # compression gives biases to layers that had none
+        weight = f'{old.rpartition(".")[0]}.weight'
+        origins = [before[x] for x in (name, old, weight) if x in before]
+        if origins and parameter.requires_grad:
+            new[origins[0]].append(parameter)
+    for group in optimizer.param_groups:
+        group['params'] = [x for old in group['params'] for x in new[old]]
+
+
+@torch.no_grad()
+def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
+               new: OptimWrapper) -> None:
+    """Have the optimizer of a model go on where that of the same model with
+    other ranks stands; it may be the same object. Parameters that are there in
+    both keep their state. Averaged gradients of factors are turned into one of
+    the product and from there into those of the new factors; entries of other
+    kinds keep their mean."""
+    state = dict(old.optimizer.state)
+    new.optimizer.state.clear()
+    before = dict(old_model.named_parameters())
+    for name, parameter in new_model.named_parameters():
+        same = before.get(name, parameter)
+        if same in state and same.shape == parameter.shape:
+            new.optimizer.state[parameter] = state[same]
+    modules = dict(old_model.named_modules())
+    for name, layer in new_model.named_modules():
+        if (isinstance(layer, BasisLayer)
+                and layer.basis.weight not in new.optimizer.state):
+            new.optimizer.state.update(_mapped(modules[name], layer, state))
+    # how far the schedule has taken the learning rates of all groups
+    first = old.optimizer.param_groups[0]
+    ratio = first['lr'] / first.get('initial_lr', first['lr'])
+    for group in new.optimizer.param_groups:
+        group['lr'] = group.get('initial_lr', group['lr']) * ratio
+    if hasattr(old, 'loss_scaler'):
+        new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
+
+
+def _mapped(old: nn.Module, new: BasisLayer,
+            state: Mapping[nn.Parameter, Dict]) -> Dict[nn.Parameter, Dict]:
+    """State of a layer's new factors."""
+    sources = [old.basis.weight, old.coefficients.weight] if isinstance(
+        old, BasisLayer) else [old.weight] * 2
+    if not all(state.get(source) for source in sources):
+        return {}
+    values = [state[source] for source in sources]
+    # averages of gradients
+    gradients = {
+        key: _gradients(old, new, *[x[key] for x in values])
+        for key in ('momentum_buffer', 'exp_avg')
+        if isinstance(values[0].get(key), Tensor)
+    }
+    found = {}
+    targets = (new.basis.weight, new.coefficients.weight)
+    for index, weight in enumerate(targets):
+        # a copy, as optimizers count steps in place
+        found[weight] = entry = copy.deepcopy(values[index])
+        for key, value in entry.items():
+            if key in gradients:
+                one = gradients[key][index].reshape_as(weight)
+                entry[key] = one.to(weight)
+            elif getattr(value, 'shape', None) == sources[index].shape:
+                entry[key] = torch.full_like(weight, float(value.mean()))
+    return found
+
+
+def _gradients(old: nn.Module, new: BasisLayer, basis: Tensor,
+               coefficients: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of a layer's new factors, from those of the old factors or
+    twice that of the dense weights. Between them is the gradient ``M`` of the
+    product ``H = w F`` that is of least norm among those with the old
+    gradients ``w^T M`` and ``M F^T``; its shape is ``(G, P / G, D)``."""
+    dense: Any = SimpleNamespace(weight=basis, groups=new.groups)
+    product = new.kind.to_matrix(dense).double()
+    if isinstance(old, BasisLayer):
+        found, w = (factor.double() for factor in old.factors)
+        inside = coefficients.double().reshape(w.shape) @ found.mT.pinverse()
+        rest = w.mT.pinverse() @ product
+        product = inside + rest - rest @ found.pinverse() @ found
+    found, w = (factor.double() for factor in new.factors)
+    return (new.kind.from_matrix(w.mT @ product, new.basis),
+            product @ found.mT)
