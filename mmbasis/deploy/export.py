@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Export through MMDeploy's own API, after checks that name mistakes."""
-import copy
 import os
 import os.path as osp
 from typing import Any, Dict, List, Optional, Union
@@ -40,11 +39,10 @@ class Deployment:
         from mmdeploy.codebase import get_codebase_class, import_codebase
         from mmdeploy.utils import get_codebase
         repair_static_methods()
-        self.deploy_cfg = _read_deploy_cfg(deploy_cfg)
+        self.deploy_cfg = read_deploy_cfg(deploy_cfg)
         if isinstance(model_cfg, str):
             model_cfg = load_config(model_cfg)
-        content = read_checkpoint(checkpoint)
-        self.checkpoint = checkpoint
+        self.checkpoint, content = checkpoint, read_checkpoint(checkpoint)
         self.model_cfg = _matching_cfg(model_cfg, content, checkpoint)
         # as MMDeploy's build_task_processor, which refuses to export for
         # TensorRT where there is no GPU
@@ -131,25 +129,19 @@ class Deployment:
         from mmdeploy.apis.onnx import export
         from mmdeploy.core.optimizers import reset_mark_function_count
         data, inputs = self.create_input(image)
-        onnx = self.deploy_cfg.onnx_config
         # earlier exports in this process have counted, too
         reset_mark_function_count()
+        options = ('input_names', 'output_names', 'opset_version',
+                   'dynamic_axes', 'keep_initializers_as_inputs', 'optimize')
         with no_mp():
             export(
                 repair(self.task.build_pytorch_model(self.checkpoint)),
                 inputs,
-                output_path_prefix=osp.splitext(path)[0],
-                backend=self.backend,
-                input_metas=dict(
-                    data_samples=data['data_samples'], mode='predict'),
-                context_info=dict(deploy_cfg=copy.deepcopy(self.deploy_cfg)),
-                input_names=onnx.input_names,
-                output_names=onnx.output_names,
-                opset_version=onnx.opset_version,
-                dynamic_axes=onnx.get('dynamic_axes'),
-                keep_initializers_as_inputs=onnx.get(
-                    'keep_initializers_as_inputs', False),
-                optimize=onnx.get('optimize', False))
+                osp.splitext(path)[0],
+                self.backend,
+                dict(data_samples=data['data_samples'], mode='predict'),
+                dict(deploy_cfg=self.deploy_cfg),
+                **{k: self.deploy_cfg.onnx_config.get(k) for k in options})
 
     def _axes(self, axes: Dict[str, dict]) -> Dict[str, dict]:
         """The dynamic axes of a part: of its input, only what the deploy
@@ -161,16 +153,16 @@ class Deployment:
         return {k: v for k, v in axes.items() if k != 'input'}
 
 
-def _read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
-    name = 'the deploy config'
+def read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
+    """Read and check a deploy config: see :class:`Deployment`."""
     if isinstance(deploy_cfg, str):
-        name = deploy_cfg
         deploy_cfg = Config.fromfile(deploy_cfg)
+    name = deploy_cfg.filename or 'the deploy config'
     for key in ('onnx_config', 'codebase_config', 'backend_config'):
         if deploy_cfg.get(key) is None:
             raise KeyError(f'{name} has no {key!r}: found '
                            f'{sorted(deploy_cfg.keys())}; see configs/deploy')
-    opset = deploy_cfg.onnx_config.get('opset_version', MIN_OPSET)
+    opset = deploy_cfg.onnx_config.setdefault('opset_version', MIN_OPSET)
     newest = min(MAX_OPSET, max_onnx_opset())
     if not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
         raise ValueError(
@@ -178,6 +170,13 @@ def _read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
             f"{MIN_OPSET} to {newest} (MMDeploy's rewriters, this torch's "
             'exporter and TensorRT 8.5)')
     return deploy_cfg
+
+
+def precisions(deploy_cfg: Config) -> List[str]:
+    """What a deploy config lets its back end use besides fp32, the shortest
+    numbers last."""
+    common = deploy_cfg.backend_config.get('common_config') or {}
+    return [x for x in ('fp16', 'int8') if common.get(f'{x}_mode')]
 
 
 def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
@@ -188,19 +187,13 @@ def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
             f'{path} is the checkpoint of a wrapper: its keys start with '
             f"'{first.split('.')[0]}.' ({first}). Deployment takes the bare "
             'model, as tools/compress.py or BasisCompressionHook wrote it')
-    if cfg.get('model') is None:
-        raise KeyError(f"the model config has no 'model': found "
-                       f'{sorted(cfg.keys())}')
-    plan, compressed = plan_of(content), cfg.model.get('plan') is not None
-    if plan is not None and not compressed:
-        return standalone_config(cfg, plan, path)
-    if plan is None and compressed:
+    plan, wrapped = plan_of(content), cfg.model.type == 'mmbasis.BasisModel'
+    compressed = cfg.model.get('plan') is not None
+    if plan is None and (compressed or wrapped):
         raise RuntimeError(
             f'{path} is a dense checkpoint, but the config is of a compressed '
-            'model: give the compressed.pth that belongs to it')
-    if cfg.model.type == 'mmbasis.BasisModel':
-        raise RuntimeError(
-            'the config is of the training wrapper mmbasis.BasisModel and the '
-            f'checkpoint {path} carries no plan: deployment takes the bare '
-            'model, compressed by tools/compress.py, or dense')
-    return cfg
+            f'model ({cfg.model.type}): give the compressed.pth that belongs '
+            'to it, or the config of the bare dense model')
+    if plan is None or (compressed and not wrapped):
+        return cfg
+    return standalone_config(cfg, plan, path)

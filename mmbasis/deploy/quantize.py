@@ -26,12 +26,10 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     Raises:
         ValueError: If the dataset is smaller than that.
     """
-    cfg = copy.deepcopy(deployment.model_cfg)
-    config = cfg.train_dataloader.dataset
+    config = copy.deepcopy(deployment.model_cfg.train_dataloader.dataset)
     while config.get('dataset') is not None:  # RepeatDataset and the like
         config = config.dataset
-    config.pipeline = cfg.test_dataloader.dataset.pipeline
-    config.test_mode = True
+    config.update(pipeline=[], test_mode=True)
     dataset = DATASETS.build(config)
     if len(dataset) < count:
         raise ValueError(f'calibration asks for {count} images, but the '
@@ -39,9 +37,7 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     images = []
     for index in range(count):
         sample = dataset[index * len(dataset) // count]
-        image = sample['inputs'].permute(1, 2, 0).numpy()
-        if 'img_path' in sample['data_samples']:
-            image = sample['data_samples'].img_path
+        image = sample['img'] if 'img' in sample else sample['img_path']
         images.append(deployment.create_input(image)[1].numpy())
     return images
 

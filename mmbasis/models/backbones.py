@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The CIFAR networks of the paper."""
 from collections import OrderedDict
+from functools import partial
 from typing import Any, List, Tuple
 
 import torch
@@ -16,15 +17,8 @@ HE_NORMAL = [
     dict(type='Kaiming', layer='Conv2d', mode='fan_in'),
     dict(type='Constant', layer='_BatchNorm', val=1)
 ]
-
-
-def _conv(in_channels: int,
-          out_channels: int,
-          size: int = 3,
-          stride: int = 1) -> nn.Conv2d:
-    """A convolution without a bias, which a BatchNorm would cancel."""
-    return nn.Conv2d(
-        in_channels, out_channels, size, stride, size // 2, bias=False)
+#: without a bias, which a BatchNorm would cancel
+_conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class CifarBackbone(Sequential):
@@ -63,10 +57,10 @@ class CifarBasicBlock(nn.Sequential):
                  stride: int) -> None:
         super().__init__(
             OrderedDict(
-                conv1=_conv(in_channels, out_channels, stride=stride),
+                conv1=_conv3x3(in_channels, out_channels, stride=stride),
                 bn1=nn.BatchNorm2d(out_channels),
                 relu=nn.ReLU(),
-                conv2=_conv(out_channels, out_channels),
+                conv2=_conv3x3(out_channels, out_channels),
                 bn2=nn.BatchNorm2d(out_channels)))
         self.stride = stride
         self.new_channels = out_channels - in_channels
@@ -99,7 +93,7 @@ class CifarResNet(CifarBackbone):
         super().__init__(**kwargs)
         repeats = self._repeats(depth, 6, 2)
         channels = 16
-        self.conv1 = _conv(in_channels, channels)
+        self.conv1 = _conv3x3(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
         for i, out_channels in enumerate((16, 32, 64)):
@@ -149,7 +143,7 @@ class CifarVGG(CifarBackbone):
             layers: List[nn.Module] = []
             for _ in range(num_convs):
                 layers += [
-                    _conv(in_channels, channels),
+                    _conv3x3(in_channels, channels),
                     nn.BatchNorm2d(channels),
                     nn.ReLU(inplace=True)
                 ]
@@ -168,7 +162,7 @@ class CifarDenseLayer(nn.Sequential):
             OrderedDict(
                 bn1=nn.BatchNorm2d(in_channels),
                 relu=nn.ReLU(),
-                conv1=_conv(in_channels, growth_rate),
+                conv1=_conv3x3(in_channels, growth_rate),
                 dropout=nn.Dropout(drop_rate)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +201,7 @@ class CifarDenseNet(CifarBackbone):
         super().__init__(**kwargs)
         repeats = self._repeats(depth, 3, 4)
         channels = 16
-        self.conv1 = _conv(in_channels, channels)
+        self.conv1 = _conv3x3(in_channels, channels)
         for i in range(1, 4):
             block = nn.Sequential()
             for _ in range(repeats):
@@ -218,7 +212,7 @@ class CifarDenseNet(CifarBackbone):
                 transition = OrderedDict(
                     bn1=nn.BatchNorm2d(channels),
                     relu=nn.ReLU(),
-                    conv1=_conv(channels, channels, 1),
+                    conv1=nn.Conv2d(channels, channels, 1, bias=False),
                     pool=nn.AvgPool2d(2))
                 self.add_module(f'transition{i}', nn.Sequential(transition))
         self.bn1 = nn.BatchNorm2d(channels)
