@@ -38,18 +38,16 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
         for name, known in analysis.statistics.items()
         if known.spectrum is not None and name in plan.layers
     }
-    colors = matplotlib.colormaps['viridis']
+    colors = matplotlib.colormaps['viridis'](np.linspace(0, 1, len(spectra)))
     title = 'Spectra (dark: first layers, bright: last) and chosen ranks'
     with _axes(path, 7, 4.5, yscale='log', xlabel='rank / full rank',
                ylabel='energy lost', title=title) as axes:
-        for index, (name, spectrum) in enumerate(spectra.items()):
+        for color, (name, spectrum) in zip(colors, spectra.items()):
             lost = _lost(spectrum.energy)
             lost = np.maximum(lost / max(lost[0], 1e-300), 1e-6)
-            fraction = np.linspace(0, 1, len(lost))
-            color = colors(index / max(len(spectra) - 1, 1))
-            axes.plot(fraction, lost, color=color, linewidth=.8)
-            at = plan.layers[name].rank
-            axes.plot(fraction[at], lost[at], 'o', color=color, markersize=4)
+            axes.plot(
+                np.linspace(0, 1, len(lost)), lost, 'o-', color=color,
+                markevery=[plan.layers[name].rank], markersize=4, linewidth=.8)
         axes.grid(alpha=.3)
 
 
@@ -108,7 +106,8 @@ def plot_losses(rows: Sequence[Dict[str, Any]], path: str) -> None:
         axes.loglog(predicted, measured, 'o', markersize=4)
         for row, x, y in zip(rows, predicted, measured):
             axes.annotate(row['name'], (x, y), fontsize=4)
-        axes.axline((1, 1), (2, 2), color='gray', linewidth=.8)
+        ends = [min(*predicted, *measured), max(*predicted, *measured)]
+        axes.plot(ends, ends, color='gray', linewidth=.8)
         axes.grid(alpha=.3)
 
 

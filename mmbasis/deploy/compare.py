@@ -7,7 +7,6 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 from torch import Tensor
 
-from ..quirks import repair
 from .export import Deployment
 
 #: largest difference of scores and of values before non-maximum suppression
@@ -49,9 +48,9 @@ def open_onnx(path: str) -> Any:
 
 def _run(session: Any, x: Tensor) -> Dict[str, Tensor]:
     """Outputs of a session by name."""
-    names = [output.name for output in session.get_outputs()]
     outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    return {k: torch.from_numpy(v) for k, v in zip(names, outputs)}
+    names = (output.name for output in session.get_outputs())
+    return dict(zip(names, map(torch.from_numpy, outputs)))
 
 
 @torch.no_grad()
@@ -75,12 +74,9 @@ def _before_nms(deployment: Deployment, data: dict,
     cfg = copy.deepcopy(deployment.deploy_cfg)
     cfg.ir_config = cfg.onnx_config
     context = dict(cfg=cfg, backend=deployment.backend, ir=IR.ONNX)
-    model = patch_model(
-        repair(deployment.task.build_pytorch_model(deployment.checkpoint)),
-        **context)
-    function_marker.reset_mark_function_count()
-    own, function_marker.Mark = function_marker.Mark, SimpleNamespace(
-        apply=record)
+    model = patch_model(deployment.build_rewritable(), **context)
+    own = function_marker.Mark
+    function_marker.Mark = SimpleNamespace(apply=record)
     try:
         with RewriterContext(**context, opset=cfg.onnx_config.opset_version):
             _predict(model, data, inputs)
@@ -98,15 +94,15 @@ def _spread(difference: Tensor) -> Dict[str, float]:
 
 def _rows(boxes: Tensor, scores: Tensor) -> Tensor:
     """Boxes ``(N, 4)`` and scores ``(N, C)`` in units of the tolerances."""
-    return torch.cat([boxes / BOX_TOLERANCE, scores / SCORE_TOLERANCE],
-                     1).double()
+    both = (boxes / BOX_TOLERANCE, scores / SCORE_TOLERANCE)
+    return torch.cat(both, 1).double()
 
 
 def _to_nearest(rows: Tensor, others: Tensor) -> Tensor:
     """Differences of rows from the nearest of others; infinite without any."""
-    none = others.new_full((1, others.shape[1]), float('inf'))
-    others = torch.cat([others, none])
-    nearest = torch.cdist(rows, others, p=float('inf')).argmin(1)
+    if not len(others):
+        return torch.full_like(rows, torch.inf)
+    nearest = torch.cdist(rows, others, p=torch.inf).argmin(1)
     return (rows - others[nearest]).abs()
 
 
@@ -193,7 +189,7 @@ def match_boxes(ours: Sequence, theirs: Sequence) -> Dict[str, Any]:
         of coordinates (``boxes``, pixels) and of ``scores`` among partners.
     """
     both = [[torch.as_tensor(x) for x in side] for side in (ours, theirs)]
-    lowest = [scores.min() for _, scores, _ in both if len(scores)]
+    lowest = [float(scores.min()) for _, scores, _ in both if len(scores)]
     floor = max(lowest) + SCORE_TOLERANCE if len(lowest) == 2 else -1.
     # so that scores of different labels are never near
     rows = [
@@ -201,11 +197,8 @@ def match_boxes(ours: Sequence, theirs: Sequence) -> Dict[str, Any]:
         for boxes, scores, labels in both
     ]
     high = [x[scores > floor] for x, (_, scores, _) in zip(rows, both)]
-    return _summary(
-        torch.cat([
-            _to_nearest(high[0], rows[1]),
-            _to_nearest(high[1], rows[0]),
-        ]))
+    error = _to_nearest(high[0], rows[1]), _to_nearest(high[1], rows[0])
+    return _summary(torch.cat(error))
 
 
 def compare(deployment: Deployment, files: Sequence[str],
@@ -253,11 +246,9 @@ def evaluate_onnx(deployment: Deployment, files: List[str],
     Returns:
         dict[str, float]: The evaluator's metrics.
     """
-    model = deployment.task.build_backend_model(
-        files,
-        data_preprocessor_updater=deployment.task.update_data_preprocessor)
+    task = deployment.task
+    model = task.build_backend_model(files, task.update_data_preprocessor)
     loader = copy.deepcopy(deployment.model_cfg.test_dataloader)
     loader.batch_size = 1  # what a graph of fixed shapes takes
-    runner = deployment.task.build_test_runner(
-        model, work_dir, dataloader=loader)
+    runner = task.build_test_runner(model, work_dir, dataloader=loader)
     return {k: float(v) for k, v in runner.test().items()}

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -26,26 +26,15 @@ from ..utils.io import write_atomically
 _FEED = 4
 
 
-class _Carrier(nn.Module):
-    """Makes the input of a layer on the device and reduces its output there:
+def _carry(layer: nn.Module, channels: int, dims: int) -> nn.Module:
+    """Make the input of a layer on the device and reduce its output there:
     what is left of a timing after that of the carrier alone is the layer, in
     the memory layout that it has inside a network."""
-
-    def __init__(self, layer: nn.Module, dense: nn.Module,
-                 shape: Sequence[int]) -> None:
-        super().__init__()
-        # spatial dimensions, 0 for a linear layer
-        dims = max(0, dense.weight.dim() - 2)
-        axis = 1 if dims else len(shape) - 1
-        self.shape = [*shape[:axis], _FEED, *shape[axis + 1:]]
-        self.feed = getattr(nn, f'Conv{dims}d')(
-            _FEED, shape[1], 1) if dims else nn.Linear(_FEED, shape[-1])
-        self.layer = layer
-        # the pooling that ONNX Runtime has for its blocked layout
-        self.reduce = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reduce(self.layer(self.feed(x)))
+    feed = getattr(nn, f'Conv{dims}d')(
+        _FEED, channels, 1) if dims else nn.Linear(_FEED, channels)
+    # the pooling that ONNX Runtime has for its blocked layout
+    reduce = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.Identity()
+    return nn.Sequential(feed, layer, reduce)
 
 
 class RawOutputs(nn.Module):
@@ -82,22 +71,21 @@ def export_layers(folder: str,
         round_to (int): Ranks are multiples of this.
         torchscript (bool): Write TorchScript files for the PyTorch back end
             instead of ONNX. Defaults to False.
-        listener (Callable): Takes a line of progress for each layer.
+        listener (Callable): Takes the name of each file.
 
     Returns:
         int: How many models there are.
     """
     os.makedirs(folder, exist_ok=True)
-    entries: Dict[str, Dict[str, Any]] = {}
+    suffix, entries = '.pt' if torchscript else '.onnx', {}
     raw = RawOutputs(model, samples)
-    for name, module, size, keys in _models(raw, shape, count, round_to,
-                                            listener):
-        if name not in entries:
-            file = re.sub(r'[^\w.-]', '_', name) + (
-                '.pt' if torchscript else '.onnx')
-            _export(module.eval(), size, osp.join(folder, file), torchscript)
-            entries[name] = dict(
-                id=name, onnx=file, input_shape=list(size), **keys)
+    for entry, module in _models(raw, shape, count, round_to):
+        if entry['id'] not in entries:
+            file = re.sub(r'[^\w.-]', '_', entry['id']) + suffix
+            listener(file)
+            _export(module.eval(), torch.randn(*entry['input_shape']),
+                    osp.join(folder, file))
+            entries[entry['id']] = dict(entry, onnx=file)
     index = dict(version=1, entries=list(entries.values()))
     write_atomically(
         osp.join(folder, 'index.json'), json.dumps(index, indent=1))
@@ -105,10 +93,8 @@ def export_layers(folder: str,
 
 
 @torch.no_grad()
-def _export(module: nn.Module, shape: Sequence[int], path: str,
-            torchscript: bool) -> None:
-    inputs = torch.randn(*shape)
-    if torchscript:
+def _export(module: nn.Module, inputs: torch.Tensor, path: str) -> None:
+    if path.endswith('.pt'):
         traced = torch.jit.trace(module, inputs, strict=False)
         torch.jit.freeze(traced).save(path)
     else:
@@ -116,65 +102,63 @@ def _export(module: nn.Module, shape: Sequence[int], path: str,
             module, (inputs, ), path, input_names=['input'], opset_version=13)
 
 
-def _models(raw: RawOutputs, shape: Sequence[int], count: int, round_to: int,
-            listener: Callable[[str], None]) -> Iterator[tuple]:
-    """Id, module, input shape and entry of all models to be timed.
-
-    Layers that differ in nothing that matters share theirs. Inside a network,
-    layers take longer than alone, where weights and activations stay in the
-    cache; the whole model, dense and compressed, says how much.
-    """
-    groups = _run_layers(raw, torch.randn(*shape))
+def _models(raw: RawOutputs, shape: Sequence[int], count: int,
+            round_to: int) -> Iterator[Tuple[Dict[str, Any], nn.Module]]:
+    """Entries and models: those of each group of layers, then the whole one:
+    inside a network, layers share the cache and take longer than alone."""
     middle: Dict[str, int] = {}
-    for index, (group, (costs, size, uses)) in enumerate(groups.items()):
+    for group, (costs, size, uses) in _run_layers(raw, shape).items():
         dense = costs.layer.module
-        listener(f'{index + 1} of {len(groups)}: {costs.layer.name}')
+        # spatial dimensions, 0 for a linear layer
+        dims = max(0, dense.weight.dim() - 2)
+        axis = 1 if dims else -1
+        feed = [*size]
+        feed[axis] = _FEED
+        carrier = f'{CARRIER}/{"x".join(map(str, size))}'
+        entry = dict(id=carrier, role=CARRIER, input_shape=feed)
+        yield entry, _carry(nn.Identity(), size[axis], dims)
         # ranks that save MACs, evenly spread
         ranks = np.arange(round_to, costs.break_even + 1, round_to)
         chosen = np.linspace(0, len(ranks) - 1, min(count, len(ranks)))
         ranks = ranks[chosen.round().astype(int)].tolist()
         if ranks:
             middle.update(dict.fromkeys(uses, ranks[len(ranks) // 2]))
-        carrier = f'{CARRIER}/{group.rpartition("/")[2]}'
-        alone = _Carrier(nn.Identity(), dense, size)
-        yield carrier, alone, alone.shape, dict(role=CARRIER)
-        keys = dict(
-            role='layer',
-            group=group,
-            carrier=carrier,
-            kind=costs.layer.known_kind.name,
-            weight_shape=list(dense.weight.shape),
-            uses=uses)
         for rank in (None, *ranks):
-            name = 'dense' if rank is None else f'rank{rank}'
             layer = dense if rank is None else _basis(dense, rank)
-            yield (f'{group}/{name}', _Carrier(layer, dense, size),
-                   alone.shape, dict(keys, rank=rank))
-    yield MODEL_ID, raw, shape, dict(role=MODEL_ID)
+            entry = dict(
+                id=f'{group}/{"dense" if rank is None else f"rank{rank}"}',
+                role='layer',
+                input_shape=feed,
+                group=group,
+                carrier=carrier,
+                rank=rank,
+                kind=costs.layer.known_kind.name,
+                weight_shape=list(dense.weight.shape),
+                uses=uses)
+            yield entry, _carry(layer, size[axis], dims)
+    whole = dict(id=MODEL_ID, role=MODEL_ID, input_shape=list(shape))
+    yield whole, raw
     raw = copy.deepcopy(raw)
-    replace_modules(
-        raw.model, {
-            x.module: _basis(x.module, middle[x.name])
-            for x in find_layers(raw.model) if x.name in middle
-        })
-    yield COMPRESSED_ID, raw, shape, dict(role=MODEL_ID, ranks=middle)
+    layers = {raw.model.get_submodule(x): rank for x, rank in middle.items()}
+    replace_modules(raw.model, {k: _basis(k, v) for k, v in layers.items()})
+    yield dict(whole, id=COMPRESSED_ID, ranks=middle), raw
 
 
-def _run_layers(raw: RawOutputs, inputs: torch.Tensor) -> Dict[str, tuple]:
+def _run_layers(raw: RawOutputs, shape: Sequence[int]) -> Dict[str, tuple]:
     """Costs and input shape of each group of layers that can be compressed,
     and how often one forward pass uses each of them."""
     groups: Dict[str, tuple] = {}
 
     def look(layer: Layer, module: nn.Module, args: tuple, kwargs: dict,
              y: torch.Tensor) -> None:
-        shape = tuple(args[0].shape)
+        size = tuple(args[0].shape)
         times, rows, _ = layer.matrix_shape
         known = LayerStatistics(
             layer.known_kind.weight_positions(module, args[0], y),
             y.numel() // (times * rows))
-        group = f'{_geometry(module)}/{"x".join(map(str, shape))}'
+        group = f'{_geometry(module)}/{"x".join(map(str, size))}'
         _, _, uses = groups.setdefault(
-            group, (Costs(layer, known), shape, Counter()))
+            group, (Costs(layer, known), size, Counter()))
         uses[layer.name] += 1
 
     with evaluation(raw.model), ExitStack() as stack:
@@ -182,7 +166,7 @@ def _run_layers(raw: RawOutputs, inputs: torch.Tensor) -> Dict[str, tuple]:
             if layer.obstacle is None:
                 hook = partial(look, layer)
                 stack.callback(observe(layer.module, hook).remove)
-        raw(inputs)
+        raw(torch.randn(*shape))
     return groups
 
 
@@ -191,9 +175,8 @@ def _geometry(module: nn.Module) -> str:
     parts = [type(module).__name__, 'x'.join(map(str, module.weight.shape))]
     for key in ('stride', 'padding', 'dilation', 'groups'):
         if hasattr(module, key):
-            value = getattr(module, key)
-            value = value if isinstance(value, (tuple, str)) else (value, )
-            parts.append(key[0] + 'x'.join(map(str, value)))
+            values = np.atleast_1d(getattr(module, key))
+            parts.append(key[0] + 'x'.join(map(str, values)))
     return '_'.join(parts)
 
 

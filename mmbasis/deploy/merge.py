@@ -23,20 +23,8 @@ from .export import precisions, read_deploy_cfg
 
 def merge_layers(model: nn.Module, names: List[str],
                  reason: str) -> CompressionPlan:
-    """Merge basis layers of a model to dense, in place.
-
-    Args:
-        model (nn.Module): The compressed model; it is the same function
-            afterwards.
-        names (list[str]): The layers.
-        reason (str): Goes into the plan.
-
-    Returns:
-        CompressionPlan: The plan of the model now, which it carries.
-
-    Raises:
-        ValueError: If the model carries no plan.
-    """
+    """Merge basis layers of a compressed model to dense, in place, with a
+    reason for the plan; the plan of the model now, which it carries."""
     plan = get_plan(model)
     if plan is None:
         raise ValueError(f'this {type(model).__name__} carries no plan: only '
@@ -79,21 +67,10 @@ def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
     latencies = LatencyTable.load(
         table,
         backend=deploy_cfg.backend_config.type,
-        precision=(*precisions(deploy_cfg), 'fp32')[-1])
+        precision=(['fp32'] + precisions(deploy_cfg))[-1])
     content = read_checkpoint(checkpoint)
     plan = plan_of(content)
-    slow = {}
-    if plan is not None:
-        planned = plan.planner.get('table') or {}
-        latencies.check(device=planned.get('device'))
-        slow = {
-            name: dict(
-                rank=entry.rank,
-                basis_ms=latencies.cost(name, entry.rank),
-                dense_ms=latencies.cost(name, None))
-            for name, entry in plan.layers.items() if name in latencies.curves
-            and not latencies.is_faster(name, entry.rank)
-        }
+    slow = _slow_layers(plan, latencies) if plan is not None else {}
     if not slow:
         return model_cfg, checkpoint, {}
     model = load_compressed(model_cfg, checkpoint)
@@ -101,3 +78,17 @@ def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
     merged = osp.abspath(osp.join(work_dir, 'merged.pth'))
     save_checkpoint(model, plan, merged, content.get('meta', {}))
     return standalone_config(model_cfg, plan, merged), merged, slow
+
+
+def _slow_layers(plan: CompressionPlan,
+                 latencies: LatencyTable) -> Dict[str, Dict[str, Any]]:
+    """Layers of a plan that are not faster as a basis on the plan's device."""
+    latencies.check(device=(plan.planner.get('table') or {}).get('device'))
+    return {
+        name: dict(
+            rank=entry.rank,
+            basis_ms=latencies.cost(name, entry.rank),
+            dense_ms=latencies.cost(name, None))
+        for name, entry in plan.layers.items() if name in latencies.curves
+        and not latencies.is_faster(name, entry.rank)
+    }

@@ -44,8 +44,7 @@ def gather_topk__plain(*inputs: Optional[Tensor], inds: Tensor,
 @FUNCTION_REWRITER.register_rewriter(
     'mmdet.models.dense_heads.rtmdet_head.RTMDetHead.predict_by_feat',
     ir=IR.ONNX)
-def rtmdet_head__predict_by_feat(self,
-                                 cls_scores: List[Tensor],
+def rtmdet_head__predict_by_feat(self, cls_scores: List[Tensor],
                                  bbox_preds: List[Tensor],
                                  batch_img_metas: List[dict],
                                  **_) -> Tuple[Tensor, Tensor]:

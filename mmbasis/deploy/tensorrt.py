@@ -1,57 +1,49 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What TensorRT's ONNX parser accepts, checked without TensorRT.
+"""What TensorRT needs and what its ONNX parser accepts, without TensorRT.
 
 The facts are those of NVIDIA's operator matrix, ``docs/operators.md`` of
 https://github.com/onnx/onnx-tensorrt, as it stands for TensorRT 8.5 (the last
 for Jetson Xavier) and 10.15.
 """
+import os
 import os.path as osp
 from typing import Any, Callable, Dict, List, Set
 
+import numpy as np
+
 from .export import Deployment, precisions
 
-#: operators that both versions support
-_COMMON = set("""
-Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool
-BatchNormalization Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv
-ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum
-Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements
-GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater
-GreaterOrEqual GridSample HardSigmoid HardSwish Identity If ImageScaler
-InstanceNormalization IsNaN LRN LSTM LeakyRelu Less LessOrEqual Log LogSoftmax
-Loop LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization
-Min Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad
-ParametricSoftplus Pow QuantizeLinear RNN RandomNormal RandomNormalLike
-RandomUniform RandomUniformLike Range Reciprocal ReduceL1 ReduceL2
-ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
-ReduceSum ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign Round
-ScaledTanh Scan Scatter ScatterElements ScatterND Selu Shape Shrink Sigmoid
-Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt
-Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze
-Upsample Where Xor
+#: operators of ONNX, up to opset 24, that TensorRT 10 does not support
+_REFUSED = set("""
+AffineGrid Attention Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr
+BitwiseXor CenterCropPad Col2Im Compress ConcatFromSequence ConvInteger DFT Det
+DynamicQuantizeLinear ImageDecoder MatMulInteger MaxRoiPool MaxUnpool
+MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional
+OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul RegexFullMatch
+RotaryEmbedding SequenceAt SequenceConstruct SequenceEmpty SequenceErase
+SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss
+SplitToSequence StringConcat StringNormalizer StringSplit Swish TensorScatter
+TfIdfVectorizer Unique
 """.split())
-#: … and those that only 10 does
+#: … and those that only 8.5 does not
 _SINCE_10 = set("""
 BlackmanWindow CastLike DeformConv Gelu GroupNormalization HammingWindow
 HannWindow Hardmax IsInf LayerNormalization Mish RMSNormalization STFT
 """.split())
-OPERATORS: Dict[str, Set[str]] = {'8.5': _COMMON, '10': _COMMON | _SINCE_10}
+REFUSED = {'8.5': _REFUSED | _SINCE_10, '10': _REFUSED}
 MAX_OPSET = {'8.5': 17, '10': 24}
 _STANDARD = ('', 'ai.onnx')
 
 _POOLING = dict(
-    kernel_shape=lambda x: len(x) in (2, 3), dilations=lambda x: set(x) == {1})
-#: which values of attributes are accepted
+    kernel_shape=lambda x: len(x) == 1, dilations=lambda x: set(x) != {1})
+#: which values of attributes are refused
 _ATTRIBUTES: Dict[str, Dict[str, Callable[[Any], bool]]] = dict(
     AveragePool=_POOLING,
     MaxPool=_POOLING,
     Resize=dict(
-        mode=(b'nearest', b'linear').__contains__,
-        coordinate_transformation_mode=(
-            b'half_pixel', b'pytorch_half_pixel', b'tf_half_pixel_for_nn',
-            b'asymmetric', b'align_corners').__contains__,
-        nearest_mode=(b'floor', b'ceil', b'round_prefer_floor',
-                      b'round_prefer_ceil').__contains__))
+        mode=lambda x: x == b'cubic',
+        coordinate_transformation_mode=lambda x: x in
+        (b'half_pixel_symmetric', b'tf_crop_and_resize')))
 #: inputs that must be constant, by position
 _CONSTANT = dict(
     TopK=(1, 'K (at most 3840)'),
@@ -98,16 +90,16 @@ def _problem(node: Any, version: str, constants: Set[str]) -> str:
     if node.domain not in _STANDARD:
         return (f'{node.domain}::{kind}: a custom operator, needs '
                 "MMDeploy's plugin library (mmdeploy_tensorrt_ops)")
-    if kind not in OPERATORS[version]:
+    if kind in REFUSED[version]:
         return f'{kind}: not supported'
     if constants.issuperset(node.output):
         return ''
-    accepts = _ATTRIBUTES.get(kind, {})
-    for x in node.attribute:
-        value = get_attribute_value(x)
-        if x.name in accepts and not accepts[x.name](value):
+    values = {x.name: get_attribute_value(x) for x in node.attribute}
+    for name, refuses in _ATTRIBUTES.get(kind, {}).items():
+        value = values.get(name)
+        if value is not None and refuses(value):
             text = value.decode() if isinstance(value, bytes) else value
-            return f'{kind}: {x.name}={text!r} is not supported'
+            return f'{kind}: {name}={text!r} is not supported'
     if kind == 'MaxPool' and any(node.output[1:]):
         return f'{kind}: the output Indices is not supported'
     if kind in _CONSTANT and (kind != 'Slice' or version == '8.5'):
@@ -115,6 +107,26 @@ def _problem(node: Any, version: str, constants: Set[str]) -> str:
         if not constants.issuperset(node.input[position:position + 1]):
             return f'{kind}: {name} must be a constant'
     return ''
+
+
+def write_calibration(path: str, images: List[np.ndarray],
+                      partition: bool) -> None:
+    """Write calibration data as MMDeploy's TensorRT calibrator reads it.
+
+    Args:
+        path (str): The HDF5 file.
+        images (list[ndarray]): Each ``(1, 3, H, W)``.
+        partition (bool): The graph is the first part of a detector that is
+            cut before non-maximum suppression.
+    """
+    import h5py
+    temporary = f'{path}.tmp{os.getpid()}'
+    name = 'partition0' if partition else 'end2end'
+    with h5py.File(temporary, 'w') as file:
+        group = file.create_group(f'calib_data/{name}/input')
+        for index, image in enumerate(images):
+            group.create_dataset(str(index), data=image, compression='gzip')
+    os.replace(temporary, path)
 
 
 def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
@@ -133,11 +145,9 @@ def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
         str: One line.
     """
     file = osp.basename(path)
-    parts = [
-        'trtexec', f'--onnx={file}',
-        f'--saveEngine={osp.splitext(file)[0]}.engine',
-        *(f'--{x}' for x in precisions(deployment.deploy_cfg))
-    ]
+    engine = f'{osp.splitext(file)[0]}.engine'
+    parts = ['trtexec', f'--onnx={file}', f'--saveEngine={engine}']
+    parts += [f'--{x}' for x in precisions(deployment.deploy_cfg)]
     given = deployment.deploy_cfg.backend_config.get('model_inputs')
     shapes = given[index].input_shapes if given else {}
     for which in ('min', 'opt', 'max'):

@@ -55,13 +55,12 @@ class CifarBasicBlock(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int,
                  stride: int) -> None:
-        super().__init__(
-            OrderedDict(
-                conv1=_conv3x3(in_channels, out_channels, stride=stride),
-                bn1=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(),
-                conv2=_conv3x3(out_channels, out_channels),
-                bn2=nn.BatchNorm2d(out_channels)))
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, out_channels, stride=stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
         self.new_channels = out_channels - in_channels
 
@@ -158,12 +157,11 @@ class CifarDenseLayer(nn.Sequential):
 
     def __init__(self, in_channels: int, growth_rate: int,
                  drop_rate: float) -> None:
-        super().__init__(
-            OrderedDict(
-                bn1=nn.BatchNorm2d(in_channels),
-                relu=nn.ReLU(),
-                conv1=_conv3x3(in_channels, growth_rate),
-                dropout=nn.Dropout(drop_rate)))
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu = nn.ReLU()
+        self.conv1 = _conv3x3(in_channels, growth_rate)
+        self.dropout = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C + growth_rate, H, W)``."""
@@ -181,15 +179,13 @@ class CifarDenseNet(CifarBackbone):
             included. Defaults to 40.
         growth_rate (int): Channels that each layer adds (k of the source).
             Defaults to 12.
-        drop_rate (float): Dropout rate behind each 3x3 convolution of the
-            blocks; the source uses 0.2 without data augmentation. Defaults
-            to 0.
+        drop_rate (float): Dropout behind each convolution of the blocks; 0.2
+            in the source without data augmentation. Defaults to 0.
         in_channels (int): Channels of the image. Defaults to 3.
         **kwargs: See :class:`CifarBackbone`.
 
     Attributes:
-        out_channels (int): Channels of the output: what the head needs as
-            ``in_channels`` (448 for depth 40, growth rate 12).
+        out_channels (int): What the head needs as ``in_channels``.
     """
 
     def __init__(self,
