@@ -62,7 +62,7 @@ class Deployment:
         #: non-maximum suppression, else None
         self.partition = cut.get('type') if cut.get('apply_marks') else None
         #: what the export is compared with: nothing folded, nothing rewritten
-        self.model = MODELS.build(self.model_cfg.model)
+        self.model = repair(MODELS.build(self.model_cfg.model))
         # MMDeploy ignores missing and unexpected keys
         load_weights(self.model, content, checkpoint)
         self.model.eval()
