@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmbasis.compression import load_weights, read_checkpoint
-from mmbasis.deploy.layer_models import LayerModels
+from mmbasis.deploy.layer_models import export_layers
 from mmbasis.models import build_dense
 from mmbasis.planning import LatencyTable
 from mmbasis.utils import load_config
@@ -102,11 +102,10 @@ def export(args: argparse.Namespace) -> None:
     load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
     samples = samples_for(cfg, args.input_shape)
-    models = LayerModels(args.out, args.torchscript)
-    models.add_all(model, args.input_shape, samples, args.ranks, args.round_to,
-                   Console(stderr=True).print)
-    models.write_index()
-    Console().print(f'{len(models.entries)} models in {args.out}')
+    count = export_layers(args.out, model, args.input_shape, samples,
+                          args.ranks, args.round_to, args.torchscript,
+                          Console(stderr=True).print)
+    Console().print(f'{count} models in {args.out}')
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -4,10 +4,9 @@
 Needs MMDeploy.
 """
 from .compare import compare, evaluate_onnx, match_boxes, open_onnx
-from .export import Deployment
+from .export import Deployment, calibration_images, quantize_onnx
 from .merge import merge_slow_layers
-from .quantize import calibration_images, quantize_onnx, write_calibration
-from .tensorrt import check_tensorrt, trtexec_command
+from .tensorrt import check_tensorrt, trtexec_command, write_calibration
 
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx',

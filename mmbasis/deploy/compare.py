@@ -1,16 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Does the exported graph compute what the PyTorch model computes?"""
 import copy
-import os
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Sequence, Tuple
-from unittest import mock
+from typing import Any, Callable, Dict, List, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..quirks import repair
 from .export import Deployment
 
 #: largest difference of scores and of values before non-maximum suppression
@@ -33,22 +29,15 @@ def open_onnx(path: str) -> Any:
             names them.
     """
     import onnx
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    custom = sorted({
-        f'{n.domain}::{n.op_type}'
-        for n in nodes if n.domain not in ('', 'ai.onnx')
-    })
-    if custom:
-        from mmdeploy.backend.onnxruntime.init_plugins import get_ops_path
-        if os.path.isfile(get_ops_path()):
-            options.register_custom_ops_library(get_ops_path())
+    from mmdeploy.backend.onnxruntime import ORTWrapper
     try:
-        return onnxruntime.InferenceSession(
-            path, options, providers=['CPUExecutionProvider'])
+        return ORTWrapper(path, 'cpu').sess
     except Exception as error:  # its errors have no common class
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        custom = sorted({
+            f'{x.domain}::{x.op_type}'
+            for x in nodes if x.domain not in ('', 'ai.onnx')
+        })
         if not custom:
             raise
         raise RuntimeError(
@@ -59,15 +48,14 @@ def open_onnx(path: str) -> Any:
 
 def _run(session: Any, x: Tensor) -> Dict[str, Tensor]:
     """Outputs of a session by name."""
-    names = [output.name for output in session.get_outputs()]
     outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    return {k: torch.from_numpy(v) for k, v in zip(names, outputs)}
+    names = (output.name for output in session.get_outputs())
+    return dict(zip(names, map(torch.from_numpy, outputs)))
 
 
+@torch.no_grad()
 def _predict(model: Any, data: dict, inputs: Tensor) -> Any:
-    with torch.no_grad():
-        return model(
-            inputs, copy.deepcopy(data['data_samples']), mode='predict')
+    return model(inputs, copy.deepcopy(data['data_samples']), mode='predict')
 
 
 def _before_nms(deployment: Deployment, data: dict,
@@ -85,18 +73,15 @@ def _before_nms(deployment: Deployment, data: dict,
 
     cfg = copy.deepcopy(deployment.deploy_cfg)
     cfg.ir_config = cfg.onnx_config
-    backend = deployment.backend
-    model = patch_model(
-        repair(deployment.task.build_pytorch_model(deployment.checkpoint)),
-        cfg=cfg,
-        backend=backend,
-        ir=IR.ONNX)
-    function_marker.reset_mark_function_count()
-    recorder = SimpleNamespace(apply=record)
-    with RewriterContext(
-            cfg, backend, IR.ONNX, opset=cfg.onnx_config.opset_version
-    ), mock.patch.object(function_marker, 'Mark', recorder):
-        _predict(model, data, inputs)
+    context = dict(cfg=cfg, backend=deployment.backend, ir=IR.ONNX)
+    model = patch_model(deployment.build_rewritable(), **context)
+    own = function_marker.Mark
+    function_marker.Mark = SimpleNamespace(apply=record)
+    try:
+        with RewriterContext(**context, opset=cfg.onnx_config.opset_version):
+            _predict(model, data, inputs)
+    finally:
+        function_marker.Mark = own
     return marks
 
 
@@ -109,15 +94,15 @@ def _spread(difference: Tensor) -> Dict[str, float]:
 
 def _rows(boxes: Tensor, scores: Tensor) -> Tensor:
     """Boxes ``(N, 4)`` and scores ``(N, C)`` in units of the tolerances."""
-    return torch.cat([boxes / BOX_TOLERANCE, scores / SCORE_TOLERANCE],
-                     1).double()
+    both = (boxes / BOX_TOLERANCE, scores / SCORE_TOLERANCE)
+    return torch.cat(both, 1).double()
 
 
 def _to_nearest(rows: Tensor, others: Tensor) -> Tensor:
     """Differences of rows from the nearest of others; infinite without any."""
-    none = others.new_full((1, others.shape[1]), float('inf'))
-    others = torch.cat([others, none])
-    nearest = torch.cdist(rows, others, p=float('inf')).argmin(1)
+    if not len(others):
+        return torch.full_like(rows, torch.inf)
+    nearest = torch.cdist(rows, others, p=torch.inf).argmin(1)
     return (rows - others[nearest]).abs()
 
 
@@ -132,103 +117,88 @@ def _summary(error: Tensor) -> Dict[str, Any]:
         scores=_spread(found[:, 4:] * SCORE_TOLERANCE))
 
 
-def _match_candidates(ours: Tensor, theirs: Tensor) -> Dict[str, Any]:
-    """Compare rows in place, and those that differ with all others:
-    candidates of nearly equal score may swap places where the best of a level
-    are picked, and the last one picked may be another."""
-    error = (ours - theirs).abs()
-    wrong = error.amax(1) > 1
-    error[wrong] = _to_nearest(theirs[wrong], ours)
-    return _summary(error)
-
-
 def _compare_before_nms(deployment: Deployment, sessions: Sequence[Any],
-                        image: Any) -> Dict[str, Any]:
-    data, inputs = deployment.create_input(image)
+                        data: dict, inputs: Tensor) -> Dict[str, Any]:
     marks = _before_nms(deployment, data, inputs)
     outputs = _run(sessions[0], inputs)
-    names = ('boxes', 'scores')
-    result = _match_candidates(
-        _rows(*(outputs[x][0] for x in names)),
-        _rows(*(marks[f'multiclass_nms[0]:input.{x}'][0] for x in names)))
+    cut = 'multiclass_nms[0]:input'
+    ours = _rows(outputs['boxes'][0], outputs['scores'][0])
+    theirs = _rows(marks[f'{cut}.boxes'][0], marks[f'{cut}.scores'][0])
+    error = (ours - theirs).abs()
+    # candidates of nearly equal score may swap places where the best of a
+    # level are picked, and the last one picked may be another
+    wrong = error.amax(1) > 1
+    error[wrong] = _to_nearest(theirs[wrong], ours)
+    result = _summary(error)
     agrees = result['unmatched'] <= MAX_SWAPPED * result['compared']
     if len(sessions) > 1:
-        regions = marks['bbox_head_forward[0]:input.bbox_feats']
-        outputs = _run(sessions[1], regions)
+        head = 'bbox_head_forward[0]'
+        outputs = _run(sessions[1], marks[f'{head}:input.bbox_feats'])
         for name in ('cls_score', 'bbox_pred'):
-            theirs = marks[f'bbox_head_forward[0]:output.{name}']
+            theirs = marks[f'{head}:output.{name}']
             result[name] = _spread(outputs[name] - theirs)
             agrees &= result[name]['largest'] <= SCORE_TOLERANCE
     return dict(result, agrees=agrees)
 
 
-def _compare_scores(deployment: Deployment, session: Any,
-                    image: Any) -> Dict[str, Any]:
-    data, inputs = deployment.create_input(image)
+def _compare_scores(deployment: Deployment, sessions: Sequence[Any],
+                    data: dict, inputs: Tensor) -> Dict[str, Any]:
+    ours, = _run(sessions[0], inputs).values()
     samples = _predict(deployment.model, data, inputs)
     theirs = torch.stack([sample.pred_score for sample in samples])
-    ours = next(iter(_run(session, inputs).values()))
-    difference = _spread(ours - theirs)
+    scores = _spread(ours - theirs)
     top1 = torch.equal(ours.argmax(1), theirs.argmax(1))
-    return dict(
-        scores=difference,
-        top1=top1,
-        agrees=top1 and difference['largest'] <= SCORE_TOLERANCE)
+    agrees = top1 and scores['largest'] <= SCORE_TOLERANCE
+    return dict(scores=scores, top1=top1, agrees=agrees)
 
 
-Boxes = Tuple[np.ndarray, np.ndarray, np.ndarray]
+def _compare_boxes(deployment: Deployment, backend_model: Any,
+                   data: dict, inputs: Tensor) -> Dict[str, Any]:
+    result = match_boxes(*(_instances(_predict(model, data, inputs)[0])
+                           for model in (backend_model, deployment.model)))
+    allowed = 0.
+    if hasattr(deployment.model, 'rpn_head'):
+        allowed = max(4, MAX_UNMATCHED_TWO_STAGE * result['compared'])
+    return dict(result, agrees=result['unmatched'] <= allowed)
 
 
-def _instances(samples: Sequence[Any]) -> Boxes:
-    """Detections in one image, clipped to it; those wholly outside are
-    dropped, which MMDeploy leaves to its user."""
-    found = samples[0].pred_instances
-    height, width = samples[0].ori_shape[:2]
-    boxes = found.bboxes.detach().numpy()
-    boxes = boxes.clip(0, np.array([width, height] * 2))
+def _instances(sample: Any) -> Sequence[Tensor]:
+    """Detections, clipped to the image; those wholly outside are dropped,
+    which MMDeploy leaves to its user."""
+    found, (height, width) = sample.pred_instances, sample.ori_shape[:2]
+    corner = found.bboxes.new_tensor([width, height] * 2)
+    boxes = found.bboxes.clamp(min=0).minimum(corner)
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return tuple(x[inside] for x in (boxes, found.scores.detach().numpy(),
-                                     found.labels.numpy()))
+    return boxes[inside], found.scores[inside], found.labels[inside]
 
 
-def match_boxes(ours: Boxes, theirs: Boxes) -> Dict[str, Any]:
+def match_boxes(ours: Sequence, theirs: Sequence) -> Dict[str, Any]:
     """Partners of detections, in both directions.
 
     Either list may be cut off at its own number of boxes, so only those count
     whose score is clearly above the lowest that both still hold.
 
     Args:
-        ours (tuple[ndarray]): Boxes ``(N, 4)`` in pixels, scores ``(N, )``
-            and labels ``(N, )``.
-        theirs (tuple[ndarray]): The same, ``(M, …)``.
+        ours (Sequence[Tensor | ndarray]): Boxes ``(N, 4)`` in pixels, scores
+            ``(N, )`` and labels ``(N, )``.
+        theirs (Sequence[Tensor | ndarray]): The same, ``(M, …)``.
 
     Returns:
         dict: ``compared`` detections, ``unmatched`` ones (no partner of the
         same label within the tolerances), and the largest and mean difference
         of coordinates (``boxes``, pixels) and of ``scores`` among partners.
     """
-    lowest = [x[1].min() for x in (ours, theirs) if len(x[1])]
+    both = [[torch.as_tensor(x) for x in side] for side in (ours, theirs)]
+    lowest = [float(scores.min()) for _, scores, _ in both if len(scores)]
     floor = max(lowest) + SCORE_TOLERANCE if len(lowest) == 2 else -1.
-    rows, high = [], []
-    for boxes, scores, labels in (ours, theirs):
-        # so that scores of different labels are never near
-        apart = scores.astype(np.float64) + 10. * labels
-        rows.append(
-            _rows(torch.from_numpy(boxes), torch.from_numpy(apart)[:, None]))
-        high.append(rows[-1][torch.from_numpy(scores > floor)])
-    return _summary(
-        torch.cat(
-            [_to_nearest(*pair) for pair in zip(high, reversed(rows))]))
-
-
-def _compare_boxes(deployment: Deployment, backend_model: Any,
-                   image: Any) -> Dict[str, Any]:
-    data, inputs = deployment.create_input(image)
-    result = match_boxes(*(_instances(_predict(model, data, inputs))
-                           for model in (backend_model, deployment.model)))
-    allowed = max(4, MAX_UNMATCHED_TWO_STAGE * result['compared']) if hasattr(
-        deployment.model, 'rpn_head') else 0
-    return dict(result, agrees=result['unmatched'] <= allowed)
+    # so that scores of different labels are never near
+    rows = [
+        _rows(boxes, (scores.double() + 10 * labels)[:, None])
+        for boxes, scores, labels in both
+    ]
+    high = [x[scores > floor] for x, (_, scores, _) in zip(rows, both)]
+    error = _to_nearest(high[0], rows[1]), _to_nearest(high[1], rows[0])
+    return _summary(torch.cat(error))
 
 
 def compare(deployment: Deployment, files: Sequence[str],
@@ -252,14 +222,16 @@ def compare(deployment: Deployment, files: Sequence[str],
         RuntimeError: If the files need custom operators.
     """
     run: Any = [open_onnx(path) for path in files]
-    if deployment.partition is not None:
-        compare_one: Callable = _compare_before_nms
-    elif deployment.deploy_cfg.codebase_config.task == 'ObjectDetection':
-        compare_one = _compare_boxes
-        run = deployment.task.build_backend_model(list(files))
-    else:
-        compare_one, run = _compare_scores, run[0]
-    return [compare_one(deployment, run, image) for image in images]
+    compare_one: Callable = _compare_before_nms
+    if deployment.partition is None:
+        compare_one = _compare_scores
+        if deployment.deploy_cfg.codebase_config.task == 'ObjectDetection':
+            compare_one = _compare_boxes
+            run = deployment.task.build_backend_model(list(files))
+    return [
+        compare_one(deployment, run, *deployment.create_input(image))
+        for image in images
+    ]
 
 
 def evaluate_onnx(deployment: Deployment, files: List[str],
@@ -274,13 +246,9 @@ def evaluate_onnx(deployment: Deployment, files: List[str],
     Returns:
         dict[str, float]: The evaluator's metrics.
     """
-    model = deployment.task.build_backend_model(
-        files,
-        data_preprocessor_updater=deployment.task.update_data_preprocessor)
+    task = deployment.task
+    model = task.build_backend_model(files, task.update_data_preprocessor)
     loader = copy.deepcopy(deployment.model_cfg.test_dataloader)
-    axes = deployment.deploy_cfg.onnx_config.get('dynamic_axes') or {}
-    if 0 not in axes.get('input', {}):
-        loader.batch_size = 1
-    runner = deployment.task.build_test_runner(
-        model, work_dir, dataloader=loader)
+    loader.batch_size = 1  # what a graph of fixed shapes takes
+    runner = task.build_test_runner(model, work_dir, dataloader=loader)
     return {k: float(v) for k, v in runner.test().items()}

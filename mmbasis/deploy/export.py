@@ -1,12 +1,16 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Export through MMDeploy's own API, after checks that name mistakes."""
+"""Export through MMDeploy's own API, after checks that name mistakes; int8."""
 import copy
 import os
 import os.path as osp
-from typing import Any, Dict, List, Optional, Union
+import tempfile
+from types import SimpleNamespace
+from typing import Any, List, Union
 
+import numpy as np
+import torch.nn as nn
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS
 
 from ..compat import max_onnx_opset, repair_static_methods
 from ..compression import load_weights, plan_of, read_checkpoint
@@ -16,7 +20,6 @@ from ..utils import load_config
 
 #: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads
 MIN_OPSET, MAX_OPSET = 11, 17
-_WRAPPERS = ('architecture.', 'module.', 'student.', 'teacher.')
 
 
 class Deployment:
@@ -40,11 +43,10 @@ class Deployment:
         from mmdeploy.codebase import get_codebase_class, import_codebase
         from mmdeploy.utils import get_codebase
         repair_static_methods()
-        self.deploy_cfg = _read_deploy_cfg(deploy_cfg)
+        self.deploy_cfg = read_deploy_cfg(deploy_cfg)
         if isinstance(model_cfg, str):
             model_cfg = load_config(model_cfg)
-        content = read_checkpoint(checkpoint)
-        self.checkpoint = checkpoint
+        self.checkpoint, content = checkpoint, read_checkpoint(checkpoint)
         self.model_cfg = _matching_cfg(model_cfg, content, checkpoint)
         # as MMDeploy's build_task_processor, which refuses to export for
         # TensorRT where there is no GPU
@@ -53,23 +55,17 @@ class Deployment:
                         self.deploy_cfg.codebase_config.get('module', []))
         self.task = get_codebase_class(codebase).build_task_processor(
             self.model_cfg, self.deploy_cfg, 'cpu')
+        #: name of the back end, such as ``'onnxruntime'``
+        self.backend: str = self.deploy_cfg.backend_config.type
+        cut = self.deploy_cfg.get('partition_config') or {}
+        #: ``'single_stage'`` or ``'two_stage'`` where the graph ends before
+        #: non-maximum suppression, else None
+        self.partition = cut.get('type') if cut.get('apply_marks') else None
         #: what the export is compared with: nothing folded, nothing rewritten
-        self.model = MODELS.build(self.model_cfg.model)
+        self.model = repair(MODELS.build(self.model_cfg.model))
         # MMDeploy ignores missing and unexpected keys
         load_weights(self.model, content, checkpoint)
         self.model.eval()
-
-    @property
-    def backend(self) -> str:
-        """Name of the back end, such as ``'onnxruntime'``."""
-        return self.deploy_cfg.backend_config.type
-
-    @property
-    def partition(self) -> Optional[str]:
-        """``'single_stage'`` or ``'two_stage'`` where the graph ends before
-        non-maximum suppression."""
-        config = self.deploy_cfg.get('partition_config') or {}
-        return config.get('type') if config.get('apply_marks') else None
 
     def create_input(self, image: Any) -> tuple:
         """Batch of one image (or of several) through the test pipeline.
@@ -104,73 +100,108 @@ class Deployment:
             before non-maximum suppression.
         """
         from mmdeploy.apis import extract_model, get_predefined_partition_cfg
+        from mmdeploy.apis.core.pipeline_manager import no_mp
+        from mmdeploy.apis.onnx import export
         os.makedirs(work_dir, exist_ok=True)
-        whole = osp.join(work_dir, self.deploy_cfg.onnx_config.save_file)
-        self._export_whole(image, whole)
+        config = self.deploy_cfg.onnx_config
+        whole = osp.join(work_dir, config.save_file)
+        options = ('input_names', 'output_names', 'opset_version',
+                   'dynamic_axes', 'keep_initializers_as_inputs', 'optimize')
+        data, inputs = self.create_input(image)
+        # as MMDeploy's torch2onnx, which refuses TensorRT without a GPU, too
+        with no_mp():
+            export(self.build_rewritable(), inputs, osp.splitext(whole)[0],
+                   self.backend,
+                   dict(data_samples=data['data_samples'], mode='predict'),
+                   dict(deploy_cfg=self.deploy_cfg),
+                   **{k: config.get(k) for k in options})
         if self.partition is None:
             return [whole]
-        files = []
         parts = self.deploy_cfg.partition_config.get('partition_cfg')
-        for part in parts or get_predefined_partition_cfg(
-                self.deploy_cfg, self.partition):
-            path = osp.join(work_dir, part['save_file'])
-            extract_model(
-                whole,
-                part['start'],
-                part['end'],
-                dynamic_axes=self._axes(part['dynamic_axes']),
-                save_file=path)
-            files.append(path)
+        parts = parts or get_predefined_partition_cfg(self.deploy_cfg,
+                                                      self.partition)
+        files = [osp.join(work_dir, part['save_file']) for part in parts]
+        for path, part in zip(files, parts):
+            extract_model(whole, part['start'], part['end'], save_file=path,
+                          dynamic_axes=part['dynamic_axes'])
         # it is full of marks, which no back end runs
         os.remove(whole)
         return files
 
-    def _export_whole(self, image: Any, path: str) -> None:
-        """MMDeploy's ``torch2onnx`` without its check of the device."""
-        from mmdeploy.apis.core.pipeline_manager import no_mp
-        from mmdeploy.apis.onnx import export
+    def build_rewritable(self) -> nn.Module:
+        """The model as MMDeploy builds it, for one run of its rewriters."""
         from mmdeploy.core.optimizers import reset_mark_function_count
-        data, inputs = self.create_input(image)
-        onnx = self.deploy_cfg.onnx_config
-        # earlier exports in this process have counted, too
-        reset_mark_function_count()
-        with no_mp():
-            export(
-                repair(self.task.build_pytorch_model(self.checkpoint)),
-                inputs,
-                output_path_prefix=osp.splitext(path)[0],
-                backend=self.backend,
-                input_metas=dict(
-                    data_samples=data['data_samples'], mode='predict'),
-                context_info=dict(deploy_cfg=copy.deepcopy(self.deploy_cfg)),
-                input_names=onnx.input_names,
-                output_names=onnx.output_names,
-                opset_version=onnx.opset_version,
-                dynamic_axes=onnx.get('dynamic_axes'),
-                keep_initializers_as_inputs=onnx.get(
-                    'keep_initializers_as_inputs', False),
-                optimize=onnx.get('optimize', False))
-
-    def _axes(self, axes: Dict[str, dict]) -> Dict[str, dict]:
-        """The dynamic axes of a part: of its input, only what the deploy
-        config allows."""
-        if self.deploy_cfg.onnx_config.get('dynamic_axes'):
-            return axes
-        if self.partition == 'single_stage':
-            return {}
-        return {k: v for k, v in axes.items() if k != 'input'}
+        reset_mark_function_count()  # earlier runs have counted, too
+        return repair(self.task.build_pytorch_model(self.checkpoint))
 
 
-def _read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
-    name = 'the deploy config'
+def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
+    """Training images, preprocessed by the model's test pipeline.
+
+    Args:
+        deployment (Deployment): Its model config has a ``train_dataloader``
+            and a test pipeline.
+        count (int): How many images, spread evenly over the dataset.
+
+    Returns:
+        list[ndarray]: Each ``(1, 3, H, W)``, float32.
+
+    Raises:
+        ValueError: If the dataset is smaller than that.
+    """
+    config = copy.deepcopy(deployment.model_cfg.train_dataloader.dataset)
+    while config.get('dataset') is not None:  # RepeatDataset and the like
+        config = config.dataset
+    config.update(pipeline=[], test_mode=True)
+    dataset = DATASETS.build(config)
+    if len(dataset) < count:
+        raise ValueError(f'calibration asks for {count} images, but the '
+                         f'training set holds {len(dataset)}')
+    samples = (dataset[i * len(dataset) // count] for i in range(count))
+    images = (x['img'] if 'img' in x else x['img_path'] for x in samples)
+    return [deployment.create_input(image)[1].numpy() for image in images]
+
+
+def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
+    """Static int8 for ONNX Runtime: convolutions and matrix products, weights
+    per channel, scales from images.
+
+    Args:
+        path (str): The ONNX file, with one input.
+        output (str): The int8 file to write.
+        images (list[ndarray]): Each ``(1, 3, H, W)``.
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    name = onnx.load(path).graph.input[0].name
+    feeds = ({name: x} for x in images)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = osp.join(folder, 'prepared.onnx')
+        # symbolic shapes fail on the data-dependent ones of detectors
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            output,
+            SimpleNamespace(get_next=lambda: next(feeds, None)),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=['Conv', 'MatMul', 'Gemm'],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8)
+
+
+def read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
+    """Read and check a deploy config: see :class:`Deployment`."""
     if isinstance(deploy_cfg, str):
-        name = deploy_cfg
         deploy_cfg = Config.fromfile(deploy_cfg)
+    name = deploy_cfg.filename or 'the deploy config'
     for key in ('onnx_config', 'codebase_config', 'backend_config'):
         if deploy_cfg.get(key) is None:
             raise KeyError(f'{name} has no {key!r}: found '
                            f'{sorted(deploy_cfg.keys())}; see configs/deploy')
-    opset = deploy_cfg.onnx_config.get('opset_version', MIN_OPSET)
+    opset = deploy_cfg.onnx_config.setdefault('opset_version', MIN_OPSET)
     newest = min(MAX_OPSET, max_onnx_opset())
     if not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
         raise ValueError(
@@ -180,27 +211,28 @@ def _read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
     return deploy_cfg
 
 
+def precisions(deploy_cfg: Config) -> List[str]:
+    """What a deploy config lets its back end use besides fp32, the shortest
+    numbers last."""
+    common = deploy_cfg.backend_config.get('common_config') or {}
+    return [x for x in ('fp16', 'int8') if common.get(f'{x}_mode')]
+
+
 def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
     """The stand-alone config for a checkpoint."""
     first = next(iter(content['state_dict']), '')
-    if first.startswith(_WRAPPERS):
+    if first.startswith(('architecture.', 'module.', 'student.', 'teacher.')):
         raise RuntimeError(
             f'{path} is the checkpoint of a wrapper: its keys start with '
             f"'{first.split('.')[0]}.' ({first}). Deployment takes the bare "
             'model, as tools/compress.py or BasisCompressionHook wrote it')
-    if cfg.get('model') is None:
-        raise KeyError(f"the model config has no 'model': found "
-                       f'{sorted(cfg.keys())}')
-    plan, compressed = plan_of(content), cfg.model.get('plan') is not None
-    if plan is not None and not compressed:
-        return standalone_config(cfg, plan, path)
-    if plan is None and compressed:
+    plan, wrapped = plan_of(content), cfg.model.type == 'mmbasis.BasisModel'
+    compressed = cfg.model.get('plan') is not None
+    if plan is None and (compressed or wrapped):
         raise RuntimeError(
             f'{path} is a dense checkpoint, but the config is of a compressed '
-            'model: give the compressed.pth that belongs to it')
-    if cfg.model.type == 'mmbasis.BasisModel':
-        raise RuntimeError(
-            'the config is of the training wrapper mmbasis.BasisModel and the '
-            f'checkpoint {path} carries no plan: deployment takes the bare '
-            'model, compressed by tools/compress.py, or dense')
-    return cfg
+            f'model ({cfg.model.type}): give the compressed.pth that belongs '
+            'to it, or the config of the bare dense model')
+    if plan is None or (compressed and not wrapped):
+        return cfg
+    return standalone_config(cfg, plan, path)

@@ -7,17 +7,18 @@ import os.path as osp
 import re
 from collections import Counter
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from ..compression.surgery import replace_modules
-from ..layers import BasisLayer
+from ..layers import BasisLayer, observe
 from ..planning import Costs, Layer, find_layers
 from ..planning.costs import CARRIER, COMPRESSED_ID, MODEL_ID
-from ..planning.statistics import LayerRecorder
+from ..planning.statistics import LayerStatistics
 from ..running import evaluation
 from ..utils.io import write_atomically
 
@@ -25,201 +26,15 @@ from ..utils.io import write_atomically
 _FEED = 4
 
 
-class _Carrier(nn.Module):
-    """Makes the input of a layer on the device and reduces its output there:
+def _carry(layer: nn.Module, channels: int, dims: int) -> nn.Module:
+    """Make the input of a layer on the device and reduce its output there:
     what is left of a timing after that of the carrier alone is the layer, in
     the memory layout that it has inside a network."""
-
-    def __init__(self, channels: int, dims: int, layer: nn.Module) -> None:
-        super().__init__()
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-        self.feed = conv[dims](_FEED, channels, 1) if dims else nn.Linear(
-            _FEED, channels)
-        self.layer = layer
-        # the pooling that ONNX Runtime has for its blocked layout
-        self.reduce = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reduce(self.layer(self.feed(x)))
-
-
-def _layer_shapes(
-        model: nn.Module, inputs: torch.Tensor,
-        samples: Optional[list]) -> List[Tuple[Costs, Counter]]:
-    """Costs of the layers that can be compressed, and how often each sees an
-    input shape in one forward pass."""
-    layers = [x for x in find_layers(model) if x.obstacle is None]
-    seen: List[Counter] = [Counter() for _ in layers]
-    recorder = LayerRecorder(layers)
-    with evaluation(model), ExitStack() as stack, recorder:
-        for layer, counter in zip(layers, seen):
-
-            def count(module: nn.Module,
-                      args: tuple,
-                      counter: Counter = counter) -> None:
-                counter[tuple(args[0].shape)] += 1
-
-            stack.callback(
-                layer.module.register_forward_pre_hook(count).remove)
-        model(inputs, samples, mode='tensor')
-        recorder.images = recorder.passes = 1
-    statistics = recorder.finish()
-    return [(Costs(layer, statistics[layer.name]), counter)
-            for layer, counter in zip(layers, seen) if counter]
-
-
-def _rank_grid(costs: Costs, count: int, round_to: int) -> List[int]:
-    """Ranks to measure: multiples of ``round_to`` that save MACs, evenly
-    spread."""
-    ranks = np.arange(round_to, costs.break_even + 1, round_to)
-    chosen = np.linspace(0, len(ranks) - 1, min(count, len(ranks)))
-    return ranks[chosen.round().astype(int)].tolist()
-
-
-def _geometry(module: nn.Module) -> str:
-    """What tells layers of different speed apart, besides the input."""
-    parts = [type(module).__name__, 'x'.join(map(str, module.weight.shape))]
-    for key in ('stride', 'padding', 'dilation', 'groups'):
-        if hasattr(module, key):
-            value = getattr(module, key)
-            value = value if isinstance(value, (tuple, str)) else (value, )
-            parts.append(key[0] + 'x'.join(map(str, value)))
-    return '_'.join(parts)
-
-
-def _basis(layer: Layer, rank: int) -> nn.Module:
-    """The layer at a rank, with numbers as after training: zeros may be
-    faster."""
-    module = BasisLayer(layer.module, rank)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=.05)
-    return module.eval()
-
-
-class LayerModels:
-    """Writes the models and their index into a folder.
-
-    Args:
-        folder (str): The folder.
-        torchscript (bool): Write TorchScript files for the PyTorch back end
-            instead of ONNX. Defaults to False.
-    """
-
-    def __init__(self, folder: str, torchscript: bool = False) -> None:
-        self.folder = folder
-        self.torchscript = torchscript
-        self.entries: List[Dict[str, Any]] = []
-        os.makedirs(folder, exist_ok=True)
-
-    def _add(self, name: str, module: nn.Module, shape: Sequence[int],
-             **keys: Any) -> None:
-        """Write one model and its entry, unless the entry is there."""
-        if any(x['id'] == name for x in self.entries):
-            return
-        suffix = '.pt' if self.torchscript else '.onnx'
-        file = re.sub(r'[^\w.-]', '_', name) + suffix
-        path = osp.join(self.folder, file)
-        inputs = torch.randn(*shape)
-        with torch.no_grad():
-            if self.torchscript:
-                traced = torch.jit.trace(module.eval(), inputs, strict=False)
-                torch.jit.freeze(traced).save(path)
-            else:
-                torch.onnx.export(
-                    module.eval(), (inputs, ),
-                    path,
-                    input_names=['input'],
-                    opset_version=13)
-        self.entries.append(
-            dict(id=name, onnx=file, input_shape=list(shape), **keys))
-
-    def _add_layer(self, layer: Layer, shape: Tuple[int, ...], count: int,
-                   ranks: Sequence[int]) -> None:
-        """Add a layer at one input shape, dense and at ranks.
-
-        Layers that differ in nothing that matters share their models.
-        """
-        size = 'x'.join(map(str, shape))
-        group = f'{_geometry(layer.module)}/{size}'
-        known = [x for x in self.entries if x.get('group') == group]
-        for entry in known:
-            entry['uses'][layer.name] = count
-        if known:
-            return
-        # spatial dimensions, 0 for a linear layer
-        dims = max(0, layer.module.weight.dim() - 2)
-        axis = 1 if dims else len(shape) - 1
-        channels = shape[axis]
-        feed = [*shape[:axis], _FEED, *shape[axis + 1:]]
-        carrier = f'{CARRIER}/{size}'
-        alone = _Carrier(channels, dims, nn.Identity())
-        self._add(carrier, alone, feed, role=CARRIER)
-        for rank in (None, *ranks):
-            module = layer.module if rank is None else _basis(layer, rank)
-            self._add(
-                f'{group}/{"dense" if rank is None else f"rank{rank}"}',
-                _Carrier(channels, dims, module),
-                feed,
-                role='layer',
-                group=group,
-                carrier=carrier,
-                rank=rank,
-                kind=layer.kind and layer.kind.name,
-                weight_shape=list(layer.module.weight.shape),
-                uses={layer.name: count})
-
-    def _add_model(self, model: nn.Module, shape: Sequence[int],
-                   samples: Optional[list], ranks: Dict[str, int]) -> None:
-        """Add the whole model up to its raw outputs, dense and at ranks.
-
-        Inside a network, layers take longer than alone, where weights and
-        activations stay in the cache; two measured networks say how much.
-        """
-        self._add(MODEL_ID, RawOutputs(model, samples), shape, role=MODEL_ID)
-        compressed = copy.deepcopy(model)
-        replace_modules(
-            compressed, {
-                layer.module: _basis(layer, ranks[layer.name])
-                for layer in find_layers(compressed) if layer.name in ranks
-            })
-        whole = RawOutputs(compressed, samples)
-        self._add(COMPRESSED_ID, whole, shape, role=MODEL_ID, ranks=ranks)
-
-    def add_all(self,
-                model: nn.Module,
-                shape: Sequence[int],
-                samples: Optional[list],
-                count: int,
-                round_to: int,
-                listener: Callable[[str], None] = lambda text: None) -> None:
-        """Add all layers that a model has, at a grid of ranks, and the model.
-
-        Args:
-            model (nn.Module): The dense model.
-            shape (Sequence[int]): Of its input, ``(N, 3, H, W)``.
-            samples (list, optional): ``data_samples`` for detectors that ask
-                for them even in mode ``'tensor'``.
-            count (int): Ranks for each layer.
-            round_to (int): Ranks are multiples of this.
-            listener (Callable): Takes a line of progress for each layer.
-        """
-        layers = _layer_shapes(model, torch.randn(*shape), samples)
-        middle = {}
-        for index, (costs, seen) in enumerate(layers):
-            layer = costs.layer
-            listener(f'{index + 1} of {len(layers)}: {layer.name}')
-            ranks = _rank_grid(costs, count, round_to)
-            for layer_shape, uses in seen.items():
-                self._add_layer(layer, layer_shape, uses, ranks)
-            if ranks:
-                middle[layer.name] = ranks[len(ranks) // 2]
-        self._add_model(model, shape, samples, middle)
-
-    def write_index(self) -> None:
-        """Write ``index.json``."""
-        index = dict(version=1, entries=self.entries)
-        write_atomically(
-            osp.join(self.folder, 'index.json'), json.dumps(index, indent=1))
+    feed = getattr(nn, f'Conv{dims}d')(
+        _FEED, channels, 1) if dims else nn.Linear(_FEED, channels)
+    # the pooling that ONNX Runtime has for its blocked layout
+    reduce = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.Identity()
+    return nn.Sequential(feed, layer, reduce)
 
 
 class RawOutputs(nn.Module):
@@ -233,3 +48,142 @@ class RawOutputs(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.model(x, self.samples, mode='tensor')
+
+
+def export_layers(folder: str,
+                  model: nn.Module,
+                  shape: Sequence[int],
+                  samples: Optional[list],
+                  count: int,
+                  round_to: int,
+                  torchscript: bool = False,
+                  listener: Callable[[str], None] = lambda text: None) -> int:
+    """Write all layers that a model has, at a grid of ranks, the model, and
+    ``index.json`` into a folder.
+
+    Args:
+        folder (str): The folder.
+        model (nn.Module): The dense model.
+        shape (Sequence[int]): Of its input, ``(N, 3, H, W)``.
+        samples (list, optional): ``data_samples`` for detectors that ask
+            for them even in mode ``'tensor'``.
+        count (int): Ranks for each layer.
+        round_to (int): Ranks are multiples of this.
+        torchscript (bool): Write TorchScript files for the PyTorch back end
+            instead of ONNX. Defaults to False.
+        listener (Callable): Takes the name of each file.
+
+    Returns:
+        int: How many models there are.
+    """
+    os.makedirs(folder, exist_ok=True)
+    suffix, entries = '.pt' if torchscript else '.onnx', {}
+    raw = RawOutputs(model, samples)
+    for entry, module in _models(raw, shape, count, round_to):
+        if entry['id'] not in entries:
+            file = re.sub(r'[^\w.-]', '_', entry['id']) + suffix
+            listener(file)
+            _export(module.eval(), torch.randn(*entry['input_shape']),
+                    osp.join(folder, file))
+            entries[entry['id']] = dict(entry, onnx=file)
+    index = dict(version=1, entries=list(entries.values()))
+    write_atomically(
+        osp.join(folder, 'index.json'), json.dumps(index, indent=1))
+    return len(entries)
+
+
+@torch.no_grad()
+def _export(module: nn.Module, inputs: torch.Tensor, path: str) -> None:
+    if path.endswith('.pt'):
+        traced = torch.jit.trace(module, inputs, strict=False)
+        torch.jit.freeze(traced).save(path)
+    else:
+        torch.onnx.export(
+            module, (inputs, ), path, input_names=['input'], opset_version=13)
+
+
+def _models(raw: RawOutputs, shape: Sequence[int], count: int,
+            round_to: int) -> Iterator[Tuple[Dict[str, Any], nn.Module]]:
+    """Entries and models: those of each group of layers, then the whole one:
+    inside a network, layers share the cache and take longer than alone."""
+    middle: Dict[str, int] = {}
+    for group, (costs, size, uses) in _run_layers(raw, shape).items():
+        dense = costs.layer.module
+        # spatial dimensions, 0 for a linear layer
+        dims = max(0, dense.weight.dim() - 2)
+        axis = 1 if dims else -1
+        feed = [*size]
+        feed[axis] = _FEED
+        carrier = f'{CARRIER}/{"x".join(map(str, size))}'
+        entry = dict(id=carrier, role=CARRIER, input_shape=feed)
+        yield entry, _carry(nn.Identity(), size[axis], dims)
+        # ranks that save MACs, evenly spread
+        ranks = np.arange(round_to, costs.break_even + 1, round_to)
+        chosen = np.linspace(0, len(ranks) - 1, min(count, len(ranks)))
+        ranks = ranks[chosen.round().astype(int)].tolist()
+        if ranks:
+            middle.update(dict.fromkeys(uses, ranks[len(ranks) // 2]))
+        for rank in (None, *ranks):
+            layer = dense if rank is None else _basis(dense, rank)
+            entry = dict(
+                id=f'{group}/{"dense" if rank is None else f"rank{rank}"}',
+                role='layer',
+                input_shape=feed,
+                group=group,
+                carrier=carrier,
+                rank=rank,
+                kind=costs.layer.known_kind.name,
+                weight_shape=list(dense.weight.shape),
+                uses=uses)
+            yield entry, _carry(layer, size[axis], dims)
+    whole = dict(id=MODEL_ID, role=MODEL_ID, input_shape=list(shape))
+    yield whole, raw
+    raw = copy.deepcopy(raw)
+    layers = {raw.model.get_submodule(x): rank for x, rank in middle.items()}
+    replace_modules(raw.model, {k: _basis(k, v) for k, v in layers.items()})
+    yield dict(whole, id=COMPRESSED_ID, ranks=middle), raw
+
+
+def _run_layers(raw: RawOutputs, shape: Sequence[int]) -> Dict[str, tuple]:
+    """Costs and input shape of each group of layers that can be compressed,
+    and how often one forward pass uses each of them."""
+    groups: Dict[str, tuple] = {}
+
+    def look(layer: Layer, module: nn.Module, args: tuple, kwargs: dict,
+             y: torch.Tensor) -> None:
+        size = tuple(args[0].shape)
+        times, rows, _ = layer.matrix_shape
+        known = LayerStatistics(
+            layer.known_kind.weight_positions(module, args[0], y),
+            y.numel() // (times * rows))
+        group = f'{_geometry(module)}/{"x".join(map(str, size))}'
+        _, _, uses = groups.setdefault(
+            group, (Costs(layer, known), size, Counter()))
+        uses[layer.name] += 1
+
+    with evaluation(raw.model), ExitStack() as stack:
+        for layer in find_layers(raw.model):
+            if layer.obstacle is None:
+                hook = partial(look, layer)
+                stack.callback(observe(layer.module, hook).remove)
+        raw(torch.randn(*shape))
+    return groups
+
+
+def _geometry(module: nn.Module) -> str:
+    """What tells layers of different speed apart, besides the input."""
+    parts = [type(module).__name__, 'x'.join(map(str, module.weight.shape))]
+    for key in ('stride', 'padding', 'dilation', 'groups'):
+        if hasattr(module, key):
+            values = np.atleast_1d(getattr(module, key))
+            parts.append(key[0] + 'x'.join(map(str, values)))
+    return '_'.join(parts)
+
+
+def _basis(module: nn.Module, rank: int) -> nn.Module:
+    """The layer at a rank, with numbers as after training: zeros may be
+    faster."""
+    module = BasisLayer(module, rank)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=.05)
+    return module.eval()

@@ -4,13 +4,13 @@
 MMDeploy imports this file where a deploy config names it in
 ``codebase_config.module``.
 """
-from typing import List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple
 
 import torch
 from mmdeploy.codebase.mmdet.deploy import get_post_processing_params
 from mmdeploy.core import FUNCTION_REWRITER
 from mmdeploy.mmcv.ops import multiclass_nms
-from mmdeploy.utils import cfg_apply_marks
+from mmdeploy.utils import IR, cfg_apply_marks
 from torch import Tensor
 
 from ..compat import repair_partition
@@ -20,11 +20,8 @@ repair_partition()
 
 @FUNCTION_REWRITER.register_rewriter(
     'mmdeploy.codebase.mmdet.deploy.utils.gather_topk', backend='tensorrt')
-def gather_topk__plain(
-        *inputs: Optional[Tensor],
-        inds: Tensor,
-        batch_size: int,
-        is_batched: bool = True) -> Union[Optional[Tensor], List]:
+def gather_topk__plain(*inputs: Optional[Tensor], inds: Tensor,
+                       **kwargs) -> Any:
     """Pick the best candidates with ONNX's own operators.
 
     MMDeploy's TensorRT version emits its plugin ``GatherTopk``. That one is
@@ -32,29 +29,22 @@ def gather_topk__plain(
     """
     ctx = FUNCTION_REWRITER.get_context()
     if ctx.cfg.get('partition_config') is None:
-        return ctx.origin_func(
-            *inputs, inds=inds, batch_size=batch_size, is_batched=is_batched)
-    outputs: List[Optional[Tensor]] = []
-    for x in inputs:
-        if x is None:
-            outputs.append(None)
-        elif is_batched:
+        return ctx.origin_func(*inputs, inds=inds, **kwargs)
+    outputs = list(inputs)
+    for i, x in enumerate(inputs):
+        if x is not None:
             index = inds.reshape(*inds.shape, *[1] * (x.dim() - 2))
             index = index.expand(*inds.shape, *x.shape[2:])
-            outputs.append(torch.gather(x, 1, index))
-        else:
-            outputs.append(x[0][inds])
+            # priors are the same for all images of a batch
+            x = x.expand(inds.shape[0], *x.shape[1:])
+            outputs[i] = torch.gather(x, 1, index)
     return outputs[0] if len(outputs) == 1 else outputs
 
 
 @FUNCTION_REWRITER.register_rewriter(
     'mmdet.models.dense_heads.rtmdet_head.RTMDetHead.predict_by_feat',
-    backend='tensorrt')
-@FUNCTION_REWRITER.register_rewriter(
-    'mmdet.models.dense_heads.rtmdet_head.RTMDetHead.predict_by_feat',
-    backend='onnxruntime')
-def rtmdet_head__predict_by_feat(self,
-                                 cls_scores: List[Tensor],
+    ir=IR.ONNX)
+def rtmdet_head__predict_by_feat(self, cls_scores: List[Tensor],
                                  bbox_preds: List[Tensor],
                                  batch_img_metas: List[dict],
                                  **_) -> Tuple[Tensor, Tensor]:
@@ -86,11 +76,7 @@ def rtmdet_head__predict_by_feat(self,
 
 
 @FUNCTION_REWRITER.register_rewriter(
-    'mmdeploy.core.optimizers.function_marker.Mark.symbolic',
-    backend='tensorrt')
-@FUNCTION_REWRITER.register_rewriter(
-    'mmdeploy.core.optimizers.function_marker.Mark.symbolic',
-    backend='onnxruntime')
+    'mmdeploy.core.optimizers.function_marker.Mark.symbolic', ir=IR.ONNX)
 def mark_symbolic__typed(g, x, *args):
     """A mark whose output has the type and shape of its input.
 

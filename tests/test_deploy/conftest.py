@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from mmbasis.compat import repair_static_methods
 
@@ -22,11 +22,11 @@ class Compressed:
 
     def __init__(self, folder, cfg, batch, norm=False, **planner):
         from mmbasis.compression import compress, save_checkpoint
-        from mmbasis.models import dense_architecture, standalone_config
+        from mmbasis.models import build_dense, standalone_config
         self.folder, self.dense_cfg = folder, cfg
         init_default_scope(cfg.default_scope)
         torch.manual_seed(0)
-        self.model = MODELS.build(dense_architecture(cfg))
+        self.model = build_dense(cfg)
         self.model.init_weights()
         for name, module in self.model.named_modules():
             _spread(module)

@@ -4,8 +4,12 @@ import torch
 import torch.nn.functional as F
 from mmengine.analysis import FlopAnalyzer
 
-from mmbasis.models.backbones import CifarDenseNet, CifarResNet, CifarVGG
-from mmbasis.models.backbones.cifar_resnet import CifarBasicBlock
+from mmbasis.models.backbones import (
+    CifarBasicBlock,
+    CifarDenseNet,
+    CifarResNet,
+    CifarVGG,
+)
 from mmbasis.registry import MODELS
 
 

@@ -38,7 +38,7 @@ from mmbasis.compression import (
     make_plan,
     read_checkpoint,
 )
-from mmbasis.deploy.layer_models import LayerModels, RawOutputs
+from mmbasis.deploy.layer_models import RawOutputs, export_layers
 from mmbasis.models import build_dense
 from mmbasis.planning import LatencyTable
 from mmbasis.utils import load_config
@@ -84,10 +84,8 @@ def measure_layers(args, model, samples) -> LatencyTable:
     folder = osp.join(args.work_dir, 'layers')
     path = osp.join(args.work_dir, 'table.json')
     if not osp.isfile(osp.join(folder, 'index.json')):
-        models = LayerModels(folder)
-        models.add_all(model, args.input_shape, samples, args.ranks,
-                       args.round_to)
-        models.write_index()
+        export_layers(folder, model, args.input_shape, samples, args.ranks,
+                      args.round_to)
     measure_table(
         folder,
         path,
