@@ -1,26 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import Iterator, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..factorization import (
-    factorize,
-    merge,
-    orthogonality_error,
-    orthonormalize,
-    spectrum_of_factor,
-)
-from .dense_kind import channels_attribute
-from .inheritance import (
-    fresh_hooks,
-    move_hooks,
-    own_attributes,
-    rebound_attributes,
-    share_hooks,
-)
+from .. import factorization
+from . import inheritance
 from .kinds import kind_of
 
 
@@ -70,33 +57,23 @@ class BasisLayer(nn.Module):
         self.rank = rank
         self.groups = groups
         self.out_channels = groups * out_per_group
-        for name, value in own_attributes(dense).items():
-            if not (name in vars(self) or hasattr(type(self), name)):
-                vars(self)[name] = value
-        zeros = dense.weight.new_zeros((groups, rank, in_size))
+        for name, value in inheritance.own_attributes(dense).items():
+            if not hasattr(type(self), name):
+                vars(self).setdefault(name, value)
+        weight = dense.weight
+        zeros = weight.new_zeros((groups, rank, in_size))
         self.basis = _clone(dense, kind.from_matrix(zeros, dense),
                             groups * rank)
         self.norm = kind.build_norm(dense, groups * rank) if norm else None
         self.coefficients = kind.build_coefficients(
             dense, groups * rank, bias or dense.bias is not None)
-        self._inherit_state(dense)
-
-    def _inherit_state(self, dense: nn.Module) -> None:
-        """Mode, device, type, which parameters are trained, and what models
-        note on them (as that they do not decay)."""
-        weight = dense.weight
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
-        parts = [self.basis.weight, *self.coefficients.parameters()]
-        if self.norm is not None:
-            parts += self.norm.parameters()
-        for parameter in parts:
-            parameter.requires_grad = weight.requires_grad
-        vars(self.basis.weight).update(vars(weight))
-        vars(self.coefficients.weight).update(vars(weight))
+        for part in filter(None, (self.norm, self.coefficients)):
+            part.requires_grad_(weight.requires_grad)
+        _liken(self.coefficients.weight, weight)
         if dense.bias is not None:
-            self.coefficients.bias.requires_grad = dense.bias.requires_grad
-            vars(self.coefficients.bias).update(vars(dense.bias))
+            _liken(self.coefficients.bias, dense.bias)
 
     def take_over(self, dense: nn.Module) -> None:
         """Take the hooks and the own ``forward``, if any, of the dense layer
@@ -105,22 +82,24 @@ class BasisLayer(nn.Module):
         Raises:
             CannotRebind: If ``forward`` cannot be bound to this layer.
         """
-        rebound = rebound_attributes(dense, self)
-        for own, other in self._counterparts(dense):
-            move_hooks(other, own)
+        rebound = inheritance.rebound_attributes(dense, self)
+        inheritance.give_hooks(dense.modules(), self._parts())
         vars(self).update(rebound)
 
     def hand_back(self, dense: nn.Module) -> None:
         """Give the hooks to the dense layer that replaces this one."""
-        for own, other in self._counterparts(dense):
-            move_hooks(own, other)
+        inheritance.give_hooks(self._parts(), dense.modules())
 
-    def _counterparts(
-            self,
-            dense: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
-        """This layer and the modules inside (an offset branch), each with
-        that of the dense layer."""
-        return zip((self, *list(self.basis.modules())[1:]), dense.modules())
+    def _parts(self) -> List[nn.Module]:
+        """What has a counterpart in the dense layer: this layer and the
+        modules inside (an offset branch)."""
+        return [self, *list(self.basis.modules())[1:]]
+
+    def __deepcopy__(self, memo: dict) -> 'BasisLayer':
+        clone = memo[id(self)] = copy.copy(self)
+        vars(clone).update(copy.deepcopy(vars(self), memo))
+        inheritance.rebind_copy(self, clone, 'a basis layer')
+        return clone
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Compute the output from the arguments of the dense layer."""
@@ -142,7 +121,7 @@ class BasisLayer(nn.Module):
         """The weights of the equivalent dense layer, in evaluation mode: some
         models read the weights of their layers."""
         coefficients = self._folded()[0].to(self.basis.weight)
-        matrix = merge(self.factors[0], coefficients)
+        matrix = factorization.merge(self.factors[0], coefficients)
         return self.kind.from_matrix(matrix, self.basis)
 
     @property
@@ -207,7 +186,7 @@ class BasisLayer(nn.Module):
         """
         matrix = self.kind.to_matrix(dense).detach().double()
         if vectors is None:
-            vectors = spectrum_of_factor(matrix).vectors
+            vectors = factorization.spectrum_of_factor(matrix).vectors
         vectors = vectors[..., :self.rank]
         bias = self.coefficients.bias
         if bias is not None:
@@ -216,12 +195,13 @@ class BasisLayer(nn.Module):
                 mean = mean.unsqueeze(-1).to(vectors)
                 lost = mean - vectors @ (vectors.mT @ mean)
                 bias = bias + lost.flatten().to(bias)
-        self.set_factors(*factorize(matrix, vectors), bias)
+        self.set_factors(*factorization.factorize(matrix, vectors), bias)
 
     @property
     def orthogonality_error(self) -> float:
         """Largest entry of ``|F F^T - I|``."""
-        return float(orthogonality_error(self.factors[0].detach().float()))
+        return float(
+            factorization.orthogonality_error(self.factors[0].detach().float()))
 
     @torch.no_grad()
     def retract(self) -> None:
@@ -234,7 +214,7 @@ class BasisLayer(nn.Module):
             raise RuntimeError('a layer with a normalization between basis '
                                'and coefficients cannot be retracted; call '
                                'fold_norm() first')
-        self.set_factors(*orthonormalize(*self.factors))
+        self.set_factors(*factorization.orthonormalize(*self.factors))
 
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
@@ -268,45 +248,53 @@ class BasisLayer(nn.Module):
                 f'a {type(self.basis).__name__} has no bias, so this basis '
                 'layer, which has one, cannot be merged: keep it as it is, '
                 'or compress with data_aware=False')
-        matrix = merge(self.factors[0].double(), coefficients.double())
+        matrix = factorization.merge(self.factors[0].double(),
+                                     coefficients.double())
         weight = self.kind.from_matrix(matrix, self.basis)
         dense = _clone(self.basis, weight.to(self.basis.weight),
                        self.out_channels)
+        own = self.coefficients.bias
         dense.weight.requires_grad = (
             self.basis.weight.requires_grad
             or self.coefficients.weight.requires_grad)
-        vars(dense.weight).update(vars(self.basis.weight))
         if bias is not None:
-            own = self.coefficients.bias
             dense.bias = nn.Parameter(
-                bias.to(dense.weight).clone(), dense.weight.requires_grad
-                if own is None else own.requires_grad)
-            vars(dense.bias).update({} if own is None else vars(own))
-        for own, other in self._counterparts(dense):
-            share_hooks(own, other)
-        vars(dense).update(rebound_attributes(self, dense))
+                bias.to(dense.weight).clone(), dense.weight.requires_grad)
+            if own is not None:
+                _liken(dense.bias, own)
+        inheritance.give_hooks(self._parts(), dense.modules(), keep=True)
+        vars(dense).update(inheritance.rebound_attributes(self, dense))
         return dense
 
     def extra_repr(self) -> str:
         return f'rank={self.rank}, groups={self.groups}'
 
 
+def _liken(parameter: nn.Parameter, model: nn.Parameter) -> None:
+    """Whether it is trained, and what models note on it (as: no decay)."""
+    parameter.requires_grad = model.requires_grad
+    vars(parameter).update(vars(model))
+
+
 def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     """Copy a layer with other weights, no bias, no hooks and no methods of the
     instance's own. Plain attributes are shared: a model may hang all that it
     remembers on each of its layers."""
-    own = own_attributes(module)
-    fresh = fresh_hooks()
-    # hooks may hold anything, even the run
-    memo = {id(x): x for x in (*own.values(), *map(vars(module).get, fresh))}
-    memo[id(module.weight)] = nn.Parameter(weight)
+    own = inheritance.own_attributes(module)
+    parameter = nn.Parameter(weight)
+    _liken(parameter, module.weight)
+    clone = copy.copy(module)
+    vars(clone).update(inheritance.fresh_hooks())
+    memo = {id(x): x for x in own.values()}
+    memo.update({id(module): clone, id(module.weight): parameter})
+    for name in ('_parameters', '_buffers', '_modules'):
+        vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
     if module.bias is not None:
-        memo[id(module.bias)] = None
-    clone = copy.deepcopy(module, memo)
-    vars(clone).update(fresh)
+        clone.register_parameter('bias', None)
     for name, value in own.items():
         if callable(value) and (hasattr(type(module), name) or getattr(
                 value, '__self__', None) is module):
             delattr(clone, name)
-    setattr(clone, channels_attribute(module), channels)
+    linear = hasattr(module, 'out_features')
+    setattr(clone, 'out_features' if linear else 'out_channels', channels)
     return clone

@@ -6,7 +6,7 @@ import gc
 import weakref
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Optional, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -55,16 +55,15 @@ def fresh_hooks() -> Dict[str, Any]:
     }
 
 
-def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let two modules have the same hooks, in the same dictionaries, so that
-    the handles of the hooks stay valid."""
-    vars(new).update({k: vars(old)[k] for k in fresh_hooks()})
-
-
-def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Take the hooks of a module away and give them to another one."""
-    share_hooks(old, new)
-    vars(old).update(fresh_hooks())
+def give_hooks(old: Iterable[nn.Module],
+               new: Iterable[nn.Module],
+               keep: bool = False) -> None:
+    """Give the hooks of modules to others, in the same dictionaries, so that
+    handles stay valid; ``keep`` leaves them with the old ones as well."""
+    for giver, taker in zip(old, new):
+        fresh = fresh_hooks()
+        vars(taker).update({k: vars(giver)[k] for k in fresh})
+        vars(giver).update({} if keep else fresh)
 
 
 def rebound_attributes(old: nn.Module,
@@ -92,7 +91,6 @@ def rebound_attributes(old: nn.Module,
         raise CannotRebind('it does not call the forward of its class')
     if new is not old:
         _check_independent(rebound.values(), old)
-    rebound['forward'] = _OwnForward(rebound['forward'], new)
     return rebound
 
 
@@ -120,15 +118,12 @@ class observe:
             changed = behind and behind(module, args, kwargs, y)
             return y if changed is None else changed
 
-        own = own_attributes(module)
-        new = dict(forward=forward)
+        own, new = own_attributes(module), dict(forward=forward)
         try:
-            rebound_attributes(module, nn.Module())
             new.update(rebound_attributes(module, module, forward))
         except CannotRebind:  # it stays dense, and only costs are of interest
             inner = own['forward']
-        self.module, self.names = module, list(new)
-        self.old = {k: own[k] for k in new if k in own}
+        self.module, self.old = module, {k: own[k] for k in own if k in new}
         vars(module).update(new)
         # torch's fast paths of transformers go round layers without hooks
         self.handle = module.register_forward_hook(lambda *_: None)
@@ -136,8 +131,7 @@ class observe:
     def remove(self) -> None:
         """Stop watching; of several observers, the last one first."""
         self.handle.remove()
-        for name in self.names:
-            del vars(self.module)[name]
+        del vars(self.module)['forward']
         vars(self.module).update(self.old)
 
 
@@ -151,32 +145,22 @@ def copy_module(module: nn.Module) -> nn.Module:
     """
     clone = copy.deepcopy(module)
     for (name, old), new in zip(module.named_modules(), clone.modules()):
-        call = vars(new).get('forward')
-        if call is not None and not isinstance(call, _OwnForward):
-            try:
-                call = _Rebind(old, new)(call)
-                _check_independent([call], old)
-            except CannotRebind as error:
-                raise CannotRebind(
-                    f'{name or "the model"} cannot be copied: its forward was '
-                    f'replaced on the instance, and {error}') from error
-            vars(new)['forward'] = _OwnForward(call, new)
+        rebind_copy(old, new, name or 'the model')
     return clone
 
 
-class _OwnForward:
-    """A ``forward`` bound to a layer. In a copy of the layer it is bound to
-    the copy, even if it is a closure, which copying leaves as it is."""
-
-    def __init__(self, call: Any, module: nn.Module) -> None:
-        self.call, self.module = call, module
-
-    def __call__(self, *args, **kwargs) -> Any:
-        return self.call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict) -> '_OwnForward':
-        module = copy.deepcopy(self.module, memo)
-        return _OwnForward(_Rebind(self.module, module)(self.call), module)
+def rebind_copy(old: nn.Module, clone: nn.Module, name: str) -> None:
+    """Have the deep copy of a module, called by a name in messages, run
+    itself, see :func:`copy_module`."""
+    if 'forward' in vars(clone):
+        try:
+            call = _Rebind(old, clone)(vars(clone)['forward'])
+            _check_independent([call], old)
+        except CannotRebind as error:
+            raise CannotRebind(
+                f'{name} cannot be copied: its forward was replaced on the '
+                f'instance, and {error}') from error
+        vars(clone)['forward'] = call
 
 
 class _Rebind:
@@ -192,19 +176,19 @@ class _Rebind:
         self.inner = inner or MethodType(type(new).forward, new)
         #: whether the ``forward`` of the old layer's class was met
         self.calls_class = False
-        self._done: Dict[int, Any] = {}
+        self._done: Dict[int, Any] = {id(old): new}
 
     def __call__(self, value: Any) -> Any:
-        if value is self.old:
-            return self.new
-        if isinstance(value, _OwnForward):
-            return self(value.call)
         if isinstance(value, MethodType) and value.__self__ is self.old:
             return self._method(value)
         if id(value) not in self._done:
             self._done[id(value)] = value  # ends circles
             if isinstance(value, partial):
-                self._done[id(value)] = self._partial(value)
+                rebuilt = type(value)(
+                    self(value.func), *map(self, value.args),
+                    **self._values(value.keywords))
+                vars(rebuilt).update(self._values(vars(value)))
+                self._done[id(value)] = rebuilt
             elif isinstance(value, FunctionType):
                 self._done[id(value)] = self._function(value)
         return self._done[id(value)]
@@ -217,36 +201,25 @@ class _Rebind:
             raise CannotRebind(f'it calls {value.__name__}')
         return MethodType(value.__func__, self.new)
 
-    def _partial(self, value: partial) -> partial:
-        rebuilt = type(value)(
-            self(value.func), *map(self, value.args),
-            **self._values(value.keywords))
-        vars(rebuilt).update(self._values(vars(value)))
-        return rebuilt
-
     def _function(self, value: FunctionType) -> FunctionType:
-        closure = tuple(map(self._cell, value.__closure__ or ()))
-        defaults = tuple(map(self, value.__defaults__ or ()))
-        keywords = self._values(value.__kwdefaults__ or {})
-        attributes = self._values(vars(value))
-        if (closure, defaults, keywords, attributes) == (
-                value.__closure__ or (), value.__defaults__ or (),
-                value.__kwdefaults__ or {}, vars(value)):
+        parts = (value.__closure__ or (), value.__defaults__ or (),
+                 value.__kwdefaults__ or {}, vars(value))
+        closure = tuple(map(self._cell, parts[0]))
+        defaults = tuple(map(self, parts[1]))
+        keywords, attributes = map(self._values, parts[2:])
+        if (closure, defaults, keywords, attributes) == parts:
             return value  # nothing of the layer in it
         rebuilt = FunctionType(value.__code__, value.__globals__,
-                               value.__name__, defaults or None, closure
-                               or None)
-        rebuilt.__kwdefaults__ = keywords or None
+                               value.__name__, defaults, closure)
+        rebuilt.__kwdefaults__ = keywords
         vars(rebuilt).update(attributes)
         return rebuilt
 
     def _cell(self, cell: CellType) -> CellType:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # it is empty
-            return cell
-        rebuilt = self(content)
-        return cell if rebuilt is content else CellType(rebuilt)
+        for content in gc.get_referents(cell):  # nothing in an empty one
+            if self(content) is not content:
+                return CellType(self(content))
+        return cell
 
     def _values(self, items: dict) -> dict:
         return {k: self(v) for k, v in items.items()}
@@ -258,6 +231,7 @@ def _check_independent(callables: Iterable[Any], old: nn.Module) -> None:
     everything."""
     forbidden = {id(old), *map(id, old.parameters(recurse=False))}
     seen: Dict[Tuple[int, int], Any] = {}
+    # with what global names mean there
     queue: list = [(x, None) for x in callables]
     while queue:
         value, scope = queue.pop()
@@ -265,29 +239,21 @@ def _check_independent(callables: Iterable[Any], old: nn.Module) -> None:
             raise CannotRebind('it reaches the layer, or its weights, by a '
                                'global name or through data')
         key = id(value), id(scope)
-        if key not in seen:
-            seen[key] = value  # alive, so that ids are unique
-            queue.extend(_contents(value, scope))
+        if key in seen or isinstance(value, _OPAQUE):
+            continue
+        seen[key] = value  # alive, so that ids are unique
         if len(seen) > _MOST:
             raise CannotRebind('it holds too much to look through')
-
-
-def _contents(value: Any,
-              scope: Optional[dict]) -> Iterator[Tuple[Any, Optional[dict]]]:
-    """What a value leads to, and where global names are looked up there."""
-    if isinstance(value, FunctionType):
-        for x in (value.__closure__, value.__defaults__, value.__kwdefaults__,
-                  vars(value)):
-            yield x, scope
-        if scope is None or scope is value.__globals__:
-            yield value.__code__, value.__globals__
-    elif isinstance(value, CodeType):
-        for name in value.co_names:
-            yield (scope or {}).get(name), scope
-        for x in value.co_consts:  # the code of functions inside it
-            yield x, scope
-    elif isinstance(value, weakref.ref):
-        yield value(), scope
-    elif not isinstance(value, _OPAQUE):
-        for x in gc.get_referents(value):
-            yield x, scope
+        if isinstance(value, FunctionType):
+            inside = [value.__closure__, value.__defaults__,
+                      value.__kwdefaults__, vars(value)]
+            if scope is None or scope is value.__globals__:
+                queue.append((value.__code__, value.__globals__))
+        elif isinstance(value, CodeType):
+            inside = [*map((scope or {}).get, value.co_names),
+                      *value.co_consts]  # the code of functions inside it
+        elif isinstance(value, weakref.ref):
+            inside = [value()]
+        else:
+            inside = gc.get_referents(value)
+        queue += [(x, scope) for x in inside]
