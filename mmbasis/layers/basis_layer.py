@@ -98,7 +98,8 @@ class BasisLayer(nn.Module):
     def __deepcopy__(self, memo: dict) -> 'BasisLayer':
         clone = memo[id(self)] = copy.copy(self)
         vars(clone).update(copy.deepcopy(vars(self), memo))
-        inheritance.rebind_copy(self, clone, 'a basis layer')
+        vars(clone).update(
+            inheritance.rebound_attributes(self, clone, copied=True))
         return clone
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -280,21 +281,23 @@ def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     """Copy a layer with other weights, no bias, no hooks and no methods of the
     instance's own. Plain attributes are shared: a model may hang all that it
     remembers on each of its layers."""
-    own = inheritance.own_attributes(module)
+    own = {
+        name: value
+        for name, value in inheritance.own_attributes(module).items()
+        if not (callable(value) and (hasattr(type(module), name) or getattr(
+            value, '__self__', None) is module))
+    }
+    clone = type(module).__new__(type(module))
+    nn.Module.__init__(clone)
+    vars(clone).update(own)
     parameter = nn.Parameter(weight)
     _liken(parameter, module.weight)
-    clone = copy.copy(module)
-    vars(clone).update(inheritance.fresh_hooks())
     memo = {id(x): x for x in own.values()}
     memo.update({id(module): clone, id(module.weight): parameter})
-    for name in ('_parameters', '_buffers', '_modules'):
+    for name in ('_parameters', '_buffers', '_modules', 'training'):
         vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
     if module.bias is not None:
         clone.register_parameter('bias', None)
-    for name, value in own.items():
-        if callable(value) and (hasattr(type(module), name) or getattr(
-                value, '__self__', None) is module):
-            delattr(clone, name)
     linear = hasattr(module, 'out_features')
     setattr(clone, 'out_features' if linear else 'out_channels', channels)
     return clone

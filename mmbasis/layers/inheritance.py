@@ -46,48 +46,39 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
     return None
 
 
-def fresh_hooks() -> Dict[str, Any]:
-    """Where a module keeps its hooks, for one that has none."""
-    return {
-        k: v
-        for k, v in vars(nn.Module()).items()
-        if 'hook' in k and 'state_dict' not in k
-    }
-
-
 def give_hooks(old: Iterable[nn.Module],
                new: Iterable[nn.Module],
                keep: bool = False) -> None:
     """Give the hooks of modules to others, in the same dictionaries, so that
     handles stay valid; ``keep`` leaves them with the old ones as well."""
     for giver, taker in zip(old, new):
-        fresh = fresh_hooks()
-        vars(taker).update({k: vars(giver)[k] for k in fresh})
-        vars(giver).update({} if keep else fresh)
+        for name, empty in vars(nn.Module()).items():
+            if 'hook' in name and 'state_dict' not in name:
+                vars(taker)[name] = vars(giver)[name]
+                vars(giver)[name] = vars(taker)[name] if keep else empty
 
 
 def rebound_attributes(old: nn.Module,
                        new: nn.Module,
-                       inner: Optional[Callable] = None) -> Dict[str, Any]:
-    """Callable attributes of a layer, its own ``forward`` above all, for the
-    layer that replaces it, see :class:`_Rebind`.
-
-    Returns:
-        dict[str, Any]: The attributes to set, by name.
+                       inner: Optional[Callable] = None,
+                       copied: bool = False) -> Dict[str, Any]:
+    """Attributes to set so that ``new`` has the own ``forward`` of ``old``, if
+    any, see :class:`_Rebind`; all is there already if it was ``copied``.
 
     Raises:
-        CannotRebind: If ``old`` has a ``forward`` of its own that does not
-            end in the class's, or that holds on to ``old`` out of reach.
+        CannotRebind: If it holds on to ``old`` out of reach or, not being
+            copied, does not end in the ``forward`` of the class.
     """
-    own = own_attributes(old)
+    own = own_attributes(new if copied else old)
     if 'forward' not in own:
         return {}
     rebind = _Rebind(old, new, inner)
     rebound = {
         k: rebind(v)
-        for k, v in own.items() if callable(v) and not isinstance(v, type)
+        for k, v in own.items() if k == 'forward' or not (
+            copied or isinstance(v, type)) and callable(v)
     }
-    if not rebind.calls_class:
+    if not (copied or rebind.calls_class):
         raise CannotRebind('it does not call the forward of its class')
     if new is not old:
         _check_independent(rebound.values(), old)
@@ -145,22 +136,13 @@ def copy_module(module: nn.Module) -> nn.Module:
     """
     clone = copy.deepcopy(module)
     for (name, old), new in zip(module.named_modules(), clone.modules()):
-        rebind_copy(old, new, name or 'the model')
-    return clone
-
-
-def rebind_copy(old: nn.Module, clone: nn.Module, name: str) -> None:
-    """Have the deep copy of a module, called by a name in messages, run
-    itself, see :func:`copy_module`."""
-    if 'forward' in vars(clone):
         try:
-            call = _Rebind(old, clone)(vars(clone)['forward'])
-            _check_independent([call], old)
+            vars(new).update(rebound_attributes(old, new, copied=True))
         except CannotRebind as error:
             raise CannotRebind(
-                f'{name} cannot be copied: its forward was replaced on the '
-                f'instance, and {error}') from error
-        vars(clone)['forward'] = call
+                f'{name or "the model"} cannot be copied: its forward was '
+                f'replaced on the instance, and {error}') from error
+    return clone
 
 
 class _Rebind:
