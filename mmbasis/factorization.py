@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 
-# --------------------------------------------------- basis and coefficients
 def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
-    """Project a layer on a subspace of its outputs: ``H ~ U U^T H = w F``
-    with ``F F^T = I``, as in Tayyab et al., ICIP 2021.
-
-    Args:
-        matrix (Tensor): The dense weights ``H``, shape ``(G, P, D)``.
-        vectors (Tensor): Orthonormal columns ``U``, shape ``(G, P, Q)`` with
-            ``Q <= min(P, D)``.
+    """Project the weights ``H``, shape ``(G, P, D)``, of a layer on a subspace
+    of its outputs, given by orthonormal columns ``U`` of shape ``(G, P, Q)``
+    with ``Q <= min(P, D)``, as in Tayyab et al., ICIP 2021.
 
     Returns:
-        tuple[Tensor, Tensor]: The basis ``F``, shape ``(G, Q, D)``, and the
-        coefficients ``w``, shape ``(G, P, Q)``, both float64.
+        tuple[Tensor, Tensor]: A basis ``F``, shape ``(G, Q, D)``, and
+        coefficients ``w``, shape ``(G, P, Q)``, float64, with
+        ``w F = U U^T H`` and ``F F^T = I``.
     """
     vectors = vectors.double()
     return orthonormalize(vectors.mT @ matrix.double(), vectors)
@@ -33,15 +29,9 @@ def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
 
 def orthonormalize(basis: Tensor,
                    coefficients: Tensor) -> Tuple[Tensor, Tensor]:
-    """Make the rows of a basis orthonormal without changing the product: with
-    ``F^T = Q R`` the pair ``(Q^T, w R^T)`` has the product of ``(F, w)``.
-
-    Args:
-        basis (Tensor): ``F``, shape ``(G, Q, D)`` with ``Q <= D``.
-        coefficients (Tensor): ``w``, shape ``(G, P, Q)``.
-
-    Returns:
-        tuple[Tensor, Tensor]: Both in their shapes, float64.
+    """Make the rows of a basis ``F``, shape ``(G, Q, D)`` with ``Q <= D``,
+    orthonormal without changing the product with coefficients ``w``, shape
+    ``(G, P, Q)``: for ``F^T = Q R`` it is that of ``(Q^T, w R^T)``, float64.
     """
     columns, upper = torch.linalg.qr(basis.double().mT)
     # QR is unique up to signs; positive diagonals move the basis the least
@@ -74,7 +64,6 @@ def orthogonality_error(basis: Tensor) -> Tensor:
     return _deviation(basis).abs().max()
 
 
-# ------------------------------------------------------------------ spectra
 @dataclass
 class Spectrum:
     """Eigenvalues and eigenvectors of a layer's outputs, largest first.
@@ -106,13 +95,13 @@ class Spectrum:
         cumulative = self.energy.cumsum(0)
         # a hair below, so that threshold 1 is reached in spite of rounding
         target = threshold * cumulative[-1] * (1 - 1e-12)
-        rank = int(torch.searchsorted(cumulative, target)) + 1
-        return min(rank, len(cumulative))
+        return int(torch.searchsorted(cumulative, target)) + 1
 
 
 def spectrum_of_moment(moment: Tensor,
                        matrix: Optional[Tensor] = None) -> Spectrum:
-    """Eigendecomposition of a symmetric, positive semi-definite moment.
+    """Eigendecomposition of a symmetric, positive semi-definite moment: ``R``
+    is ``P``, or ``min(P, D)`` where ``H`` is given.
 
     Args:
         moment (Tensor): Shape ``(G, P, P)``: for example the covariance of a
@@ -121,9 +110,6 @@ def spectrum_of_moment(moment: Tensor,
             ``(G, P, D)``. Where ``D < P`` all outputs lie in the range of
             ``H``, and so do the vectors then: with all of them nothing is
             lost, even of inputs that the moment knows nothing of.
-
-    Returns:
-        Spectrum: With ``R = P``, or ``min(P, D)`` where ``H`` is given.
     """
     moment = moment.double()
     if matrix is None or matrix.shape[-1] >= matrix.shape[-2]:
@@ -134,16 +120,13 @@ def spectrum_of_moment(moment: Tensor,
 
 def spectrum_of_factor(matrix: Tensor,
                        input_moment: Optional[Tensor] = None) -> Spectrum:
-    """Spectrum of ``H C H^T``, whichever of ``P`` and ``D`` is smaller.
+    """Spectrum of ``H C H^T``, in which ``R = min(P, D)``.
 
     Args:
         matrix (Tensor): ``H``, shape ``(G, P, D)``.
         input_moment (Tensor, optional): ``C``, the second moment (or the
             covariance) of the layer's input, shape ``(G, D, D)``. Defaults to
             the identity: left singular vectors and squared singular values.
-
-    Returns:
-        Spectrum: With ``R = min(P, D)``.
     """
     matrix, columns = matrix.double(), None
     if matrix.shape[-1] < matrix.shape[-2]:
@@ -155,8 +138,7 @@ def spectrum_of_factor(matrix: Tensor,
 
 
 def _spectrum(moment: Tensor, columns: Optional[Tensor] = None) -> Spectrum:
-    """Spectrum of a moment, in the coordinates of orthonormal columns, if
-    given."""
+    """Of a moment, in the coordinates of orthonormal columns, if given."""
     values, vectors = torch.linalg.eigh(moment)
     vectors = vectors.flip(-1)
     if columns is not None:
@@ -168,7 +150,6 @@ def _spectrum(moment: Tensor, columns: Optional[Tensor] = None) -> Spectrum:
         vectors * vectors.gather(-2, largest).sign())
 
 
-# --------------------------------------------------------------- regression
 def reduced_rank_regression(
     cross: Tensor,
     second: Tensor,
@@ -220,6 +201,6 @@ def _cholesky(moment: Tensor, ridge: float) -> Tensor:
         size = vector.norm(dim=-2, keepdim=True).clamp_min(1e-300)
         vector = moment @ (vector / size)
     strength = ridge * vector.norm(dim=-2, keepdim=True)
-    strength = torch.where(strength > 0, strength, torch.ones_like(strength))
     identity = torch.eye(moment.shape[-1]).to(moment)
+    strength = strength + (strength == 0)
     return torch.linalg.cholesky(moment + strength * identity)

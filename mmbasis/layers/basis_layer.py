@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import List, Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,9 +16,8 @@ class BasisLayer(nn.Module):
 
     ``basis`` is the same kind of layer as the dense one, with ``rank`` output
     channels per group and no bias; ``coefficients`` is a pointwise layer that
-    rebuilds the output channels. With ``H`` the dense weights as a matrix of
-    shape ``(G, P / G, D)`` (``G`` groups, ``P`` output channels, ``D``
-    weights per output channel), ``H ~ w F`` (Tayyab et al., ICIP 2021).
+    rebuilds the output channels: the weights ``H`` of :class:`DenseKind` are
+    ``H ~ w F`` (Tayyab et al., ICIP 2021).
 
     A new layer has the structure and the plain attributes of the dense one
     (``kernel_size``, …), but its basis is zero, and it has no hooks.
@@ -31,9 +30,8 @@ class BasisLayer(nn.Module):
         norm (bool): Put a batch normalization between basis and coefficients.
             Defaults to False.
 
-    Raises:
-        TypeError: If no kind is registered for the layer.
-        ValueError: If the rank is out of range.
+    TypeError if no kind is registered for the layer, ValueError if the rank is
+    out of range.
     """
 
     def __init__(self,
@@ -77,29 +75,26 @@ class BasisLayer(nn.Module):
 
     def take_over(self, dense: nn.Module) -> None:
         """Take the hooks and the own ``forward``, if any, of the dense layer
-        that this one was built from.
-
-        Raises:
-            CannotRebind: If ``forward`` cannot be bound to this layer.
-        """
+        that this one was built from; CannotRebind if the latter depends on
+        it."""
         rebound = inheritance.rebound_attributes(dense, self)
-        inheritance.give_hooks(dense.modules(), self._parts())
+        for own, other in self._counterparts(dense):
+            vars(other).update(inheritance.share_hooks(other, own))
         vars(self).update(rebound)
 
     def hand_back(self, dense: nn.Module) -> None:
         """Give the hooks to the dense layer that replaces this one."""
-        inheritance.give_hooks(self._parts(), dense.modules())
+        for own, other in self._counterparts(dense):
+            vars(own).update(inheritance.share_hooks(own, other))
 
-    def _parts(self) -> List[nn.Module]:
-        """What has a counterpart in the dense layer: this layer and the
-        modules inside (an offset branch)."""
-        return [self, *list(self.basis.modules())[1:]]
+    def _counterparts(self, dense: nn.Module) -> Iterator:
+        """This layer and those inside, each with that of the dense one."""
+        return zip([self, *list(self.basis.modules())[1:]], dense.modules())
 
     def __deepcopy__(self, memo: dict) -> 'BasisLayer':
         clone = memo[id(self)] = copy.copy(self)
         vars(clone).update(copy.deepcopy(vars(self), memo))
-        vars(clone).update(
-            inheritance.rebound_attributes(self, clone, copied=True))
+        inheritance.rebind_copy(self, clone)
         return clone
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -150,17 +145,8 @@ class BasisLayer(nn.Module):
                     basis: Tensor,
                     coefficients: Tensor,
                     bias: Optional[Tensor] = None) -> None:
-        """Overwrite the factors in place.
-
-        Args:
-            basis (Tensor): Shape ``(G, Q, D)``.
-            coefficients (Tensor): Shape ``(G, P / G, Q)``.
-            bias (Tensor, optional): Shape ``(P, )``. By default the bias
-                stays as it is.
-
-        Raises:
-            ValueError: If a bias is given to a layer without one.
-        """
+        """Overwrite the :attr:`factors` and, if given, the bias of shape
+        ``(P, )`` in place; ValueError if the layer has no bias."""
         self.basis.weight.copy_(self.kind.from_matrix(basis, self.basis))
         self.coefficients.weight.copy_(
             coefficients.reshape(self.coefficients.weight.shape))
@@ -207,10 +193,7 @@ class BasisLayer(nn.Module):
     @torch.no_grad()
     def retract(self) -> None:
         """Make the basis orthonormal; the function of the layer stays.
-
-        Raises:
-            RuntimeError: If a normalization stands between the factors.
-        """
+        RuntimeError if a normalization stands between the factors."""
         if self.norm is not None:
             raise RuntimeError('a layer with a normalization between basis '
                                'and coefficients cannot be retracted; call '
@@ -219,11 +202,8 @@ class BasisLayer(nn.Module):
 
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
-        """Fold the middle batch normalization, if any, into the coefficients.
-
-        Returns:
-            BasisLayer: Self; the same function in evaluation mode.
-        """
+        """Fold the middle batch normalization, if any, into the coefficients;
+        returns the layer, which is the same function in evaluation mode."""
         if self.norm is None:
             return self
         coefficients, (weight, bias) = self.coefficients, self._folded()
@@ -238,11 +218,8 @@ class BasisLayer(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """The equivalent dense layer in evaluation mode, of the class that was
-        represented, with the hooks and the own ``forward`` of this one.
-
-        Raises:
-            ValueError: If the layer has a bias, and the dense one cannot.
-        """
+        represented, with the hooks and the own ``forward`` of this one;
+        ValueError if this layer has a bias, and the dense one cannot."""
         coefficients, bias = self._folded()
         if bias is not None and 'bias' not in self.basis._parameters:
             raise ValueError(
@@ -263,7 +240,8 @@ class BasisLayer(nn.Module):
                 bias.to(dense.weight).clone(), dense.weight.requires_grad)
             if own is not None:
                 _liken(dense.bias, own)
-        inheritance.give_hooks(self._parts(), dense.modules(), keep=True)
+        for layer, other in self._counterparts(dense):
+            inheritance.share_hooks(layer, other)
         vars(dense).update(inheritance.rebound_attributes(self, dense))
         return dense
 
@@ -281,19 +259,14 @@ def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     """Copy a layer with other weights, no bias, no hooks and no methods of the
     instance's own. Plain attributes are shared: a model may hang all that it
     remembers on each of its layers."""
-    own = {
-        name: value
-        for name, value in inheritance.own_attributes(module).items()
-        if not (callable(value) and (hasattr(type(module), name) or getattr(
-            value, '__self__', None) is module))
-    }
     clone = type(module).__new__(type(module))
     nn.Module.__init__(clone)
-    vars(clone).update(own)
+    for name, value in inheritance.own_attributes(module).items():
+        if name != 'forward' and getattr(value, '__self__', 0) is not module:
+            vars(clone)[name] = value
     parameter = nn.Parameter(weight)
     _liken(parameter, module.weight)
-    memo = {id(x): x for x in own.values()}
-    memo.update({id(module): clone, id(module.weight): parameter})
+    memo = {id(module): clone, id(module.weight): parameter}
     for name in ('_parameters', '_buffers', '_modules', 'training'):
         vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
     if module.bias is not None:

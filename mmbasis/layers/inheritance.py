@@ -46,54 +46,73 @@ def why_not_inherited(module: nn.Module) -> Optional[str]:
     return None
 
 
-def give_hooks(old: Iterable[nn.Module],
-               new: Iterable[nn.Module],
-               keep: bool = False) -> None:
-    """Give the hooks of modules to others, in the same dictionaries, so that
-    handles stay valid; ``keep`` leaves them with the old ones as well."""
-    for giver, taker in zip(old, new):
-        for name, empty in vars(nn.Module()).items():
-            if 'hook' in name and 'state_dict' not in name:
-                vars(taker)[name] = vars(giver)[name]
-                vars(giver)[name] = vars(taker)[name] if keep else empty
+def share_hooks(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
+    """Let modules have the same hooks, in the same dictionaries, so that
+    handles stay valid; returns what a module without hooks has."""
+    fresh = {
+        k: v
+        for k, v in vars(nn.Module()).items()
+        if 'hook' in k and 'state_dict' not in k
+    }
+    vars(new).update({k: vars(old)[k] for k in fresh})
+    return fresh
 
 
 def rebound_attributes(old: nn.Module,
                        new: nn.Module,
-                       inner: Optional[Callable] = None,
-                       copied: bool = False) -> Dict[str, Any]:
-    """Attributes to set so that ``new`` has the own ``forward`` of ``old``, if
-    any, see :class:`_Rebind`; all is there already if it was ``copied``.
+                       inner: Optional[Callable] = None) -> Dict[str, Any]:
+    """Attributes by which ``new`` gets the own ``forward`` of ``old``, if any,
+    see :class:`_Rebind`.
 
     Raises:
-        CannotRebind: If it holds on to ``old`` out of reach or, not being
-            copied, does not end in the ``forward`` of the class.
+        CannotRebind: If that does not end in the ``forward`` of the class, or
+            holds on to ``old`` out of reach.
     """
-    own = own_attributes(new if copied else old)
+    own = own_attributes(old)
     if 'forward' not in own:
         return {}
     rebind = _Rebind(old, new, inner)
     rebound = {
         k: rebind(v)
-        for k, v in own.items() if k == 'forward' or not (
-            copied or isinstance(v, type)) and callable(v)
+        for k, v in own.items() if callable(v) and not isinstance(v, type)
     }
-    if not (copied or rebind.calls_class):
+    if not rebind.calls_class:
         raise CannotRebind('it does not call the forward of its class')
     if new is not old:
         _check_independent(rebound.values(), old)
     return rebound
 
 
+def rebind_copy(old: nn.Module, clone: nn.Module) -> None:
+    """Have a deep copy run itself: a closure, as activation checkpointing
+    makes it, would go on running the original. May raise CannotRebind."""
+    if 'forward' in vars(clone):
+        call = _Rebind(old, clone)(vars(clone)['forward'])
+        _check_independent([call], old)
+        vars(clone)['forward'] = call
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy in which each module with a ``forward`` of its own runs
+    itself, see :func:`rebind_copy`; the CannotRebind names what cannot."""
+    clone = copy.deepcopy(module)
+    for (name, old), new in zip(module.named_modules(), clone.modules()):
+        try:
+            rebind_copy(old, new)
+        except CannotRebind as error:
+            raise CannotRebind(
+                f'{name or "the model"} cannot be copied: its forward was '
+                f'replaced on the instance, and {error}') from error
+    return clone
+
+
 class observe:
     """Watch what the ``forward`` of a layer's class takes and returns, inside
     of whatever hooks and own ``forward`` change it for others.
 
-    Args:
-        module (nn.Module): The layer.
-        behind (Callable, optional): ``(module, args, kwargs, output)``, as of
-            a forward hook: what it returns, if anything, is the output.
-        before (Callable, optional): ``(module, args)``, called before.
+    ``behind(module, args, kwargs, output)`` is called as a forward hook: what
+    it returns, if anything, is the output. ``before(module, args)`` is called
+    before, if given.
     """
 
     def __init__(self,
@@ -126,43 +145,26 @@ class observe:
         vars(self.module).update(self.old)
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy in which modules with a ``forward`` of their own run that
-    of the copy: a closure, as activation checkpointing makes it, would go on
-    running the original.
-
-    Raises:
-        CannotRebind: If that is impossible; it names the module.
-    """
-    clone = copy.deepcopy(module)
-    for (name, old), new in zip(module.named_modules(), clone.modules()):
-        try:
-            vars(new).update(rebound_attributes(old, new, copied=True))
-        except CannotRebind as error:
-            raise CannotRebind(
-                f'{name or "the model"} cannot be copied: its forward was '
-                f'replaced on the instance, and {error}') from error
-    return clone
-
-
 class _Rebind:
     """Rebuild a callable with one layer in the place of another, wherever it
     holds that: as the object of a method, in a partial or a closure. ``inner``
     takes the place of the class's ``forward``: by default, that of ``new``."""
 
-    def __init__(self,
-                 old: nn.Module,
-                 new: nn.Module,
+    def __init__(self, old: nn.Module, new: nn.Module,
                  inner: Optional[Callable] = None) -> None:
         self.old, self.new = old, new
         self.inner = inner or MethodType(type(new).forward, new)
-        #: whether the ``forward`` of the old layer's class was met
-        self.calls_class = False
+        self.calls_class = False  # the ``forward`` of the old layer's class
         self._done: Dict[int, Any] = {id(old): new}
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, MethodType) and value.__self__ is self.old:
-            return self._method(value)
+            if value.__func__ is type(self.old).forward:
+                self.calls_class = True
+                return self.inner
+            if type(self.new) is not type(self.old):
+                raise CannotRebind(f'it calls {value.__name__}')
+            return MethodType(value.__func__, self.new)
         if id(value) not in self._done:
             self._done[id(value)] = value  # ends circles
             if isinstance(value, partial):
@@ -173,21 +175,16 @@ class _Rebind:
                 self._done[id(value)] = rebuilt
             elif isinstance(value, FunctionType):
                 self._done[id(value)] = self._function(value)
+            elif isinstance(value, CellType):
+                for content in gc.get_referents(value):  # one, or it is empty
+                    if self(content) is not content:
+                        self._done[id(value)] = CellType(self(content))
         return self._done[id(value)]
-
-    def _method(self, value: MethodType) -> Callable:
-        if value.__func__ is type(self.old).forward:
-            self.calls_class = True
-            return self.inner
-        if type(self.new) is not type(self.old):
-            raise CannotRebind(f'it calls {value.__name__}')
-        return MethodType(value.__func__, self.new)
 
     def _function(self, value: FunctionType) -> FunctionType:
         parts = (value.__closure__ or (), value.__defaults__ or (),
                  value.__kwdefaults__ or {}, vars(value))
-        closure = tuple(map(self._cell, parts[0]))
-        defaults = tuple(map(self, parts[1]))
+        closure, defaults = (tuple(map(self, x)) for x in parts[:2])
         keywords, attributes = map(self._values, parts[2:])
         if (closure, defaults, keywords, attributes) == parts:
             return value  # nothing of the layer in it
@@ -196,12 +193,6 @@ class _Rebind:
         rebuilt.__kwdefaults__ = keywords
         vars(rebuilt).update(attributes)
         return rebuilt
-
-    def _cell(self, cell: CellType) -> CellType:
-        for content in gc.get_referents(cell):  # nothing in an empty one
-            if self(content) is not content:
-                return CellType(self(content))
-        return cell
 
     def _values(self, items: dict) -> dict:
         return {k: self(v) for k, v in items.items()}
@@ -212,30 +203,28 @@ def _check_independent(callables: Iterable[Any], old: nn.Module) -> None:
     names are followed within one file only: beyond, they lead to
     everything."""
     forbidden = {id(old), *map(id, old.parameters(recurse=False))}
-    seen: Dict[Tuple[int, int], Any] = {}
-    # with what global names mean there
+    seen: Dict[Tuple[int, int], Any] = {}  # alive, so that ids are unique
     queue: list = [(x, None) for x in callables]
     while queue:
         value, scope = queue.pop()
         if id(value) in forbidden:
             raise CannotRebind('it reaches the layer, or its weights, by a '
                                'global name or through data')
+        if len(seen) > _MOST:
+            raise CannotRebind('it holds too much to look through')
         key = id(value), id(scope)
         if key in seen or isinstance(value, _OPAQUE):
             continue
-        seen[key] = value  # alive, so that ids are unique
-        if len(seen) > _MOST:
-            raise CannotRebind('it holds too much to look through')
+        seen[key] = value
+        inside = gc.get_referents(value)
         if isinstance(value, FunctionType):
             inside = [value.__closure__, value.__defaults__,
                       value.__kwdefaults__, vars(value)]
             if scope is None or scope is value.__globals__:
                 queue.append((value.__code__, value.__globals__))
-        elif isinstance(value, CodeType):
+        elif isinstance(value, CodeType):  # also that of functions inside it
             inside = [*map((scope or {}).get, value.co_names),
-                      *value.co_consts]  # the code of functions inside it
+                      *value.co_consts]
         elif isinstance(value, weakref.ref):
             inside = [value()]
-        else:
-            inside = gc.get_referents(value)
         queue += [(x, scope) for x in inside]

@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Which layers can be represented by a basis, and what has to be known of
-them."""
+"""Which layers can be represented by a basis, and what is known of them."""
 from typing import Optional, Sequence, Tuple, Type
 
 import numpy as np
@@ -16,13 +15,13 @@ from .inheritance import why_not_inherited
 
 try:
     from mmcv import ops
-except ImportError:  # mmcv-lite has no operators, so no such layers
-    DEFORM_TYPES: Tuple[type, ...] = ()
-else:
-    DEFORM_TYPES = (ops.DeformConv2d, ops.DeformConv2dPack,
-                    ops.ModulatedDeformConv2d, ops.ModulatedDeformConv2dPack)
+    DEFORM_TYPES: Tuple[type, ...] = (
+        ops.DeformConv2d, ops.DeformConv2dPack, ops.ModulatedDeformConv2d,
+        ops.ModulatedDeformConv2dPack)
     # a layer without bias says so everywhere else: here there is no attribute
     ops.DeformConv2d.bias = None
+except ImportError:  # mmcv-lite has no operators, so no such layers
+    DEFORM_TYPES = ()
 
 
 class _ChannelsLastNorm(nn.BatchNorm1d):
@@ -45,9 +44,8 @@ class DenseKind:
     methods are those of linear layers and convolutions, which hold them as
     ``(P, C / G, *kernel)``.
 
-    A kind of your own is a subclass, usually of one of the kinds here, which
-    ``@LAYER_KINDS.register_module()`` announces. It wins over those
-    registered before it for the types it names.
+    A kind of your own is a subclass, usually of one of the kinds here, with
+    ``@LAYER_KINDS.register_module()``. For its types it wins over older ones.
     """
 
     #: what plans and latency tables call the kind
@@ -61,8 +59,7 @@ class DenseKind:
     @classmethod
     def matrix_shape(cls, dense: nn.Module) -> Tuple[int, int, int]:
         """``(G, P / G, D)`` of a dense layer."""
-        groups, rows, in_size = cls.to_matrix(dense).shape
-        return groups, rows, in_size
+        return tuple(cls.to_matrix(dense).shape)  # type: ignore[return-value]
 
     @staticmethod
     def to_matrix(dense: nn.Module) -> Tensor:
@@ -79,8 +76,7 @@ class DenseKind:
 
     @staticmethod
     def channel_axis(dense: nn.Module) -> int:
-        """The axis of inputs and outputs, from the end, that holds the
-        channels."""
+        """The axis of inputs and outputs, from the end, with the channels."""
         return 1 - dense.weight.dim()
 
     @staticmethod
@@ -91,8 +87,7 @@ class DenseKind:
 
     @classmethod
     def sees_patches(cls, dense: nn.Module) -> bool:
-        """Whether :meth:`patches` can tell what the layer's weights are
-        multiplied with."""
+        """Whether :meth:`patches` knows the layer."""
         return type(dense) in cls.patch_types
 
     @staticmethod
@@ -168,16 +163,13 @@ class ConvTransposeKind(ConvKind):
     # weights are (C, P / G, *kernel), the groups being blocks of C
     @staticmethod
     def to_matrix(dense: nn.Module) -> Tensor:
-        weight = dense.weight
-        blocks = weight.reshape(dense.groups, -1, *weight.shape[1:])
+        blocks = dense.weight.unflatten(0, (dense.groups, -1))
         return blocks.transpose(1, 2).flatten(2)
 
     @staticmethod
     def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
-        groups, rows, _ = matrix.shape
-        kernel = like.weight.shape[2:]
-        blocks = matrix.reshape(groups, rows, -1, *kernel)
-        return blocks.transpose(1, 2).reshape(-1, rows, *kernel)
+        blocks = matrix.unflatten(2, (-1, *like.weight.shape[2:]))
+        return blocks.transpose(1, 2).flatten(0, 1)
 
     @staticmethod
     def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -186,21 +178,15 @@ class ConvTransposeKind(ConvKind):
 
 @LAYER_KINDS.register_module()
 class DeformConvKind(ConvKind):
-    """Deformable convolutions of MMCV (v1 or v2, grouped or not).
-
-    The basis samples where the dense layer does: offsets (and masks) are
-    arguments of ``forward``, or come from its copy of the offset branch.
-    """
+    """Deformable convolutions of MMCV (v1 or v2, grouped or not), of which the
+    basis gets the offsets (and masks), or has a copy of the offset branch."""
     name = 'BasisDeformConv'
     dense_types = DEFORM_TYPES
 
 
 def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:
-    """The kind of a dense layer, or None if none is registered for it.
-
-    A subclass counts as its parent as long as it computes what its parent
-    does, that is, overrides neither ``forward`` nor ``_conv_forward``.
-    """
+    """The kind of a dense layer, or None if none is registered for it; see
+    :attr:`DenseKind.dense_types`."""
     kinds = list(LAYER_KINDS.module_dict.values())
     for cls in type(module).__mro__:
         for kind in reversed(kinds):  # a user's kinds come last and win
@@ -212,12 +198,8 @@ def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:
 
 
 def why_not(module: nn.Module) -> Optional[str]:
-    """Why a linear or convolution layer cannot be represented by a basis.
-
-    Returns:
-        str | None: None where it can; an empty string where the module is not
-        a linear or convolution layer at all.
-    """
+    """Why a linear or convolution layer cannot be represented by a basis: None
+    where it can, an empty string for other modules."""
     kind = kind_of(module)
     if kind is None:
         if isinstance(module, (_ConvNd, nn.Linear, *DEFORM_TYPES)):
