@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import factorization
 from . import inheritance
-from .kinds import kind_of
+from .kinds import DenseKind, kind_of
 
 
 class BasisLayer(nn.Module):
@@ -59,9 +59,8 @@ class BasisLayer(nn.Module):
             if not hasattr(type(self), name):
                 vars(self).setdefault(name, value)
         weight = dense.weight
-        zeros = weight.new_zeros((groups, rank, in_size))
-        self.basis = _clone(dense, kind.from_matrix(zeros, dense),
-                            groups * rank)
+        self.basis = _clone(dense, kind,
+                            weight.new_zeros((groups, rank, in_size)))
         self.norm = kind.build_norm(dense, groups * rank) if norm else None
         self.coefficients = kind.build_coefficients(
             dense, groups * rank, bias or dense.bias is not None)
@@ -94,7 +93,7 @@ class BasisLayer(nn.Module):
     def __deepcopy__(self, memo: dict) -> 'BasisLayer':
         clone = memo[id(self)] = copy.copy(self)
         vars(clone).update(copy.deepcopy(vars(self), memo))
-        inheritance.rebind_copy(self, clone)
+        vars(clone).update(inheritance.rebound_attributes(self, clone))
         return clone
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -228,18 +227,13 @@ class BasisLayer(nn.Module):
                 'or compress with data_aware=False')
         matrix = factorization.merge(self.factors[0].double(),
                                      coefficients.double())
-        weight = self.kind.from_matrix(matrix, self.basis)
-        dense = _clone(self.basis, weight.to(self.basis.weight),
-                       self.out_channels)
-        own = self.coefficients.bias
-        dense.weight.requires_grad = (
-            self.basis.weight.requires_grad
-            or self.coefficients.weight.requires_grad)
+        dense = _clone(self.basis, self.kind, matrix)
+        dense.weight.requires_grad |= self.coefficients.weight.requires_grad
         if bias is not None:
             dense.bias = nn.Parameter(
                 bias.to(dense.weight).clone(), dense.weight.requires_grad)
-            if own is not None:
-                _liken(dense.bias, own)
+            if self.coefficients.bias is not None:
+                _liken(dense.bias, self.coefficients.bias)
         for layer, other in self._counterparts(dense):
             inheritance.share_hooks(layer, other)
         vars(dense).update(inheritance.rebound_attributes(self, dense))
@@ -255,7 +249,8 @@ def _liken(parameter: nn.Parameter, model: nn.Parameter) -> None:
     vars(parameter).update(vars(model))
 
 
-def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
+def _clone(module: nn.Module, kind: Type[DenseKind],
+           matrix: Tensor) -> nn.Module:
     """Copy a layer with other weights, no bias, no hooks and no methods of the
     instance's own. Plain attributes are shared: a model may hang all that it
     remembers on each of its layers."""
@@ -264,13 +259,14 @@ def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
     for name, value in inheritance.own_attributes(module).items():
         if name != 'forward' and getattr(value, '__self__', 0) is not module:
             vars(clone)[name] = value
-    parameter = nn.Parameter(weight)
-    _liken(parameter, module.weight)
-    memo = {id(module): clone, id(module.weight): parameter}
+    weight = nn.Parameter(kind.from_matrix(matrix, module).to(module.weight))
+    _liken(weight, module.weight)
+    memo = {id(module): clone, id(module.weight): weight}
     for name in ('_parameters', '_buffers', '_modules', 'training'):
         vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
     if module.bias is not None:
         clone.register_parameter('bias', None)
     linear = hasattr(module, 'out_features')
-    setattr(clone, 'out_features' if linear else 'out_channels', channels)
+    setattr(clone, 'out_features' if linear else 'out_channels',
+            matrix.shape[:2].numel())
     return clone

@@ -61,44 +61,39 @@ def share_hooks(old: nn.Module, new: nn.Module) -> Dict[str, Any]:
 def rebound_attributes(old: nn.Module,
                        new: nn.Module,
                        inner: Optional[Callable] = None) -> Dict[str, Any]:
-    """Attributes by which ``new`` gets the own ``forward`` of ``old``, if any,
-    see :class:`_Rebind`.
+    """Attributes by which a replacement or deep copy ``new`` gets the own
+    ``forward`` of ``old``, if any, see :class:`_Rebind`.
 
     Raises:
-        CannotRebind: If that does not end in the ``forward`` of the class, or
-            holds on to ``old`` out of reach.
+        CannotRebind: If that holds on to ``old`` out of reach or, for a
+            replacement, does not end in the ``forward`` of the class.
     """
     own = own_attributes(old)
     if 'forward' not in own:
         return {}
+    copied = new is not old and type(new) is type(old)
+    if copied:  # copying has done the rest
+        own = dict(forward=vars(new)['forward'])
     rebind = _Rebind(old, new, inner)
     rebound = {
         k: rebind(v)
         for k, v in own.items() if callable(v) and not isinstance(v, type)
     }
-    if not rebind.calls_class:
+    if not (copied or rebind.calls_class):
         raise CannotRebind('it does not call the forward of its class')
     if new is not old:
         _check_independent(rebound.values(), old)
     return rebound
 
 
-def rebind_copy(old: nn.Module, clone: nn.Module) -> None:
-    """Have a deep copy run itself: a closure, as activation checkpointing
-    makes it, would go on running the original. May raise CannotRebind."""
-    if 'forward' in vars(clone):
-        call = _Rebind(old, clone)(vars(clone)['forward'])
-        _check_independent([call], old)
-        vars(clone)['forward'] = call
-
-
 def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy in which each module with a ``forward`` of its own runs
-    itself, see :func:`rebind_copy`; the CannotRebind names what cannot."""
+    """A deep copy that runs itself: a ``forward`` that is a closure, as
+    activation checkpointing makes it, would go on running the original. If it
+    cannot, CannotRebind names the module inside."""
     clone = copy.deepcopy(module)
     for (name, old), new in zip(module.named_modules(), clone.modules()):
         try:
-            rebind_copy(old, new)
+            vars(new).update(rebound_attributes(old, new))
         except CannotRebind as error:
             raise CannotRebind(
                 f'{name or "the model"} cannot be copied: its forward was '
