@@ -1,10 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Pure tensor mathematics: spectra, basis and coefficients, orthogonality.
 
-Everything here works on stacks of matrices: a layer with ``G`` groups, ``P``
-output channels per group and ``D`` weights per output channel is a tensor
-``H`` of shape ``(G, P, D)``. Nothing here knows a module, a registry or a
-runner, and all but orthogonality is computed in float64.
+A layer with ``G`` groups, ``P`` output channels per group and ``D`` weights
+per output channel is a stack of matrices, a tensor ``H`` of shape
+``(G, P, D)``. All but orthogonality is computed in float64.
 """
 from dataclasses import dataclass
 from typing import Optional, Tuple

@@ -30,8 +30,7 @@ class BasisLayer(nn.Module):
         norm (bool): Put a batch normalization between basis and coefficients.
             Defaults to False.
 
-    TypeError if no kind is registered for the layer, ValueError if the rank is
-    out of range.
+    TypeError if the layer is of no kind, ValueError for a rank out of range.
     """
 
     def __init__(self,
@@ -74,8 +73,7 @@ class BasisLayer(nn.Module):
 
     def take_over(self, dense: nn.Module) -> None:
         """Take the hooks and the own ``forward``, if any, of the dense layer
-        that this one was built from; CannotRebind if the latter depends on
-        it."""
+        that this one was built from; CannotRebind if ``forward`` needs it."""
         rebound = inheritance.rebound_attributes(dense, self)
         for own, other in self._counterparts(dense):
             vars(other).update(inheritance.share_hooks(other, own))

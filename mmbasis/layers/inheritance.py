@@ -68,10 +68,10 @@ def rebound_attributes(old: nn.Module,
         CannotRebind: If that holds on to ``old`` out of reach or, for a
             replacement, does not end in the ``forward`` of the class.
     """
+    copied = new is not old and type(new) is type(old)
     own = own_attributes(old)
     if 'forward' not in own:
         return {}
-    copied = new is not old and type(new) is type(old)
     if copied:  # copying has done the rest
         own = dict(forward=vars(new)['forward'])
     rebind = _Rebind(old, new, inner)

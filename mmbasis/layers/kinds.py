@@ -7,8 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..registry import LAYER_KINDS
 from .inheritance import why_not_inherited
@@ -40,9 +38,8 @@ class DenseKind:
     """One kind of dense layer. It has no state and is never instantiated.
 
     The weights of a dense layer are a matrix ``H`` of shape ``(G, P / G, D)``:
-    ``G`` groups, ``P`` output channels, ``D`` weights per output channel. The
-    methods are those of linear layers and convolutions, which hold them as
-    ``(P, C / G, *kernel)``.
+    ``G`` groups, ``P`` output channels, ``D`` weights per output channel. As
+    they stand, the methods are for weights of shape ``(P, C / G, *kernel)``.
 
     A kind of your own is a subclass, usually of one of the kinds here, with
     ``@LAYER_KINDS.register_module()``. For its types it wins over older ones.
@@ -65,9 +62,8 @@ class DenseKind:
     def to_matrix(dense: nn.Module) -> Tensor:
         """The weights ``H``, shape ``(G, P / G, D)``, of a dense layer, or of
         anything that has its ``weight`` and ``groups``."""
-        weight = dense.weight
-        return weight.reshape(
-            getattr(dense, 'groups', 1), -1, weight[0].numel())
+        return dense.weight.flatten(1).unflatten(
+            0, (getattr(dense, 'groups', 1), -1))
 
     @staticmethod
     def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
@@ -97,8 +93,8 @@ class DenseKind:
 
         Args:
             dense (nn.Module): A layer for which :meth:`sees_patches` holds.
-            x (Tensor): Its input.
-            out_shape (Sequence[int]): Spatial shape of its output.
+            x (Tensor): The input.
+            out_shape (Sequence[int]): Spatial shape of the output.
             positions (Tensor): Flat indices, shape ``(positions, )``.
 
         Returns:
@@ -112,8 +108,8 @@ class DenseKind:
                   'constant' if mode == 'zeros' else mode)
         for axis, (kernel, stride, dilation) in enumerate(
                 zip(dense.kernel_size, dense.stride, dense.dilation), 2):
-            x = x.unfold(axis, dilation * (kernel - 1) + 1,
-                         stride)[..., ::dilation]
+            x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)
+            x = x[..., ::dilation]
         # (N, C, *kernel, *out), without a copy
         axes = len(out_shape)
         x = x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
@@ -202,11 +198,12 @@ def why_not(module: nn.Module) -> Optional[str]:
     where it can, an empty string for other modules."""
     kind = kind_of(module)
     if kind is None:
-        if isinstance(module, (_ConvNd, nn.Linear, *DEFORM_TYPES)):
+        modules = nn.modules.conv._ConvNd, nn.Linear, *DEFORM_TYPES
+        if isinstance(module, modules):
             return (f'{type(module).__name__} computes its output in a way '
                     'of its own')
         return ''
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return 'nn.MultiheadAttention reads its weight and never calls it'
     if not isinstance(module._parameters.get('weight'), nn.Parameter):
         return 'its weight is computed (weight or spectral norm)'
