@@ -1,27 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..factorization import (
-    factorize,
-    merge,
-    orthogonality_error,
-    orthonormalize,
-    spectrum_of_factor,
-)
-from .dense_kind import channels_attribute
-from .inheritance import (
-    fresh_hooks,
-    move_hooks,
-    own_attributes,
-    rebound_attributes,
-    share_hooks,
-)
-from .kinds import kind_of
+from .. import factorization
+from . import inheritance
+from .kinds import DenseKind, kind_of
 
 
 class BasisLayer(nn.Module):
@@ -29,9 +16,8 @@ class BasisLayer(nn.Module):
 
     ``basis`` is the same kind of layer as the dense one, with ``rank`` output
     channels per group and no bias; ``coefficients`` is a pointwise layer that
-    rebuilds the output channels. With ``H`` the dense weights as a matrix of
-    shape ``(G, P / G, D)`` (``G`` groups, ``P`` output channels, ``D``
-    weights per output channel), ``H ~ w F`` (Tayyab et al., ICIP 2021).
+    rebuilds the output channels: the weights ``H`` of :class:`DenseKind` are
+    ``H ~ w F`` (Tayyab et al., ICIP 2021).
 
     A new layer has the structure and the plain attributes of the dense one
     (``kernel_size``, …), but its basis is zero, and it has no hooks.
@@ -44,9 +30,7 @@ class BasisLayer(nn.Module):
         norm (bool): Put a batch normalization between basis and coefficients.
             Defaults to False.
 
-    Raises:
-        TypeError: If no kind is registered for the layer.
-        ValueError: If the rank is out of range.
+    TypeError if the layer is of no kind, ValueError for a rank out of range.
     """
 
     def __init__(self,
@@ -70,57 +54,45 @@ class BasisLayer(nn.Module):
         self.rank = rank
         self.groups = groups
         self.out_channels = groups * out_per_group
-        for name, value in own_attributes(dense).items():
-            if not (name in vars(self) or hasattr(type(self), name)):
-                vars(self)[name] = value
-        zeros = dense.weight.new_zeros((groups, rank, in_size))
-        self.basis = _clone(dense, kind.from_matrix(zeros, dense),
-                            groups * rank)
+        for name, value in inheritance.own_attributes(dense).items():
+            if not hasattr(type(self), name):
+                vars(self).setdefault(name, value)
+        weight = dense.weight
+        self.basis = _clone(dense, kind,
+                            weight.new_zeros((groups, rank, in_size)))
         self.norm = kind.build_norm(dense, groups * rank) if norm else None
         self.coefficients = kind.build_coefficients(
             dense, groups * rank, bias or dense.bias is not None)
-        self._inherit_state(dense)
-
-    def _inherit_state(self, dense: nn.Module) -> None:
-        """Mode, device, type, which parameters are trained, and what models
-        note on them (as that they do not decay)."""
-        weight = dense.weight
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
-        parts = [self.basis.weight, *self.coefficients.parameters()]
-        if self.norm is not None:
-            parts += self.norm.parameters()
-        for parameter in parts:
-            parameter.requires_grad = weight.requires_grad
-        vars(self.basis.weight).update(vars(weight))
-        vars(self.coefficients.weight).update(vars(weight))
+        for part in filter(None, (self.norm, self.coefficients)):
+            part.requires_grad_(weight.requires_grad)
+        _liken(self.coefficients.weight, weight)
         if dense.bias is not None:
-            self.coefficients.bias.requires_grad = dense.bias.requires_grad
-            vars(self.coefficients.bias).update(vars(dense.bias))
+            _liken(self.coefficients.bias, dense.bias)
 
     def take_over(self, dense: nn.Module) -> None:
         """Take the hooks and the own ``forward``, if any, of the dense layer
-        that this one was built from.
-
-        Raises:
-            CannotRebind: If ``forward`` cannot be bound to this layer.
-        """
-        rebound = rebound_attributes(dense, self)
+        that this one was built from; CannotRebind if ``forward`` needs it."""
+        rebound = inheritance.rebound_attributes(dense, self)
         for own, other in self._counterparts(dense):
-            move_hooks(other, own)
+            vars(other).update(inheritance.share_hooks(other, own))
         vars(self).update(rebound)
 
     def hand_back(self, dense: nn.Module) -> None:
         """Give the hooks to the dense layer that replaces this one."""
         for own, other in self._counterparts(dense):
-            move_hooks(own, other)
+            vars(own).update(inheritance.share_hooks(own, other))
 
-    def _counterparts(
-            self,
-            dense: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
-        """This layer and the modules inside (an offset branch), each with
-        that of the dense layer."""
-        return zip((self, *list(self.basis.modules())[1:]), dense.modules())
+    def _counterparts(self, dense: nn.Module) -> Iterator:
+        """This layer and those inside, each with that of the dense one."""
+        return zip([self, *list(self.basis.modules())[1:]], dense.modules())
+
+    def __deepcopy__(self, memo: dict) -> 'BasisLayer':
+        clone = memo[id(self)] = copy.copy(self)
+        vars(clone).update(copy.deepcopy(vars(self), memo))
+        vars(clone).update(inheritance.rebound_attributes(self, clone))
+        return clone
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Compute the output from the arguments of the dense layer."""
@@ -142,7 +114,7 @@ class BasisLayer(nn.Module):
         """The weights of the equivalent dense layer, in evaluation mode: some
         models read the weights of their layers."""
         coefficients = self._folded()[0].to(self.basis.weight)
-        matrix = merge(self.factors[0], coefficients)
+        matrix = factorization.merge(self.factors[0], coefficients)
         return self.kind.from_matrix(matrix, self.basis)
 
     @property
@@ -170,17 +142,8 @@ class BasisLayer(nn.Module):
                     basis: Tensor,
                     coefficients: Tensor,
                     bias: Optional[Tensor] = None) -> None:
-        """Overwrite the factors in place.
-
-        Args:
-            basis (Tensor): Shape ``(G, Q, D)``.
-            coefficients (Tensor): Shape ``(G, P / G, Q)``.
-            bias (Tensor, optional): Shape ``(P, )``. By default the bias
-                stays as it is.
-
-        Raises:
-            ValueError: If a bias is given to a layer without one.
-        """
+        """Overwrite the :attr:`factors` and, if given, the bias of shape
+        ``(P, )`` in place; ValueError if the layer has no bias."""
         self.basis.weight.copy_(self.kind.from_matrix(basis, self.basis))
         self.coefficients.weight.copy_(
             coefficients.reshape(self.coefficients.weight.shape))
@@ -207,7 +170,7 @@ class BasisLayer(nn.Module):
         """
         matrix = self.kind.to_matrix(dense).detach().double()
         if vectors is None:
-            vectors = spectrum_of_factor(matrix).vectors
+            vectors = factorization.spectrum_of_factor(matrix).vectors
         vectors = vectors[..., :self.rank]
         bias = self.coefficients.bias
         if bias is not None:
@@ -216,33 +179,28 @@ class BasisLayer(nn.Module):
                 mean = mean.unsqueeze(-1).to(vectors)
                 lost = mean - vectors @ (vectors.mT @ mean)
                 bias = bias + lost.flatten().to(bias)
-        self.set_factors(*factorize(matrix, vectors), bias)
+        self.set_factors(*factorization.factorize(matrix, vectors), bias)
 
     @property
     def orthogonality_error(self) -> float:
         """Largest entry of ``|F F^T - I|``."""
-        return float(orthogonality_error(self.factors[0].detach().float()))
+        return float(
+            factorization.orthogonality_error(self.factors[0].detach().float()))
 
     @torch.no_grad()
     def retract(self) -> None:
         """Make the basis orthonormal; the function of the layer stays.
-
-        Raises:
-            RuntimeError: If a normalization stands between the factors.
-        """
+        RuntimeError if a normalization stands between the factors."""
         if self.norm is not None:
             raise RuntimeError('a layer with a normalization between basis '
                                'and coefficients cannot be retracted; call '
                                'fold_norm() first')
-        self.set_factors(*orthonormalize(*self.factors))
+        self.set_factors(*factorization.orthonormalize(*self.factors))
 
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
-        """Fold the middle batch normalization, if any, into the coefficients.
-
-        Returns:
-            BasisLayer: Self; the same function in evaluation mode.
-        """
+        """Fold the middle batch normalization, if any, into the coefficients;
+        returns the layer, which is the same function in evaluation mode."""
         if self.norm is None:
             return self
         coefficients, (weight, bias) = self.coefficients, self._folded()
@@ -257,56 +215,56 @@ class BasisLayer(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """The equivalent dense layer in evaluation mode, of the class that was
-        represented, with the hooks and the own ``forward`` of this one.
-
-        Raises:
-            ValueError: If the layer has a bias, and the dense one cannot.
-        """
+        represented, with the hooks and the own ``forward`` of this one;
+        ValueError if this layer has a bias, and the dense one cannot."""
         coefficients, bias = self._folded()
         if bias is not None and 'bias' not in self.basis._parameters:
             raise ValueError(
                 f'a {type(self.basis).__name__} has no bias, so this basis '
                 'layer, which has one, cannot be merged: keep it as it is, '
                 'or compress with data_aware=False')
-        matrix = merge(self.factors[0].double(), coefficients.double())
-        weight = self.kind.from_matrix(matrix, self.basis)
-        dense = _clone(self.basis, weight.to(self.basis.weight),
-                       self.out_channels)
-        dense.weight.requires_grad = (
-            self.basis.weight.requires_grad
-            or self.coefficients.weight.requires_grad)
-        vars(dense.weight).update(vars(self.basis.weight))
+        matrix = factorization.merge(self.factors[0].double(),
+                                     coefficients.double())
+        dense = _clone(self.basis, self.kind, matrix)
+        dense.weight.requires_grad |= self.coefficients.weight.requires_grad
         if bias is not None:
-            own = self.coefficients.bias
             dense.bias = nn.Parameter(
-                bias.to(dense.weight).clone(), dense.weight.requires_grad
-                if own is None else own.requires_grad)
-            vars(dense.bias).update({} if own is None else vars(own))
-        for own, other in self._counterparts(dense):
-            share_hooks(own, other)
-        vars(dense).update(rebound_attributes(self, dense))
+                bias.to(dense.weight).clone(), dense.weight.requires_grad)
+            if self.coefficients.bias is not None:
+                _liken(dense.bias, self.coefficients.bias)
+        for layer, other in self._counterparts(dense):
+            inheritance.share_hooks(layer, other)
+        vars(dense).update(inheritance.rebound_attributes(self, dense))
         return dense
 
     def extra_repr(self) -> str:
         return f'rank={self.rank}, groups={self.groups}'
 
 
-def _clone(module: nn.Module, weight: Tensor, channels: int) -> nn.Module:
+def _liken(parameter: nn.Parameter, model: nn.Parameter) -> None:
+    """Whether it is trained, and what models note on it (as: no decay)."""
+    parameter.requires_grad = model.requires_grad
+    vars(parameter).update(vars(model))
+
+
+def _clone(module: nn.Module, kind: Type[DenseKind],
+           matrix: Tensor) -> nn.Module:
     """Copy a layer with other weights, no bias, no hooks and no methods of the
     instance's own. Plain attributes are shared: a model may hang all that it
     remembers on each of its layers."""
-    own = own_attributes(module)
-    fresh = fresh_hooks()
-    # hooks may hold anything, even the run
-    memo = {id(x): x for x in (*own.values(), *map(vars(module).get, fresh))}
-    memo[id(module.weight)] = nn.Parameter(weight)
+    clone = type(module).__new__(type(module))
+    nn.Module.__init__(clone)
+    for name, value in inheritance.own_attributes(module).items():
+        if name != 'forward' and getattr(value, '__self__', 0) is not module:
+            vars(clone)[name] = value
+    weight = nn.Parameter(kind.from_matrix(matrix, module).to(module.weight))
+    _liken(weight, module.weight)
+    memo = {id(module): clone, id(module.weight): weight}
+    for name in ('_parameters', '_buffers', '_modules', 'training'):
+        vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
     if module.bias is not None:
-        memo[id(module.bias)] = None
-    clone = copy.deepcopy(module, memo)
-    vars(clone).update(fresh)
-    for name, value in own.items():
-        if callable(value) and (hasattr(type(module), name) or getattr(
-                value, '__self__', None) is module):
-            delattr(clone, name)
-    setattr(clone, channels_attribute(module), channels)
+        clone.register_parameter('bias', None)
+    linear = hasattr(module, 'out_features')
+    setattr(clone, 'out_features' if linear else 'out_channels',
+            matrix.shape[:2].numel())
     return clone

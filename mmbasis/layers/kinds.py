@@ -1,23 +1,188 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Which layers can be represented by a basis, and why others cannot."""
-from typing import Optional, Type
+"""Which layers can be represented by a basis, and what is known of them."""
+from typing import Optional, Sequence, Tuple, Type
 
+import numpy as np
 import torch.nn as nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+import torch.nn.functional as F
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
+from torch import Tensor
 
 from ..registry import LAYER_KINDS
-from .conv import DEFORM_TYPES
-from .dense_kind import DenseKind
 from .inheritance import why_not_inherited
+
+try:
+    from mmcv import ops
+    DEFORM_TYPES: Tuple[type, ...] = (
+        ops.DeformConv2d, ops.DeformConv2dPack, ops.ModulatedDeformConv2d,
+        ops.ModulatedDeformConv2dPack)
+    # a layer without bias says so everywhere else: here there is no attribute
+    ops.DeformConv2d.bias = None
+except ImportError:  # mmcv-lite has no operators, so no such layers
+    DEFORM_TYPES = ()
+
+
+class _ChannelsLastNorm(nn.BatchNorm1d):
+    """Batch normalization of the last axis of ``(..., C)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: by the number of spatial axes
+_NORMS = (_ChannelsLastNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class DenseKind:
+    """One kind of dense layer. It has no state and is never instantiated.
+
+    The weights of a dense layer are a matrix ``H`` of shape ``(G, P / G, D)``:
+    ``G`` groups, ``P`` output channels, ``D`` weights per output channel. As
+    they stand, the methods are for weights of shape ``(P, C / G, *kernel)``.
+
+    A kind of your own is a subclass, usually of one of the kinds here, with
+    ``@LAYER_KINDS.register_module()``. For its types it wins over older ones.
+    """
+
+    #: what plans and latency tables call the kind
+    name: str = ''
+    #: classes of this kind; their subclasses belong to it unless they
+    #: override ``forward`` or ``_conv_forward``
+    dense_types: Tuple[type, ...] = ()
+    #: those that :meth:`patches` knows; a subclass may pad in its own way
+    patch_types: Tuple[type, ...] = ()
+
+    @classmethod
+    def matrix_shape(cls, dense: nn.Module) -> Tuple[int, int, int]:
+        """``(G, P / G, D)`` of a dense layer."""
+        return tuple(cls.to_matrix(dense).shape)  # type: ignore[return-value]
+
+    @staticmethod
+    def to_matrix(dense: nn.Module) -> Tensor:
+        """The weights ``H``, shape ``(G, P / G, D)``, of a dense layer, or of
+        anything that has its ``weight`` and ``groups``."""
+        return dense.weight.flatten(1).unflatten(
+            0, (getattr(dense, 'groups', 1), -1))
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
+        """The inverse of :meth:`to_matrix`, for any number of rows."""
+        return matrix.reshape(-1, *like.weight.shape[1:])
+
+    @staticmethod
+    def channel_axis(dense: nn.Module) -> int:
+        """The axis of inputs and outputs, from the end, with the channels."""
+        return 1 - dense.weight.dim()
+
+    @staticmethod
+    def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
+        """How often the weights are applied to turn input ``x`` into output
+        ``y``: the MACs of the layer over the number of its weights."""
+        return y.numel() // len(dense.weight)
+
+    @classmethod
+    def sees_patches(cls, dense: nn.Module) -> bool:
+        """Whether :meth:`patches` knows the layer."""
+        return type(dense) in cls.patch_types
+
+    @staticmethod
+    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
+                positions: Tensor) -> Tensor:
+        """What the weights are multiplied with at some output positions.
+
+        Args:
+            dense (nn.Module): A layer for which :meth:`sees_patches` holds.
+            x (Tensor): The input.
+            out_shape (Sequence[int]): Spatial shape of the output.
+            positions (Tensor): Flat indices, shape ``(positions, )``.
+
+        Returns:
+            Tensor: Shape ``(N, G * D, positions)``: ``H`` times its blocks of
+            ``D`` rows is the output at these positions, without bias.
+        """
+        if dense.weight.dim() == 2:
+            return x.reshape(len(x), -1, x.shape[-1]).mT[..., positions]
+        mode = dense.padding_mode
+        x = F.pad(x, dense._reversed_padding_repeated_twice,
+                  'constant' if mode == 'zeros' else mode)
+        for axis, (kernel, stride, dilation) in enumerate(
+                zip(dense.kernel_size, dense.stride, dense.dilation), 2):
+            x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)
+            x = x[..., ::dilation]
+        # (N, C, *kernel, *out), without a copy
+        axes = len(out_shape)
+        x = x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
+        places = np.unravel_index(positions.cpu().numpy(), tuple(out_shape))
+        return x[(..., *places)].flatten(1, -2)
+
+    @staticmethod
+    def build_norm(dense: nn.Module, channels: int) -> nn.Module:
+        """A batch normalization of outputs with ``channels`` channels."""
+        return _NORMS[dense.weight.dim() - 2](channels)
+
+    @classmethod
+    def build_coefficients(cls, dense: nn.Module, channels: int,
+                           bias: bool) -> nn.Module:
+        """The pointwise layer from ``channels`` to the output channels."""
+        groups, rows, _ = cls.matrix_shape(dense)
+        if dense.weight.dim() == 2:
+            return nn.Linear(channels, rows, bias=bias)
+        conv = _CONVS[dense.weight.dim() - 3]
+        return conv(channels, groups * rows, 1, groups=groups, bias=bias)
+
+
+@LAYER_KINDS.register_module()
+class LinearKind(DenseKind):
+    """Linear layers: basis and coefficients are linear, too, in one group."""
+    name = 'BasisLinear'
+    dense_types = patch_types = (nn.Linear, wrappers.Linear)
+
+
+@LAYER_KINDS.register_module()
+class ConvKind(DenseKind):
+    """Convolutions (1d, 2d or 3d, grouped or not), of which the basis keeps
+    the geometry; the coefficients are a 1x1 convolution."""
+    name = 'BasisConv'
+    patch_types = (*_CONVS, wrappers.Conv2d, wrappers.Conv3d)
+    dense_types: Tuple[type, ...] = (*patch_types, Conv2dAdaptivePadding)
+
+
+@LAYER_KINDS.register_module()
+class ConvTransposeKind(ConvKind):
+    """Transposed convolutions (1d, 2d or 3d, grouped or not); the coefficients
+    are a 1x1 convolution at the output's resolution."""
+    name = 'BasisConvTranspose'
+    dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+                   wrappers.ConvTranspose2d, wrappers.ConvTranspose3d)
+
+    # weights are (C, P / G, *kernel), the groups being blocks of C
+    @staticmethod
+    def to_matrix(dense: nn.Module) -> Tensor:
+        blocks = dense.weight.unflatten(0, (dense.groups, -1))
+        return blocks.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
+        blocks = matrix.unflatten(2, (-1, *like.weight.shape[2:]))
+        return blocks.transpose(1, 2).flatten(0, 1)
+
+    @staticmethod
+    def weight_positions(dense: nn.Module, x: Tensor, y: Tensor) -> int:
+        return x.numel() // dense.in_channels
+
+
+@LAYER_KINDS.register_module()
+class DeformConvKind(ConvKind):
+    """Deformable convolutions of MMCV (v1 or v2, grouped or not), of which the
+    basis gets the offsets (and masks), or has a copy of the offset branch."""
+    name = 'BasisDeformConv'
+    dense_types = DEFORM_TYPES
 
 
 def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:
-    """The kind of a dense layer, or None if none is registered for it.
-
-    A subclass counts as its parent as long as it computes what its parent
-    does, that is, overrides neither ``forward`` nor ``_conv_forward``.
-    """
+    """The kind of a dense layer, or None if none is registered for it; see
+    :attr:`DenseKind.dense_types`."""
     kinds = list(LAYER_KINDS.module_dict.values())
     for cls in type(module).__mro__:
         for kind in reversed(kinds):  # a user's kinds come last and win
@@ -29,19 +194,16 @@ def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:
 
 
 def why_not(module: nn.Module) -> Optional[str]:
-    """Why a linear or convolution layer cannot be represented by a basis.
-
-    Returns:
-        str | None: None where it can; an empty string where the module is not
-        a linear or convolution layer at all.
-    """
+    """Why a linear or convolution layer cannot be represented by a basis: None
+    where it can, an empty string for other modules."""
     kind = kind_of(module)
     if kind is None:
-        if isinstance(module, (_ConvNd, nn.Linear, *DEFORM_TYPES)):
+        modules = nn.modules.conv._ConvNd, nn.Linear, *DEFORM_TYPES
+        if isinstance(module, modules):
             return (f'{type(module).__name__} computes its output in a way '
                     'of its own')
         return ''
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return 'nn.MultiheadAttention reads its weight and never calls it'
     if not isinstance(module._parameters.get('weight'), nn.Parameter):
         return 'its weight is computed (weight or spectral norm)'

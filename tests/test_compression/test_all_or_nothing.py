@@ -131,7 +131,7 @@ def failing(owner, name, at):
 
 
 STEPS = [(BasisLayer, '__init__', 1), (BasisLayer, '__init__', 3),
-         (BasisLayer, '_inherit_state', 2), (BasisLayer, 'take_over', 1),
+         (BasisLayer, '__init__', 2), (BasisLayer, 'take_over', 1),
          (BasisLayer, 'take_over', 3), (surgery, '_averages', 2),
          (surgery, 'replace_modules', 1), (surgery, '_add_biases', 1),
          (surgery, 'attach_plan', 1), (surgery, 'guard', 1),

@@ -1,0 +1,205 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Pure tensor mathematics: spectra, basis and coefficients, orthogonality.
+
+A layer with ``G`` groups, ``P`` output channels per group and ``D`` weights
+per output channel is a stack of matrices, a tensor ``H`` of shape
+``(G, P, D)``. All but orthogonality is computed in float64.
+"""
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
+    """Project the weights ``H``, shape ``(G, P, D)``, of a layer on a subspace
+    of its outputs, given by orthonormal columns ``U`` of shape ``(G, P, Q)``
+    with ``Q <= min(P, D)``, as in Tayyab et al., ICIP 2021.
+
+    Returns:
+        tuple[Tensor, Tensor]: A basis ``F``, shape ``(G, Q, D)``, and
+        coefficients ``w``, shape ``(G, P, Q)``, float64, with
+        ``w F = U U^T H`` and ``F F^T = I``.
+    """
+    vectors = vectors.double()
+    return orthonormalize(vectors.mT @ matrix.double(), vectors)
+
+
+def orthonormalize(basis: Tensor,
+                   coefficients: Tensor) -> Tuple[Tensor, Tensor]:
+    """Make the rows of a basis ``F``, shape ``(G, Q, D)`` with ``Q <= D``,
+    orthonormal without changing the product with coefficients ``w``, shape
+    ``(G, P, Q)``: for ``F^T = Q R`` it is that of ``(Q^T, w R^T)``, float64.
+    """
+    columns, upper = torch.linalg.qr(basis.double().mT)
+    # QR is unique up to signs; positive diagonals move the basis the least
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    signs = torch.copysign(torch.ones_like(diagonal), diagonal).unsqueeze(-2)
+    return ((columns * signs).mT.contiguous(),
+            coefficients.double() @ upper.mT * signs)
+
+
+def merge(basis: Tensor, coefficients: Tensor) -> Tensor:
+    """The dense weights ``w F``, shape ``(G, P, D)``, that a basis of shape
+    ``(G, Q, D)`` and coefficients of shape ``(G, P, Q)`` stand for."""
+    return coefficients @ basis
+
+
+def _deviation(basis: Tensor) -> Tensor:
+    """``F F^T - I``, shape ``(G, Q, Q)``."""
+    return basis @ basis.mT - torch.eye(basis.shape[-2]).to(basis)
+
+
+def orthogonality_penalty(basis: Tensor) -> Tensor:
+    """Soft orthogonality ``||F F^T - I||_F^2`` of a basis of shape
+    ``(G, Q, D)``: a scalar, zero if and only if its rows are orthonormal."""
+    return _deviation(basis).square().sum()
+
+
+def orthogonality_error(basis: Tensor) -> Tensor:
+    """Largest entry of ``|F F^T - I|`` of a basis of shape ``(G, Q, D)``: of
+    the order of rounding for orthonormal rows."""
+    return _deviation(basis).abs().max()
+
+
+@dataclass
+class Spectrum:
+    """Eigenvalues and eigenvectors of a layer's outputs, largest first.
+
+    Args:
+        values (Tensor): Eigenvalues, float64, shape ``(G, R)``, not negative,
+            in falling order in each group.
+        vectors (Tensor): Orthonormal columns, float64, shape ``(G, P, R)``.
+    """
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """Energy of each direction, summed over groups, shape ``(R, )``."""
+        return self.values.sum(0)
+
+    def energy_kept(self, rank: int) -> float:
+        """Fraction of the energy in the first ``rank`` directions, rounded to
+        six digits; 1 where all energy is zero."""
+        total = float(self.energy.sum())
+        kept = float(self.energy[:rank].sum())
+        return round(kept / total, 6) if total > 0 else 1.
+
+    def rank_for_energy(self, threshold: float) -> int:
+        """The smallest rank in ``[1, R]`` whose cumulative energy reaches a
+        fraction in ``(0, 1]`` of all (Tayyab et al., ICIP 2021); 1 where all
+        energy is zero."""
+        cumulative = self.energy.cumsum(0)
+        # a hair below, so that threshold 1 is reached in spite of rounding
+        target = threshold * cumulative[-1] * (1 - 1e-12)
+        return int(torch.searchsorted(cumulative, target)) + 1
+
+
+def spectrum_of_moment(moment: Tensor,
+                       matrix: Optional[Tensor] = None) -> Spectrum:
+    """Eigendecomposition of a symmetric, positive semi-definite moment: ``R``
+    is ``P``, or ``min(P, D)`` where ``H`` is given.
+
+    Args:
+        moment (Tensor): Shape ``(G, P, P)``: for example the covariance of a
+            layer's outputs.
+        matrix (Tensor, optional): The layer's weights ``H``, shape
+            ``(G, P, D)``. Where ``D < P`` all outputs lie in the range of
+            ``H``, and so do the vectors then: with all of them nothing is
+            lost, even of inputs that the moment knows nothing of.
+    """
+    moment = moment.double()
+    if matrix is None or matrix.shape[-1] >= matrix.shape[-2]:
+        return _spectrum(moment)
+    columns = torch.linalg.qr(matrix.double())[0]
+    return _spectrum(columns.mT @ moment @ columns, columns)
+
+
+def spectrum_of_factor(matrix: Tensor,
+                       input_moment: Optional[Tensor] = None) -> Spectrum:
+    """Spectrum of ``H C H^T``, in which ``R = min(P, D)``.
+
+    Args:
+        matrix (Tensor): ``H``, shape ``(G, P, D)``.
+        input_moment (Tensor, optional): ``C``, the second moment (or the
+            covariance) of the layer's input, shape ``(G, D, D)``. Defaults to
+            the identity: left singular vectors and squared singular values.
+    """
+    matrix, columns = matrix.double(), None
+    if matrix.shape[-1] < matrix.shape[-2]:
+        # H = Q R: the eigenvectors lie in the range of H, and Q keeps those
+        # of the small problem orthonormal, also where eigenvalues are zero
+        columns, matrix = torch.linalg.qr(matrix)
+    half = matrix if input_moment is None else matrix @ input_moment.double()
+    return _spectrum(half @ matrix.mT, columns)
+
+
+def _spectrum(moment: Tensor, columns: Optional[Tensor] = None) -> Spectrum:
+    """Of a moment, in the coordinates of orthonormal columns, if given."""
+    values, vectors = torch.linalg.eigh(moment)
+    vectors = vectors.flip(-1)
+    if columns is not None:
+        vectors = columns @ vectors
+    # the largest entry of each column is positive, for reproducibility
+    largest = vectors.abs().argmax(dim=-2, keepdim=True)
+    return Spectrum(
+        values.flip(-1).clamp_min(0),
+        vectors * vectors.gather(-2, largest).sign())
+
+
+def reduced_rank_regression(
+    cross: Tensor,
+    second: Tensor,
+    prior: Tensor,
+    rank: Optional[int] = None,
+    weight: Optional[Tensor] = None,
+    ridge: float = 1e-4
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Minimise ``E ||y - M r||^2 + lambda ||M - M0||^2`` over ``M``, and keep
+    the directions of ``y`` in which the prediction has most energy, in the
+    metric of ``weight`` (Izenman, 1975).
+
+    Args:
+        cross (Tensor): ``E[(y - M0 r) r^T]``, centred, float64, shape
+            ``(G, P, N)``. Where it is zero, ``M0`` stays.
+        second (Tensor): ``E[r r^T]``, centred, not zero, shape ``(G, N, N)``.
+        prior (Tensor): ``M0``, shape ``(G, P, N)``.
+        rank (int, optional): ``Q``. Defaults to full rank.
+        weight (Tensor, optional): ``W``, positive semi-definite, shape
+            ``(G, P, P)``: an error ``e`` counts ``e^T W e``. Defaults to the
+            identity. At full rank it does not matter.
+        ridge (float): ``lambda`` over the top eigenvalue of ``second``.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Coefficients ``(G, P, Q)`` and a basis
+        ``(G, Q, N)`` with the map as product, and how much of
+        ``E ||y - M0 r||^2`` full rank explains, a scalar.
+    """
+    root = _cholesky(second, ridge)
+    # M - M0 = cross (L L^T)^-1
+    change = torch.cholesky_solve(cross.mT, root).mT
+    mapping = prior + change
+    # with W = C C^T: left singular vectors of C^T M L, by predicted energy
+    metric = torch.eye(mapping.shape[-2]).to(mapping)
+    if weight is not None:  # what the loss does not feel counts a little, too
+        metric = _cholesky(weight.double(), 1e-3).mT
+    weighted = metric @ mapping
+    vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]
+    coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
+    return coefficients, vectors.mT @ weighted, (cross * change).sum()
+
+
+def _cholesky(moment: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor of a moment whose diagonal is raised by a
+    fraction of the largest eigenvalue, or by 1 where the moment is zero."""
+    # power iteration: within a few per cent, for less than eigh
+    vector = (moment.sum(-1) + moment.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
+    for _ in range(20):
+        size = vector.norm(dim=-2, keepdim=True).clamp_min(1e-300)
+        vector = moment @ (vector / size)
+    strength = ridge * vector.norm(dim=-2, keepdim=True)
+    identity = torch.eye(moment.shape[-1]).to(moment)
+    strength = strength + (strength == 0)
+    return torch.linalg.cholesky(moment + strength * identity)
