@@ -135,14 +135,14 @@ def _share_meta_keys(testing: list[Transform],
                      training: list[Transform]) -> None:
     """Keep the meta information that training keeps: the loss may ask for
     it."""
-    ours, theirs = (
-        [x for steps in _lists(part) for x in steps if hasattr(x, 'meta_keys')]
-        for part in (testing, training))
+    ours, theirs = ([
+        step for steps in _lists(part) for step in steps
+        if hasattr(step, 'meta_keys')
+    ] for part in (testing, training))
+    kept = {type(step): step.meta_keys for step in theirs}
     for step in ours:
-        for pack in theirs:
-            if type(step) is type(pack):
-                step.meta_keys = tuple(
-                    dict.fromkeys((*step.meta_keys, *pack.meta_keys)))
+        step.meta_keys = tuple(
+            dict.fromkeys((*step.meta_keys, *kept.get(type(step), ()))))
 
 
 def _verified(steps: list[Transform], raw: dict,

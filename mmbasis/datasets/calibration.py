@@ -8,7 +8,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose
+from mmengine.dataset import Compose, DefaultSampler
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmengine.runner import Runner
 from torch.utils._pytree import tree_flatten, tree_map
@@ -66,43 +66,46 @@ def _loader(source: Config | Runner, split: str) -> Any:
 
 def _shuffled(loader: Any, seed: int | None) -> DataLoader:
     """A shuffled loader of the same data, which can be changed apart."""
-    sampler = dict(type='DefaultSampler', shuffle=True)
     if not isinstance(loader, DataLoader):
         config = copy.deepcopy(loader)
-        config.update(sampler=sampler, persistent_workers=False)
+        config['sampler'] = dict(type='DefaultSampler', shuffle=True)
+        config['persistent_workers'] = False
         return Runner.build_dataloader(config, seed=seed)
-    # copies what wraps the datasets, and shares what these hold
-    leaves, _ = _with_transforms(loader.dataset)
-    shared = {id(value): value for x in leaves for value in vars(x).values()}
-    dataset = loader.dataset
-    if leaves:
-        dataset = copy.deepcopy(dataset, shared)
-    found = Runner.build_dataloader(
-        dict(
-            dataset=dataset,
-            sampler=None if isinstance(dataset, IterableDataset) else sampler,
-            batch_size=loader.batch_size
-            or getattr(loader.batch_sampler, 'batch_size', 1),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            drop_last=loader.drop_last),
-        seed=seed)
-    found.worker_init_fn = loader.worker_init_fn
-    return found
+    dataset, sampler = loader.dataset, None
+    leaves, _ = _with_transforms(dataset)
+    if leaves:  # copies what wraps the datasets, and shares what these hold
+        held = {id(x): x for leaf in leaves for x in vars(leaf).values()}
+        dataset = copy.deepcopy(dataset, held)
+    if not isinstance(dataset, IterableDataset):
+        sampler = DefaultSampler(dataset, shuffle=True, seed=seed)
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size
+        or getattr(loader.batch_sampler, 'batch_size', 1),
+        sampler=sampler,
+        **{
+            key: getattr(loader, key)
+            for key in ('num_workers', 'collate_fn', 'pin_memory', 'drop_last',
+                        'worker_init_fn')
+        })
 
 
 def _with_transforms(dataset: Any) -> tuple[list[Any], list[Any]]:
-    """Datasets that have transforms: the innermost, and those around them."""
+    """Datasets that have transforms, or their configs: the innermost, and
+    those around them."""
+    is_config = isinstance(dataset, dict)
+    content = dataset if is_config else vars(dataset)
     leaves: list[Any] = []
     around: list[Any] = []
-    for value in vars(dataset).values():
+    for key, value in content.items():
         for part in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(part, Dataset) or hasattr(part, 'full_init'):
-                for found, inner in zip((leaves, around),
-                                        _with_transforms(part)):
-                    found += inner
-    if hasattr(dataset, 'pipeline'):
+            is_part = isinstance(part, dict) if is_config else isinstance(
+                part, Dataset) or hasattr(part, 'full_init')
+            if is_part and key != 'pipeline':
+                inner, between = _with_transforms(part)
+                leaves += inner
+                around += between
+    if content.get('pipeline', getattr(dataset, 'pipeline', None)) is not None:
         (around if leaves else leaves).append(dataset)
     return leaves, around
 
@@ -125,31 +128,17 @@ def _transforms(loader: Any) -> list[Transform] | None:
     several."""
     if loader is None:
         return None
-    dataset = (
-        loader.dataset
-        if isinstance(loader, DataLoader) else loader.get('dataset'))
-    if isinstance(dataset, dict):
-        pipeline, scope = _configured(dataset, None)
-        if pipeline is not None:
-            with TRANSFORMS.switch_scope_and_registry(scope):
-                return _steps(Compose(copy.deepcopy(pipeline)))
-        # its class may bring them
-        dataset = DATASETS.build(copy.deepcopy(dataset))
+    is_built = isinstance(loader, DataLoader)
+    dataset = loader.dataset if is_built else loader['dataset']
     leaves, _ = _with_transforms(dataset)
-    return _steps(leaves[0].pipeline) if leaves else None
-
-
-def _configured(dataset: dict, scope: str | None) -> tuple[Any, str | None]:
-    """The first pipeline of an innermost dataset of a config, and its
-    scope."""
-    scope = dataset.get('_scope_', scope)
-    for key, value in dataset.items():
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            if key != 'pipeline' and isinstance(part, dict):
-                found = _configured(part, scope)
-                if found[0] is not None:
-                    return found
-    return dataset.get('pipeline'), scope
+    if isinstance(dataset, dict) and not leaves:  # its class may bring them
+        leaves, _ = _with_transforms(DATASETS.build(copy.deepcopy(dataset)))
+    if not leaves:
+        return None
+    if isinstance(leaves[0], dict):
+        with TRANSFORMS.switch_scope_and_registry(leaves[0].get('_scope_')):
+            return Compose(copy.deepcopy(leaves[0]['pipeline'])).transforms
+    return _steps(leaves[0].pipeline)
 
 
 def _see_as_in_testing(dataset: Any, testing: list[Transform]) -> None:
@@ -161,20 +150,13 @@ def _see_as_in_testing(dataset: Any, testing: list[Transform]) -> None:
     for leaf in leaves:
         training, steps = _steps(leaf.pipeline), copy.deepcopy(testing)
         _set_steps(leaf, [])
-        raw = _raw_sample(leaf)
+        samples = (leaf[i] for i in range(min(16, len(leaf))))
+        # with annotations, if one of the first has them
+        raw = next((x for x in samples if not isinstance(x, dict)
+                    or x.get('instances', True)), leaf[0])
         if isinstance(raw, dict):
             annotate(steps, training, raw)
         _set_steps(leaf, steps)
-
-
-def _raw_sample(dataset: Any) -> Any:
-    """A sample, with annotations if one of the first 16 has them."""
-    sample = None
-    for index in range(min(16, len(dataset))):
-        sample = dataset[index]
-        if not isinstance(sample, dict) or sample.get('instances', True):
-            break
-    return sample
 
 
 def _collate_padded(collate: Callable, samples: Sequence[Any]) -> Any:
