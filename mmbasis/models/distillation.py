@@ -116,17 +116,9 @@ class Distillation:
                 'distillation has no teacher yet: compress a model with '
                 'trained weights, or give the file of the dense ones as '
                 'distillation=dict(checkpoint=…)')
-        device = next(model.parameters()).device
-        if next(self.teacher.parameters()).device != device:
-            self.teacher.to(device)
         names = {name for found in self.modules for name in found}
-        # both draw the same queries to denoise
-        devices = [device] if device.type == 'cuda' else []
-        with torch.no_grad(), torch.random.fork_rng(devices), _capture(
-                self.teacher, names) as targets:
-            # the same way through the code as the student takes: detectors
-            # return other things in the other modes
-            self.teacher(*_copied(args), **_copied(kwargs))
+        with _capture(self.teacher, names) as targets:
+            self._teach(next(model.parameters()).device, args, kwargs)
         with _capture(model, names) as outputs:
             losses = {
                 # those that count towards the total
@@ -140,12 +132,19 @@ class Distillation:
                 for name in found)
         return losses
 
-
-def _copied(value: Any) -> Any:
-    """A copy that shares the tensors of inputs, but not those of samples,
-    which models may change."""
-    shared = {id(x): x for x in tensors(value)}
-    return copy.deepcopy(value, shared)
+    def _teach(self, device: torch.device, *call: Any) -> None:
+        """Run the teacher the same way through the code as the student:
+        detectors return other things in the other modes."""
+        assert self.teacher is not None
+        if next(self.teacher.parameters()).device != device:
+            self.teacher.to(device)
+        # tensors of inputs, but not of samples, which models may change
+        shared = {id(x): x for x in tensors(call)}
+        args, kwargs = copy.deepcopy(call, shared)
+        # both draw the same queries to denoise
+        devices = [device] if device.type == 'cuda' else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.teacher(*args, **kwargs)
 
 
 def _find(module: str, names: Iterable[str]) -> list[str]:
