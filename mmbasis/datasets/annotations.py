@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, Callable, Iterator, Sequence
 
@@ -39,7 +39,10 @@ def annotate(testing: list[Transform], training: list[Transform],
         RuntimeError: If a transform cannot take the sample.
         ValueError: If a transform moves the image but not the annotations.
     """
-    with _random_state():
+    with ExitStack() as stack:  # leaves random numbers as they were
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         _, wanted = _roles(copy.deepcopy(training), raw)
         reader, own = _roles(testing, raw)
         known = set().union(*wanted.values())
@@ -52,8 +55,8 @@ def annotate(testing: list[Transform], training: list[Transform],
         home[place:place] = loaders
         _share_meta_keys(testing, training)
         sample = _verified(testing, raw, [reader, *loaders])
-        if single(sample) is not sample:
-            testing.append(single)
+    if single(sample) is not sample:
+        testing.append(single)
 
 
 def single(sample: Any) -> Any:
@@ -63,18 +66,6 @@ def single(sample: Any) -> Any:
             isinstance(value, list) for value in sample.values()):
         return {key: values[0] for key, values in sample.items()}
     return sample
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Leave the generators of random numbers as they were."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _lists(steps: list[Transform]) -> list[list[Transform]]:
@@ -93,16 +84,12 @@ def _run(steps: list[Transform], raw: dict,
          watch: Callable[[Transform, Any], Any]) -> Any:
     """Transform a copy of a sample, with ``watch`` in place of each call of a
     transform that holds no others."""
-    saved = [(inner, list(inner)) for inner in _lists(steps)]
-    for inner, content in saved:
-        inner[:] = [
-            partial(watch, x) if len(_lists([x])) == 1 else x for x in content
-        ]
-    try:
-        return Compose(steps)(copy.deepcopy(raw))
-    finally:
-        for inner, content in saved:
-            inner[:] = content
+    watched = {
+        id(step): partial(watch, step)
+        for inner in _lists(steps) for step in inner
+        if len(_lists([step])) == 1
+    }
+    return Compose(copy.deepcopy(steps, watched))(copy.deepcopy(raw))
 
 
 def _roles(
@@ -211,7 +198,8 @@ def _places(sample: Any) -> Iterator[tuple[str, Sequence, Sequence]]:
         yield 'gt_seg_map', (0, 0, *seg_map.shape[::-1]), whole
     index, count = sample.get('marked', (0, 0))
     boxes = _boxes(sample)
-    if count and count == len(boxes):  # no transform has dropped any
+    # no transform has dropped boxes or colours
+    if count and count == len(boxes) and image.shape[2] == 3:
         contrast = image[..., 0].astype(np.float64) - image[..., 1]
         y, x = (contrast > max(contrast.max() / 2, 0)).nonzero()
         if len(x):  # it is not cut off

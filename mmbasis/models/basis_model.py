@@ -21,12 +21,6 @@ from ..registry import MODELS
 from .builder import init_configs, is_pretrained
 from .distillation import Distillation
 
-#: attributes of the wrapper; all others are the model's
-_OWN = {
-    'architecture', 'recipe', 'distillation', 'has_weights', 'source',
-    *vars(nn.Module())
-}
-
 
 @MODELS.register_module()
 class BasisModel(BaseModel):
@@ -141,7 +135,7 @@ class BasisModel(BaseModel):
             return getattr(self.__dict__['architecture'], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if ('architecture' not in self.__dict__ or name in _OWN
+        if ('architecture' not in self.__dict__ or name in self.__dict__
                 or hasattr(type(self), name)):
             super().__setattr__(name, value)
         else:

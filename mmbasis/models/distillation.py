@@ -182,12 +182,10 @@ def _logit_layers(names: dict[str, nn.Module]) -> list[str]:
     if 'head.fc' in names:
         return ['head.fc']
     classes = getattr(names.get('head'), 'num_classes', None)
-    if classes is None:
-        return []
     return [
         name for name, module in names.items()
         if name.startswith('head.')
-        and getattr(module, 'out_features', None) == classes
+        and getattr(module, 'out_features', 0) == classes
         # not the coefficients, which are as wide as their basis layer
         and not isinstance(names[name.rpartition('.')[0]], BasisLayer)
     ]
