@@ -6,19 +6,22 @@ where evaluators want them, or never. A training loss needs them in those of
 the transformed image: loaded right after the image. What a transform does
 decides here, not its name: each is tried on one sample.
 """
+from __future__ import annotations
+
 import copy
 import random
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from mmengine.dataset import Compose
 
 Transform = Callable[[Any], Any]
 
 
-def annotate(testing: List[Transform], training: List[Transform],
+def annotate(testing: list[Transform], training: list[Transform],
              raw: dict) -> None:
     """Let transforms of testing carry annotations.
 
@@ -36,25 +39,24 @@ def annotate(testing: List[Transform], training: List[Transform],
         RuntimeError: If a transform cannot take the sample.
         ValueError: If a transform moves the image but not the annotations.
     """
-    with _random_state():
-        wanted = _Roles(copy.deepcopy(training), raw).loaders
-        roles = _Roles(testing, raw)
+    with ExitStack() as stack:  # leaves random numbers as they were
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        _, wanted = _roles(copy.deepcopy(training), raw)
+        reader, own = _roles(testing, raw)
         known = set().union(*wanted.values())
-        loaders = list(wanted) + [
-            step for step, keys in roles.loaders.items() if not keys & known
-        ]
+        loaders = [*wanted, *(x for x in own if not own[x] & known)]
         home, place = testing, 0
         for steps in _lists(testing):
-            steps[:] = [
-                x for x in steps if x is roles.reader or x not in roles.loaders
-            ]
-            if roles.reader in steps:
-                home, place = steps, steps.index(roles.reader) + 1
+            steps[:] = [x for x in steps if x is reader or x not in own]
+            if reader in steps:
+                home, place = steps, steps.index(reader) + 1
         home[place:place] = loaders
         _share_meta_keys(testing, training)
-        sample = _verified(testing, raw)
-        if single(sample) is not sample:
-            testing.append(single)
+        sample = _verified(testing, raw, [reader, *loaders])
+    if single(sample) is not sample:
+        testing.append(single)
 
 
 def single(sample: Any) -> Any:
@@ -66,221 +68,140 @@ def single(sample: Any) -> Any:
     return sample
 
 
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Leave the generators of random numbers as they were."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _inner(step: Any) -> List[List[Transform]]:
-    """Lists of the transforms that a transform holds."""
-    found = []
-    for name in ('transforms', 'subroutines'):
-        value = getattr(step, name, None)
-        value = getattr(value, 'transforms', value)  # Compose
-        if isinstance(value, list) and all(callable(x) for x in value):
-            found.append(value)
+def _lists(steps: list[Transform]) -> list[list[Transform]]:
+    """A list of transforms and all lists inside it."""
+    found = [steps]
+    for step in steps:
+        for name in ('transforms', 'subroutines'):
+            inner = getattr(step, name, None)
+            inner = getattr(inner, 'transforms', inner)  # Compose
+            if isinstance(inner, list) and all(callable(x) for x in inner):
+                found += _lists(inner)
     return found
 
 
-def _lists(steps: List[Transform]) -> List[List[Transform]]:
-    """A list of transforms and all lists inside it."""
-    return [steps] + [
-        x for step in steps for inner in _inner(step) for x in _lists(inner)
-    ]
+def _run(steps: list[Transform], raw: dict,
+         watch: Callable[[Transform, Any], Any]) -> Any:
+    """Transform a copy of a sample, with ``watch`` in place of each call of a
+    transform that holds no others."""
+    watched = {
+        id(step): partial(watch, step)
+        for inner in _lists(steps) for step in inner
+        if len(_lists([step])) == 1
+    }
+    return Compose(copy.deepcopy(steps, watched))(copy.deepcopy(raw))
 
 
-@contextmanager
-def _watched(steps: List[Transform],
-             watch: Callable[[Transform, Any], Any]) -> Iterator[None]:
-    """Let ``watch`` call the transforms that hold no others."""
-    saved = [(inner, list(inner)) for inner in _lists(steps)]
-    try:
-        for inner, content in saved:
-            inner[:] = [
-                x if _inner(x) else partial(watch, x) for x in content
-            ]
-        yield
-    finally:
-        for inner, content in saved:
-            inner[:] = content
+def _roles(
+        steps: list[Transform],
+        raw: dict) -> tuple[Transform | None, dict[Transform, set[str]]]:
+    """The transform that adds the image to a sample, and which annotations
+    others load: not those that they derive, as each sees none."""
+    readers: list[Transform] = []
+    loaders: dict[Transform, set[str]] = {}
+
+    def watch(step: Transform, sample: Any) -> Any:
+        # such as transforms that mix images; what really fails fails again
+        # when the annotations are verified
+        with suppress(Exception):
+            sample, before = step(copy.copy(sample)), set(sample)
+            added = set(sample) - before
+            if 'img' in added:
+                readers.append(step)
+            keys = {x for x in added if x.startswith(('gt_', 'proposals'))}
+            if keys:
+                loaders.setdefault(step, set()).update(keys)
+                return {k: v for k, v in sample.items() if k not in keys}
+        return sample
+
+    _run(steps, raw, watch)
+    return next(iter(readers), None), loaders
 
 
-def _is_annotation(key: Any) -> bool:
-    return str(key).startswith(('gt_', 'proposals'))
-
-
-class _Roles:
-    """The transform that adds the image to a sample, and what the loaders of
-    annotations add. Tries the transforms one after the other."""
-
-    def __init__(self, steps: List[Transform], raw: dict) -> None:
-        self.given = set(raw)
-        self.reader: Optional[Transform] = None
-        self.loaders: Dict[Transform, Set[str]] = {}
-        results = copy.deepcopy(raw)
-        with _watched(steps, self.watch):
-            for step in steps:
-                # such as transforms that mix images; what really fails fails
-                # again when the annotations are verified
-                with suppress(Exception):
-                    results = step(results)
-
-    def watch(self, step: Transform, results: Any) -> Any:
-        """Note what a transform adds. Without the annotations of others, a
-        loader still adds its own: what derives something from them does
-        not."""
-        if isinstance(results, dict):
-            sample = {
-                key: copy.deepcopy(value)
-                for key, value in results.items()
-                if key in self.given or not _is_annotation(key)
-            }
-            before = set(sample)
-            with suppress(Exception):
-                added = set(step(sample)) - before
-                if 'img' in added and self.reader is None:
-                    self.reader = step
-                keys = set(filter(_is_annotation, added))
-                if keys:
-                    self.loaders.setdefault(step, set()).update(keys)
-        return step(results)
-
-
-def _share_meta_keys(testing: List[Transform],
-                     training: List[Transform]) -> None:
+def _share_meta_keys(testing: list[Transform],
+                     training: list[Transform]) -> None:
     """Keep the meta information that training keeps: the loss may ask for
     it."""
-    ours, theirs = (
-        [x for steps in _lists(part) for x in steps if hasattr(x, 'meta_keys')]
-        for part in (testing, training))
+    ours, theirs = ([
+        step for steps in _lists(part) for step in steps
+        if hasattr(step, 'meta_keys')
+    ] for part in (testing, training))
+    kept = {type(step): step.meta_keys for step in theirs}
     for step in ours:
-        for pack in theirs:
-            if type(step) is type(pack):
-                step.meta_keys = tuple(
-                    dict.fromkeys((*step.meta_keys, *pack.meta_keys)))
+        step.meta_keys = tuple(
+            dict.fromkeys((*step.meta_keys, *kept.get(type(step), ()))))
 
 
-class _Geometry:
-    """Where the image and its annotations are, at one point of a pipeline."""
+def _verified(steps: list[Transform], raw: dict,
+              sources: list[Transform | None]) -> Any:
+    """The transformed sample, whose annotations followed the image once they
+    were loaded."""
 
-    def __init__(self, results: Any) -> None:
-        if not isinstance(results, dict):
-            results = {}
-        image = results.get('img')
-        self.image = image.copy() if isinstance(image, np.ndarray) else None
-        self.size: Any = None if self.image is None else image.shape[:2]
-        self.scale = results.get('scale_factor')
-        self.points: Dict[str, np.ndarray] = {}
-        for key in ('gt_bboxes', 'gt_keypoints'):
-            points = _points(results.get(key))
-            if points is not None:
-                self.points[key] = points
-        self.sizes: Dict[str, Tuple[int, ...]] = {}
-        masks = results.get('gt_masks', ())
-        if hasattr(masks, 'height') and len(masks):
-            self.sizes['gt_masks'] = (masks.height, masks.width)
-        if isinstance(results.get('gt_seg_map'), np.ndarray):
-            self.sizes['gt_seg_map'] = results['gt_seg_map'].shape[:2]
-
-
-def _points(value: Any) -> Optional[np.ndarray]:
-    """Corners of boxes ``(2N, 2)`` or keypoints ``(N, 2)``; None if there are
-    none, or boxes are of another kind than x1, y1, x2, y2."""
-    value = getattr(value, 'tensor', value)  # MMDetection's boxes
-    if not isinstance(value, (np.ndarray, torch.Tensor)) or not len(value):
-        return None
-    value = np.array(value, dtype=np.float64)
-    if value.ndim == 3:
-        return value[..., :2].reshape(-1, 2)
-    return value.reshape(-1, 2) if value.shape[-1] == 4 else None
-
-
-def _verified(steps: List[Transform], raw: dict) -> Any:
-    """The transformed sample, whose annotations followed the image."""
-    moved: List[str] = []
-
-    def watch(step: Transform, results: Any) -> Any:
+    def watch(step: Transform, sample: Any) -> Any:
         name = getattr(step, '__name__', type(step).__name__)
-        before = _Geometry(results)
         try:
-            results = step(results)
+            sample = step(sample)
         except Exception as error:
             raise RuntimeError(
                 'a training image with the transforms of testing: '
                 f'{name} fails with {type(error).__name__}: {error}'
             ) from error
-        _compare(name, before, _Geometry(results), moved)
-        return results
+        image = sample.get('img') if isinstance(sample, dict) else None
+        if not isinstance(image, np.ndarray) or image.ndim != 3:
+            return sample
+        if step in sources:
+            return _marked(sample)
+        # a large image may be scaled up from whole pixels
+        tolerance = 3 + .01 * max(image.shape)
+        for key, place, shown in _places(sample):
+            if np.abs(np.subtract(place, shown)).max() > tolerance:
+                raise ValueError(
+                    f'after {name}, {key} are at {list(place)}, but the image '
+                    f'shows them at {list(shown)} (left, top, right, bottom): '
+                    'calibration needs them in the coordinates of the image '
+                    'that the network sees')
+        return sample
 
-    results: Any = copy.deepcopy(raw)
-    with _watched(steps, watch):
-        for step in steps:
-            results = step(results)
-            if results is None:
-                break
-    return results
-
-
-def _compare(name: str, before: _Geometry, after: _Geometry,
-             moved: List[str]) -> None:
-    """Check that annotations follow the image through a transform; ``moved``
-    holds those that moved the image so far."""
-    if after.image is None:
-        return
-    if before.image is None:
-        moved.clear()  # the next frame of a video
-        return
-    new = {*after.points, *after.sizes} - {*before.points, *before.sizes}
-    if new and moved:
-        raise ValueError(
-            f'{name} loads {sorted(new)} after {moved[-1]} has moved the '
-            'image, so they are off: load annotations right after the image')
-    if _is_moved(before.image, after.image):
-        moved.append(name)
-        for key in set(before.points) & set(after.points):
-            _check_points(name, key, before, after)
-    for key in set(before.sizes) & set(after.sizes):
-        if before.sizes[key] == before.size and np.abs(
-                np.subtract(after.sizes[key], after.size)).max() > 1:
-            raise ValueError(f'after {name}, {key} is of size '
-                             f'{after.sizes[key]}, but the image of '
-                             f'{after.size}')
+    return _run(steps, raw, watch)
 
 
-def _is_moved(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether a transform scales or flips an image. Padding or cropping at the
-    right and below moves nothing."""
-    if before.shape[:2] != after.shape[:2]:
-        height, width = np.minimum(before.shape[:2], after.shape[:2])
-        return not np.array_equal(before[:height, :width],
-                                  after[:height, :width])
-    return not np.array_equal(before, after) and any(
-        np.array_equal(flipped, after)
-        for flipped in (before[:, ::-1], before[::-1], before[::-1, ::-1]))
+def _boxes(sample: dict) -> np.ndarray:
+    """Boxes as x1, y1, x2, y2, ``(N, 4)``; none if they are of another
+    kind."""
+    boxes = sample.get('gt_bboxes')
+    boxes = np.array(getattr(boxes, 'tensor', boxes), dtype=np.float64)
+    return boxes if boxes.shape[1:] == (4, ) else np.zeros((0, 4))
 
 
-def _check_points(name: str, key: str, before: _Geometry,
-                  after: _Geometry) -> None:
-    """Points move with the image, and scale as much as the transform notes."""
-    old, new = before.points[key], after.points[key]
-    if old.shape != new.shape:
-        return
-    if np.allclose(old, new):
-        raise ValueError(
-            f'{name} moves the image ({before.size} to {after.size}, height '
-            f'and width) but not {key}: calibration needs them in the '
-            'coordinates of the image that the network sees')
-    scale, size = after.scale, after.size[::-1]
-    if np.shape(scale) != (2, ) or not np.allclose(
-            np.multiply(before.size[::-1], scale), size, atol=1, rtol=0):
-        return  # scaled by another transform, or cropped or padded as well
-    if not np.allclose((old * scale).clip(0, size), new.clip(0, size), atol=1):
-        raise ValueError(f'{name} scales the image by {scale}, but {key} go '
-                         f'from {old.tolist()} to {new.tolist()}')
+def _marked(sample: dict) -> dict:
+    """The sample with a green image and its largest box in magenta: neither
+    padding in grey nor an order of colours changes which is which."""
+    boxes = _boxes(sample)
+    if not len(boxes) or sample['img'].shape[2] != 3:
+        return sample
+    index = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
+    x1, y1, x2, y2 = boxes[index].round().astype(int).clip(0)
+    image = np.zeros_like(sample['img'])
+    image[..., 1] = 255
+    image[y1:y2, x1:x2] = (255, 0, 255)
+    return dict(sample, img=image, marked=(index, len(boxes)))
+
+
+def _places(sample: Any) -> Iterator[tuple[str, Sequence, Sequence]]:
+    """Where annotations are, and where the image shows them."""
+    image, masks = sample['img'], sample.get('gt_masks')
+    seg_map = sample.get('gt_seg_map')
+    whole = (0, 0, *image.shape[1::-1])
+    if hasattr(masks, 'height'):
+        yield 'gt_masks', (0, 0, masks.width, masks.height), whole
+    if np.ndim(seg_map) == 2:
+        yield 'gt_seg_map', (0, 0, *seg_map.shape[::-1]), whole
+    index, count = sample.get('marked', (0, 0))
+    boxes = _boxes(sample)
+    # no transform has dropped boxes or colours
+    if count and count == len(boxes) and image.shape[2] == 3:
+        contrast = image[..., 0].astype(np.float64) - image[..., 1]
+        y, x = (contrast > max(contrast.max() / 2, 0)).nonzero()
+        if len(x):  # it is not cut off
+            yield 'gt_bboxes', boxes[index].clip(0, whole[2:] * 2), (
+                x.min(), y.min(), x.max() + 1, y.max() + 1)

@@ -1,23 +1,24 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Training images with the transforms of testing."""
+from __future__ import annotations
+
 import copy
 from functools import partial
-from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Sequence
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, DefaultSampler
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmengine.runner import Runner
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .annotations import Transform, annotate
 
 
-def calibration_dataloader(source: Union[Config, Runner],
-                           seed: Optional[int]) -> DataLoader:
+def calibration_dataloader(source: Config | Runner,
+                           seed: int | None) -> DataLoader:
     """A data loader for calibration: training images in an order of its own,
     with the transforms of testing and with annotations.
 
@@ -54,7 +55,7 @@ def calibration_dataloader(source: Union[Config, Runner],
     return loader
 
 
-def _loader(source: Union[Config, Runner], split: str) -> Any:
+def _loader(source: Config | Runner, split: str) -> Any:
     """The data loader of a split: a config, built, or None."""
     if isinstance(source, Config):
         return source.get(f'{split}_dataloader')
@@ -63,22 +64,18 @@ def _loader(source: Union[Config, Runner], split: str) -> Any:
     return loader or getattr(loop, 'dataloader', None)
 
 
-def _shuffled(loader: Any, seed: Optional[int]) -> DataLoader:
+def _shuffled(loader: Any, seed: int | None) -> DataLoader:
     """A shuffled loader of the same data, which can be changed apart."""
     if not isinstance(loader, DataLoader):
         config = copy.deepcopy(loader)
         config['sampler'] = dict(type='DefaultSampler', shuffle=True)
         config['persistent_workers'] = False
         return Runner.build_dataloader(config, seed=seed)
-    # copies what wraps the datasets, and shares what these hold
-    shared = {
-        id(value): value
-        for leaf in _leaves(loader.dataset) for value in vars(leaf).values()
-    }
-    dataset = loader.dataset
-    if shared:
-        dataset = copy.deepcopy(dataset, shared)
-    sampler = None
+    dataset, sampler = loader.dataset, None
+    leaves, _ = _with_transforms(dataset)
+    if leaves:  # copies what wraps the datasets, and shares what these hold
+        held = {id(x): x for leaf in leaves for x in vars(leaf).values()}
+        dataset = copy.deepcopy(dataset, held)
     if not isinstance(dataset, IterableDataset):
         sampler = DefaultSampler(dataset, shuffle=True, seed=seed)
     return DataLoader(
@@ -86,132 +83,102 @@ def _shuffled(loader: Any, seed: Optional[int]) -> DataLoader:
         batch_size=loader.batch_size
         or getattr(loader.batch_sampler, 'batch_size', 1),
         sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        worker_init_fn=loader.worker_init_fn)
+        **{
+            key: getattr(loader, key)
+            for key in ('num_workers', 'collate_fn', 'pin_memory', 'drop_last',
+                        'worker_init_fn')
+        })
 
 
-def _parts(dataset: Any) -> List[Any]:
-    """The datasets that a wrapper holds."""
-    values: List[Any] = []
-    for value in vars(dataset).values():
-        values += value if isinstance(value, (list, tuple)) else [value]
-    return [
-        x for x in values if isinstance(x, Dataset) or hasattr(x, 'full_init')
-    ]
+def _with_transforms(dataset: Any) -> tuple[list[Any], list[Any]]:
+    """Datasets that have transforms, or their configs: the innermost, and
+    those around them."""
+    is_config = isinstance(dataset, dict)
+    content = dataset if is_config else vars(dataset)
+    leaves: list[Any] = []
+    around: list[Any] = []
+    for key, value in content.items():
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            is_part = isinstance(part, dict) if is_config else isinstance(
+                part, Dataset) or hasattr(part, 'full_init')
+            if is_part and key != 'pipeline':
+                inner, between = _with_transforms(part)
+                leaves += inner
+                around += between
+    if content.get('pipeline', getattr(dataset, 'pipeline', None)) is not None:
+        (around if leaves else leaves).append(dataset)
+    return leaves, around
 
 
-def _leaves(dataset: Any) -> List[Any]:
-    """The innermost datasets that have transforms."""
-    inner = [leaf for part in _parts(dataset) for leaf in _leaves(part)]
-    if not inner and hasattr(dataset, 'pipeline'):
-        return [dataset]
-    return inner
-
-
-def _steps(pipeline: Any) -> List[Transform]:
+def _steps(pipeline: Any) -> list[Transform]:
     """The transforms of a pipeline."""
     if isinstance(pipeline, (list, tuple)):
         return list(pipeline)
     return list(getattr(pipeline, 'transforms', [pipeline]))
 
 
-def _set_steps(dataset: Any, steps: Sequence[Transform]) -> None:
+def _set_steps(dataset: Any, steps: list[Transform]) -> None:
     """Give a dataset other transforms, in the form that it has them in."""
     is_list = isinstance(dataset.pipeline, (list, tuple))
-    dataset.pipeline = list(steps) if is_list else Compose(steps)
+    dataset.pipeline = steps if is_list else Compose(steps)
 
 
-def _transforms(loader: Any) -> Optional[List[Transform]]:
+def _transforms(loader: Any) -> list[Transform] | None:
     """The built transforms of a loader; of the first dataset where it has
     several."""
     if loader is None:
         return None
-    dataset = (
-        loader.dataset
-        if isinstance(loader, DataLoader) else loader.get('dataset'))
-    if isinstance(dataset, dict):
-        configs = _configured(dataset, None)
-        if any(x != configs[0] for x in configs):
-            print_log(
-                'The datasets for testing have different transforms: '
-                'calibration uses those of the first', 'current')
-        for pipeline, scope in configs:
-            with TRANSFORMS.switch_scope_and_registry(scope):
-                return _steps(Compose(copy.deepcopy(pipeline)))
-        # its class may bring them
-        dataset = DATASETS.build(copy.deepcopy(dataset))
-    return next((_steps(x.pipeline) for x in _leaves(dataset)), None)
+    is_built = isinstance(loader, DataLoader)
+    dataset = loader.dataset if is_built else loader['dataset']
+    leaves, _ = _with_transforms(dataset)
+    if isinstance(dataset, dict) and not leaves:  # its class may bring them
+        leaves, _ = _with_transforms(DATASETS.build(copy.deepcopy(dataset)))
+    if not leaves:
+        return None
+    if isinstance(leaves[0], dict):
+        with TRANSFORMS.switch_scope_and_registry(leaves[0].get('_scope_')):
+            return Compose(copy.deepcopy(leaves[0]['pipeline'])).transforms
+    return _steps(leaves[0].pipeline)
 
 
-def _configured(dataset: dict,
-                scope: Optional[str]) -> List[Tuple[Any, Optional[str]]]:
-    """The pipelines of the innermost datasets of a config, with scopes."""
-    scope = dataset.get('_scope_', scope)
-    found = [
-        pipeline for key, value in dataset.items() if key != 'pipeline'
-        for part in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(part, dict) for pipeline in _configured(part, scope)
-    ]
-    if not found and dataset.get('pipeline') is not None:
-        return [(dataset['pipeline'], scope)]
-    return found
-
-
-def _see_as_in_testing(dataset: Any, testing: List[Transform]) -> None:
+def _see_as_in_testing(dataset: Any, testing: list[Transform]) -> None:
     """Give training datasets the transforms of testing, in place, and those
     around them none."""
-    leaves = _leaves(dataset)
-    if dataset not in leaves:
-        for part in _parts(dataset):
-            _see_as_in_testing(part, testing)
-        if leaves and hasattr(dataset, 'pipeline'):
-            _set_steps(dataset, [])
-        return
-    training, steps = _steps(dataset.pipeline), copy.deepcopy(testing)
-    _set_steps(dataset, [])
-    raw = _raw_sample(dataset)
-    if isinstance(raw, dict):
-        annotate(steps, training, raw)
-    _set_steps(dataset, steps)
-
-
-def _raw_sample(dataset: Any) -> Any:
-    """A sample, with annotations if one of the first 16 has them."""
-    sample = None
-    for index in range(min(16, len(dataset))):
-        sample = dataset[index]
-        if not isinstance(sample, dict) or sample.get('instances', True):
-            break
-    return sample
+    leaves, around = _with_transforms(dataset)
+    for wrapper in around:
+        _set_steps(wrapper, [])
+    for leaf in leaves:
+        training, steps = _steps(leaf.pipeline), copy.deepcopy(testing)
+        _set_steps(leaf, [])
+        samples = (leaf[i] for i in range(min(16, len(leaf))))
+        # with annotations, if one of the first has them
+        raw = next((x for x in samples if not isinstance(x, dict)
+                    or x.get('instances', True)), leaf[0])
+        if isinstance(raw, dict):
+            annotate(steps, training, raw)
+        _set_steps(leaf, steps)
 
 
 def _collate_padded(collate: Callable, samples: Sequence[Any]) -> Any:
     """Collate, with images of different sizes padded where that cannot stack
     them: at the right and below, with their mean colour, which is next to
     nothing for the network."""
+
+    def pad(value: Any) -> Any:
+        if not _is_image(value):
+            return value
+        mean = value.double().mean((-2, -1), keepdim=True).to(value.dtype)
+        canvas = mean.expand(*mean.shape[:-2], *size).clone()
+        canvas[..., :value.shape[-2], :value.shape[-1]] = value
+        return canvas
+
     try:
         return collate(samples)
     except RuntimeError:
-        flat = [tree_flatten(sample) for sample in samples]
-        columns = [_padded(x) for x in zip(*(values for values, _ in flat))]
-        return collate([
-            tree_unflatten(list(row), spec)
-            for row, (_, spec) in zip(zip(*columns), flat)
-        ])
+        images = filter(_is_image, tree_flatten(samples)[0])
+        size = [max(x) for x in zip(*(x.shape[-2:] for x in images))]
+        return collate(tree_map(pad, samples))
 
 
-def _padded(values: Sequence[Any]) -> Sequence[Any]:
-    """Images padded to the largest height and width; others as they are."""
-    if not all(torch.is_tensor(x) and x.dim() >= 3 for x in values):
-        return values
-    height, width = (max(x.shape[d] for x in values) for d in (-2, -1))
-    padded = []
-    for image in values:
-        mean = image.double().mean((-2, -1), keepdim=True).to(image.dtype)
-        canvas = mean.expand(*mean.shape[:-2], height, width).clone()
-        canvas[..., :image.shape[-2], :image.shape[-1]] = image
-        padded.append(canvas)
-    return padded
+def _is_image(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() >= 3

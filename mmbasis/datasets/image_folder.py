@@ -1,7 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+from __future__ import annotations
+
 import os
-import os.path as osp
-from typing import List
+from pathlib import Path
 
 from mmengine.dataset import BaseDataset
 
@@ -48,34 +49,36 @@ class ImageFolder(BaseDataset):
         if not 0 < holdout < 1:
             raise ValueError(f'holdout of ImageFolder is a fraction between '
                              f'0 and 1, but got {holdout!r}')
-        self.part = part
-        self.holdout = holdout
-        self.hint = hint
+        self.part, self.holdout, self.hint = part, holdout, hint
         super().__init__(data_root=data_root, **kwargs)
 
-    def load_data_list(self) -> List[dict]:
+    def load_data_list(self) -> list[dict]:
         """List ``img_path`` (str) and ``gt_label`` (int) of each image."""
-        if not osp.isdir(self.data_root):
-            raise self._missing('there is no such folder')
-        classes = tuple(
-            sorted(x.name for x in os.scandir(self.data_root) if x.is_dir()))
-        named = self._metainfo.setdefault('classes', classes)
-        if len(named) != len(classes):
-            raise ValueError(
-                f'metainfo names {len(named)} classes, but {self.data_root} '
-                f'holds {len(classes)} folders: {", ".join(classes)}')
+        root = Path(self.data_root)
+        folders = sorted(x for x in root.glob('*') if x.is_dir())
         data_list = []
-        for label, name in enumerate(classes):
-            folder = osp.join(self.data_root, name)
+        for label, folder in enumerate(folders):
             files = sorted(
-                x for x in os.listdir(folder)
-                if x.lower().endswith(EXTENSIONS))
+                x for x in folder.iterdir() if x.suffix.lower() in EXTENSIONS)
             data_list += [
-                dict(img_path=osp.join(folder, file), gt_label=label)
+                dict(img_path=str(file), gt_label=label)
                 for i, file in enumerate(files) if self._wanted(i)
             ]
         if not data_list:
-            raise self._missing('it holds no images')
+            found = ('it holds no images'
+                     if root.is_dir() else 'there is no such folder')
+            data = os.environ.get('MMBASIS_DATA', "not set, so it is 'data'")
+            raise FileNotFoundError(
+                f'No images in {root.absolute()}: {found}. Expected one '
+                'folder of images per class there. The configs look below the '
+                'folder that an environment variable names: MMBASIS_DATA is '
+                f'{data}. {self.hint}'.rstrip())
+        classes = tuple(x.name for x in folders)
+        named = self._metainfo.setdefault('classes', classes)
+        if len(named) != len(classes):
+            raise ValueError(
+                f'metainfo names {len(named)} classes, but {root} holds '
+                f'{len(classes)} folders: {", ".join(classes)}')
         return data_list
 
     def _wanted(self, index: int) -> bool:
@@ -83,12 +86,3 @@ class ImageFolder(BaseDataset):
         # true once in every 1 / holdout files
         held = int((index + 1) * self.holdout) > int(index * self.holdout)
         return self.part == 'all' or held == (self.part == 'holdout')
-
-    def _missing(self, found: str) -> FileNotFoundError:
-        root = os.environ.get('MMBASIS_DATA')
-        where = f'is {root}' if root else "is not set, so it is 'data'"
-        return FileNotFoundError(
-            f'No images in {osp.abspath(self.data_root)}: {found}. Expected '
-            'one folder of images per class there. The configs look below the '
-            'folder that an environment variable names: MMBASIS_DATA '
-            f'{where}. {self.hint}'.rstrip())

@@ -1,8 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The model of a run while it is compressed and fine-tuned."""
+from __future__ import annotations
+
 import inspect
 from functools import partial
-from typing import Any, Dict, Iterable, List, Optional, Union
+from typing import Any, Iterable
 
 import torch
 import torch.nn as nn
@@ -10,35 +12,14 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from ..compression import (
-    Action,
-    Recipe,
-    Source,
-    apply_plan,
-    attach_plan,
-    basis_layers,
-    densified,
-    get_plan,
-    guard,
-    load_weights,
-    read_checkpoint,
-    resolve,
-    restructure,
-    run_recipe,
-    take_batches,
-)
+from .. import compression
+from ..compression import Action, Recipe, Source
 from ..factorization import orthogonality_penalty
 from ..planning import CompressionPlan
 from ..quirks import repair
 from ..registry import MODELS
-from .builder import is_pretrained
+from .builder import init_configs, is_pretrained
 from .distillation import Distillation
-
-#: attributes of the wrapper; all others are the model's
-_OWN = {
-    'architecture', 'recipe', 'distillation', 'has_weights', 'source',
-    *vars(nn.Module())
-}
 
 
 @MODELS.register_module()
@@ -68,9 +49,9 @@ class BasisModel(BaseModel):
     """
 
     def __init__(self,
-                 architecture: Union[dict, nn.Module],
-                 checkpoint: Optional[str] = None,
-                 data_preprocessor: Optional[dict] = None,
+                 architecture: dict | nn.Module,
+                 checkpoint: str | None = None,
+                 data_preprocessor: dict | None = None,
                  **recipe: Any) -> None:
         super().__init__()
         self.recipe = Recipe.of(**recipe)
@@ -86,10 +67,10 @@ class BasisModel(BaseModel):
         #: set where the weights must not be initialised again
         self.has_weights = False
         #: the file that the dense weights came from
-        self.source: Optional[str] = None
+        self.source: str | None = None
         self.distillation = self._build_distillation(architecture)
         self._adopt(repair(architecture))
-        guard(architecture)
+        compression.guard(architecture)
         self._start_from(checkpoint)
 
     def _adopt(self, architecture: nn.Module) -> None:
@@ -105,7 +86,7 @@ class BasisModel(BaseModel):
             self.__dict__.pop(name, None)
 
     def _build_distillation(
-            self, architecture: nn.Module) -> Optional[Distillation]:
+            self, architecture: nn.Module) -> Distillation | None:
         teaching = self.recipe.distillation
         if _trains_itself(architecture):
             if self.recipe.asks_for_teacher or self.recipe.orthogonality:
@@ -113,7 +94,7 @@ class BasisModel(BaseModel):
                     f'{type(architecture).__name__} has a train_step of its '
                     'own, so no losses can be added: drop distillation and '
                     'orthogonality from the recipe')
-            return None
+            teaching = None
         if teaching is None:
             return None
         try:
@@ -124,29 +105,26 @@ class BasisModel(BaseModel):
             MMLogger.get_current_instance().info('No teacher: %s', error)
             return None
 
-    def _start_from(self, path: Optional[str]) -> None:
+    def _start_from(self, path: str | None) -> None:
         """Load a checkpoint, if there is one, and follow its plan or ours."""
-        asked = self.recipe.plan
-        if path is not None:
-            content = read_checkpoint(path)
-            source = Source.of(content)
-            if source.plan is not None or self.plan is not None:
-                start = resolve(self.recipe, source, model=self.plan)
-                if start.action is Action.FOLLOW and start.plan is not None:
-                    restructure(self.architecture, start.plan)
-            load_weights(self, content, path)
+        content = {} if path is None else compression.read_checkpoint(path)
+        source = None if path is None else Source.of(content)
+        if self.plan or source and source.plan:
+            start = compression.resolve(self.recipe, source, model=self.plan)
+            if start.action is Action.FOLLOW and start.plan is not None:
+                compression.restructure(self.architecture, start.plan)
+        if path is not None and source is not None:
+            compression.load_weights(self, content, path)
             self.has_weights, self.source = True, path
             if self.distillation is not None:
                 self.distillation.source = (
                     self.distillation.source or source.teacher)
-        elif self.plan is not None:
-            resolve(self.recipe, None, model=self.plan)
-        if asked is not None and self.plan is None:
+        if self.recipe.plan is not None and self.plan is None:
             if not self.has_weights and self._pretrained():
                 self.init_weights()  # a compressed model could not take them
-            if self.has_weights:
-                self._take_teacher()
-            apply_plan(self.architecture, asked, project=self.has_weights)
+            self._take_teacher()
+            compression.apply_plan(
+                self.architecture, self.recipe.plan, project=self.has_weights)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -157,7 +135,7 @@ class BasisModel(BaseModel):
             return getattr(self.__dict__['architecture'], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if ('architecture' not in self.__dict__ or name in _OWN
+        if ('architecture' not in self.__dict__ or name in self.__dict__
                 or hasattr(type(self), name)):
             super().__setattr__(name, value)
         else:
@@ -170,18 +148,17 @@ class BasisModel(BaseModel):
             delattr(self.__dict__['architecture'], name)
 
     @property
-    def plan(self) -> Optional[CompressionPlan]:
+    def plan(self) -> CompressionPlan | None:
         """The plan that this model follows; None while it is dense."""
-        return get_plan(self.architecture)
+        return compression.get_plan(self.architecture)
 
     def compress(self,
                  dataloader: Iterable,
-                 recipe: Optional[Recipe] = None) -> CompressionPlan:
+                 recipe: Recipe | None = None) -> CompressionPlan:
         """Compress the dense model, which becomes the teacher, by calibration
         batches and a recipe, by default its own."""
-        recipe = recipe or self.recipe
         self._take_teacher()
-        return _compress(self.architecture, recipe, dataloader)
+        return _compress(self.architecture, recipe or self.recipe, dataloader)
 
     def truncate(self, dataloader: Iterable,
                  recipe: Recipe) -> CompressionPlan:
@@ -189,9 +166,9 @@ class BasisModel(BaseModel):
         same function; budgets are fractions of the dense model."""
         before = self.plan
         assert before is not None
-        model = densified(self.architecture)
+        model = compression.densified(self.architecture)
         plan = _compress(model, recipe, dataloader).with_dense_costs(before)
-        attach_plan(model, plan)
+        compression.attach_plan(model, plan)
         self._adopt(model)
         return plan
 
@@ -212,20 +189,19 @@ class BasisModel(BaseModel):
         for config in self._pretrained():
             self.has_weights, self.source = True, config['checkpoint']
 
-    def _pretrained(self) -> List[dict]:
+    def _pretrained(self) -> list[dict]:
         """What the whole model is initialised with, of trained weights."""
-        configs = getattr(self.architecture, 'init_cfg', None) or []
-        configs = [configs] if isinstance(configs, dict) else configs
         return [
-            x for x in configs if is_pretrained(x) and not x.get('prefix')
+            x for x in init_configs(self.architecture)
+            if is_pretrained(x) and not x.get('prefix')
         ]
 
-    def train(self, mode: bool = True) -> 'BasisModel':
+    def train(self, mode: bool = True) -> BasisModel:
         self.architecture.train(mode)
         self.training = mode
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> 'BasisModel':
+    def to(self, *args: Any, **kwargs: Any) -> BasisModel:
         self.architecture.to(*args, **kwargs)
         return self
 
@@ -258,7 +234,7 @@ class BasisModel(BaseModel):
         total = next(self.parameters()).new_zeros(())
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
-            for _, layer in basis_layers(self):
+            for _, layer in compression.basis_layers(self):
                 total = total + orthogonality_penalty(layer.factors[0])
         return self.recipe.orthogonality.weight * total
 
@@ -268,13 +244,13 @@ class BasisModel(BaseModel):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.architecture._save_to_state_dict(*args, **kwargs)
 
-    def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Any]:
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
         if _trains_itself(self.architecture):
             self._check_compressed()
             return self.architecture.train_step(data, optim_wrapper)
         return super().train_step(data, optim_wrapper)
 
-    def parse_losses(self, losses: Dict[str, Any]) -> Any:
+    def parse_losses(self, losses: dict[str, Any]) -> Any:
         return self.architecture.parse_losses(losses)
 
     def val_step(self, data: Any) -> Any:
@@ -292,20 +268,20 @@ def _trains_itself(model: nn.Module) -> bool:
         for name in ('train_step', '_run_forward'))
 
 
-def _mode(model: nn.Module, args: tuple, kwargs: Dict[str, Any]) -> Any:
+def _mode(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The mode that a model is called in, by keyword or not."""
     if 'mode' in kwargs:
         return kwargs['mode']
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments.get('mode')
+    call = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments.get('mode')
 
 
 def _compress(model: nn.Module, recipe: Recipe,
               dataloader: Iterable) -> CompressionPlan:
-    batches, held_out = take_batches(dataloader,
-                                     recipe.calibration.num_batches)
-    return run_recipe(model, recipe, batches, held_out).plan
+    batches = compression.take_batches(dataloader,
+                                       recipe.calibration.num_batches)
+    return compression.run_recipe(model, recipe, *batches).plan
 
 
 def unwrap(model: nn.Module) -> nn.Module:

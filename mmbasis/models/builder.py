@@ -1,21 +1,16 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Bare compressed models for test, inference and deployment."""
+from __future__ import annotations
+
 import copy
-from typing import Any, Union
+from typing import Any
 
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-from ..compression import (
-    PlanLike,
-    apply_plan,
-    as_plan,
-    load_weights,
-    plan_of,
-    read_checkpoint,
-)
+from .. import compression
 from ..compression.merging import override_merging
 from ..planning import CompressionPlan
 from ..quirks import repair
@@ -23,7 +18,8 @@ from ..registry import MODELS
 from ..utils import as_text_config, load_config
 
 
-def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
+def build_compressed(architecture: dict,
+                     plan: compression.PlanLike) -> nn.Module:
     """Build a model and give it the structure that a plan describes.
 
     Args:
@@ -34,9 +30,17 @@ def build_compressed(architecture: dict, plan: PlanLike) -> nn.Module:
         nn.Module: Of the architecture's own class, with weights as before
         training: load a checkpoint into it.
     """
-    model = repair(MMENGINE_MODELS.build(_without_pretrained(architecture)))
-    plan = as_plan(plan)
-    apply_plan(model, plan, project=False)
+    model = repair(MMENGINE_MODELS.build(architecture))
+    module: Any
+    for module in model.modules():
+        # those weights are dense, and the compressed ones come afterwards
+        configs = init_configs(module)
+        if any(map(is_pretrained, configs)):
+            module.init_cfg = [
+                x for x in configs if not is_pretrained(x)
+            ] or None
+    plan = compression.as_plan(plan)
+    compression.apply_plan(model, plan, project=False)
     if plan.norm:  # MMDeploy calls it, which folds these
         override_merging(model, 'switch_to_deploy')
     return model
@@ -51,17 +55,10 @@ def build_dense(cfg: Config) -> nn.Module:
     return repair(MMENGINE_MODELS.build(dense_architecture(cfg)))
 
 
-def _without_pretrained(config: Any) -> Any:
-    """Drop initialisation from pretrained weights: those are dense, and the
-    checkpoint of the compressed model comes after them anyway."""
-    if isinstance(config, dict):
-        return type(config)((k, _without_pretrained(v))
-                            for k, v in config.items()
-                            if k != 'init_cfg' or not is_pretrained(v))
-    if isinstance(config, (list, tuple)):
-        return type(config)(
-            _without_pretrained(v) for v in config if not is_pretrained(v))
-    return config
+def init_configs(module: nn.Module) -> list[dict]:
+    """The configs that a module is initialised by."""
+    configs = getattr(module, 'init_cfg', None) or []
+    return [configs] if isinstance(configs, dict) else list(configs)
 
 
 def is_pretrained(config: Any) -> bool:
@@ -125,7 +122,7 @@ def dense_architecture(cfg: Config) -> ConfigDict:
     return model
 
 
-def load_compressed(config: Union[str, Config],
+def load_compressed(config: str | Config,
                     checkpoint: str,
                     device: str = 'cpu') -> nn.Module:
     """Build a compressed model from a config and a checkpoint.
@@ -145,13 +142,13 @@ def load_compressed(config: Union[str, Config],
     """
     cfg = load_config(config) if isinstance(config, str) else config
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    content = read_checkpoint(checkpoint)
-    plan = plan_of(content)
+    content = compression.read_checkpoint(checkpoint)
+    plan = compression.plan_of(content)
     if plan is None:
         raise ValueError(f'{checkpoint} carries no compression plan: it is of '
                          'a dense model, or not written by mmbasis')
     model = build_compressed(dense_architecture(cfg), plan)
-    load_weights(model, content, checkpoint)
+    compression.load_weights(model, content, checkpoint)
     model.to(device)  # apart: some models override these without a result
     model.eval()
     return model

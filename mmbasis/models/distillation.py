@@ -1,33 +1,21 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The uncompressed model as teacher."""
+from __future__ import annotations
+
 import copy
-import functools
 import os.path as osp
 import re
-from contextlib import contextmanager
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-)
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..compression import (
-    Teaching,
-    Term,
-    densified,
-    load_weights,
-    read_checkpoint,
-)
+from .. import compression
+from ..compression import Teaching, Term
 from ..layers import BasisLayer, copy_module, kind_of
 from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
@@ -55,7 +43,7 @@ class Distillation:
 
     def __init__(self,
                  architecture: nn.Module,
-                 teaching: Optional[Teaching] = None) -> None:
+                 teaching: Teaching | None = None) -> None:
         teaching = teaching or Teaching()
         names = dict(architecture.named_modules(remove_duplicate=False))
         self.terms: Sequence[Term] = _default_terms(
@@ -68,13 +56,13 @@ class Distillation:
             task_weight = .3 if logits else 1.
         self.task_weight = task_weight
         #: the dense model, None until it is known
-        self.teacher: Optional[nn.Module] = None
+        self.teacher: nn.Module | None = None
         #: the file that its weights are in, for resuming
-        self.source: Optional[str] = None
+        self.source: str | None = None
         if teaching.checkpoint is not None:
             self.load(architecture, teaching.checkpoint)
 
-    def take(self, architecture: nn.Module, source: Optional[str]) -> None:
+    def take(self, architecture: nn.Module, source: str | None) -> None:
         """Take a copy of a dense model for the teacher, and note the file that
         its weights came from."""
         self.teacher = copy_module(architecture)
@@ -91,24 +79,24 @@ class Distillation:
         Raises:
             RuntimeError: If the weights do not fit.
         """
-        checkpoint = read_checkpoint(path)
-        teacher = densified(architecture)
+        checkpoint = compression.read_checkpoint(path)
+        teacher = compression.densified(architecture)
         for name, module in teacher.named_modules():
             # compression gives biases that the dense layer may not have
             if getattr(module, 'bias', None) is not None and (
                     f'{name}.bias' not in checkpoint['state_dict']
                     and f'{name}.weight' in checkpoint['state_dict']):
                 module.bias = None
-        load_weights(teacher, checkpoint, path)
+        compression.load_weights(teacher, checkpoint, path)
         self.take(teacher, path)
 
-    def __deepcopy__(self, memo: dict) -> 'Distillation':
+    def __deepcopy__(self, memo: dict) -> Distillation:
         """Averaged copies of the model need no teacher of their own."""
         return self
 
     def losses(self, model: nn.Module, args: Sequence[Any],
                kwargs: Mapping[str, Any],
-               forward: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
+               forward: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The model's losses, and those of distillation.
 
         Args:
@@ -128,34 +116,38 @@ class Distillation:
                 'distillation has no teacher yet: compress a model with '
                 'trained weights, or give the file of the dense ones as '
                 'distillation=dict(checkpoint=…)')
-        device = next(model.parameters()).device
-        if next(self.teacher.parameters()).device != device:
-            self.teacher.to(device)
         names = {name for found in self.modules for name in found}
-        # both draw the same queries to denoise
-        devices = [device] if device.type == 'cuda' else []
-        with torch.no_grad(), torch.random.fork_rng(devices), _capture(
-                self.teacher, names) as targets:
-            # the same way through the code as the student takes: detectors
-            # return other things in the other modes
-            self.teacher(*_copied(args), **_copied(kwargs))
+        with _capture(self.teacher, names) as targets:
+            self._teach(next(model.parameters()).device, args, kwargs)
         with _capture(model, names) as outputs:
-            losses = _scaled(forward(), self.task_weight)
+            losses = {
+                # those that count towards the total
+                key: tree_map(lambda x: self.task_weight * x, value)
+                if 'loss' in key else value
+                for key, value in forward().items()
+            }
         for term, found in zip(self.terms, self.modules):
             losses[f'loss_distill_{term.module}'] = term.weight * sum(
                 _compare(term, name, outputs[name], targets[name])
                 for name in found)
         return losses
 
+    def _teach(self, device: torch.device, *call: Any) -> None:
+        """Run the teacher the same way through the code as the student:
+        detectors return other things in the other modes."""
+        assert self.teacher is not None
+        if next(self.teacher.parameters()).device != device:
+            self.teacher.to(device)
+        # tensors of inputs, but not of samples, which models may change
+        shared = {id(x): x for x in tensors(call)}
+        args, kwargs = copy.deepcopy(call, shared)
+        # both draw the same queries to denoise
+        devices = [device] if device.type == 'cuda' else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.teacher(*args, **kwargs)
 
-def _copied(value: Any) -> Any:
-    """A copy that shares the tensors of inputs, but not those of samples,
-    which models may change."""
-    shared = {id(x): x for x in tensors(value)}
-    return copy.deepcopy(value, shared)
 
-
-def _find(module: str, names: Dict[str, nn.Module]) -> List[str]:
+def _find(module: str, names: Iterable[str]) -> list[str]:
     if module in names:
         return [module]
     found = [name for name in names if re.fullmatch(module, name)]
@@ -165,46 +157,35 @@ def _find(module: str, names: Dict[str, nn.Module]) -> List[str]:
     return found
 
 
-def _default_terms(names: Dict[str, nn.Module]) -> List[Term]:
+def _default_terms(names: dict[str, nn.Module]) -> list[Term]:
     logits = _logit_layers(names)
     if logits:
-        weight = .7 / len(logits)
-        return [Term(x, 'kl', weight) for x in logits]
+        return [Term(x, 'kl', .7 / len(logits)) for x in logits]
     for prefix in DETECTOR_PREFIXES:
         # not the proposals that Sparse R-CNN has instead of an RPN
         found = [
             prefix + x for x in ('neck', 'bbox_head', 'rpn_head')
-            if prefix + x in names and _has_layers(names[prefix + x])
-        ]
-        if not found and prefix + 'backbone' in names:
-            found = [prefix + 'backbone']
+            if prefix + x in names and any(
+                isinstance(module, BasisLayer) or kind_of(module)
+                for module in names[prefix + x].modules())
+        ] or [x for x in names if x == prefix + 'backbone']
         if found:
-            break
-    if not found:
-        raise ValueError('distillation: the model has no head.fc, neck, '
-                         'bbox_head or backbone, say what to compare by '
-                         'terms=[dict(module=…)]')
-    return [Term(name, 'mse') for name in found]
+            return [Term(name, 'mse') for name in found]
+    raise ValueError('distillation: the model has no head.fc, neck, bbox_head '
+                     'or backbone, say what to compare by '
+                     'terms=[dict(module=…)]')
 
 
-def _has_layers(module: nn.Module) -> bool:
-    return any(
-        isinstance(x, BasisLayer) or kind_of(x)
-        for x in module.modules())
-
-
-def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
+def _logit_layers(names: dict[str, nn.Module]) -> list[str]:
     """The layers that return a classifier's logits: its ``head.fc``, or those
     of its head that are as wide as there are classes."""
     if 'head.fc' in names:
         return ['head.fc']
     classes = getattr(names.get('head'), 'num_classes', None)
-    if classes is None:
-        return []
     return [
         name for name, module in names.items()
         if name.startswith('head.')
-        and getattr(module, 'out_features', None) == classes
+        and getattr(module, 'out_features', 0) == classes
         # not the coefficients, which are as wide as their basis layer
         and not isinstance(names[name.rpartition('.')[0]], BasisLayer)
     ]
@@ -212,34 +193,27 @@ def _logit_layers(names: Dict[str, nn.Module]) -> List[str]:
 
 @contextmanager
 def _capture(model: nn.Module,
-             names: Iterable[str]) -> Iterator[Dict[str, List[Tensor]]]:
+             names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the outputs of named modules: for each a list of all tensors of
     all calls. Detectors call the ``forward`` of a head directly, past its
     hooks: so ``forward`` itself is wrapped."""
-    outputs: Dict[str, List[Tensor]] = {name: [] for name in names}
-    before = []
-    try:
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    with ExitStack() as stack:
         for name, found in outputs.items():
             module = model.get_submodule(name)
-            before.append((module, vars(module).get('forward')))
-            module.forward = _noting(module.forward, found)
+            # activation checkpointing sets a forward of its own
+            own = {k: v for k, v in vars(module).items() if k == 'forward'}
+            stack.callback(vars(module).update, own)
+            stack.callback(delattr, module, 'forward')
+            module.forward = partial(_noting, module.forward, found)
         yield outputs
-    finally:
-        for module, own in reversed(before):
-            del module.forward
-            if own is not None:  # activation checkpointing sets one
-                module.forward = own
 
 
-def _noting(forward: Callable, found: List[Tensor]) -> Callable:
-
-    @functools.wraps(forward)
-    def noting(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        found.extend(tensors(output))
-        return output
-
-    return noting
+def _noting(forward: Callable, found: list[Tensor], *args: Any,
+            **kwargs: Any) -> Any:
+    output = forward(*args, **kwargs)
+    found.extend(tensors(output))
+    return output
 
 
 def _compare(term: Term, name: str, students: Sequence[Tensor],
@@ -259,13 +233,3 @@ def _compare(term: Term, name: str, students: Sequence[Tensor],
     else:
         losses = [normalized_mse(s, t) for s, t in pairs]
     return torch.stack(losses).mean()
-
-
-def _scaled(losses: Dict[str, Any], factor: float) -> Dict[str, Any]:
-    """Scale what counts towards the total: entries named ``loss``."""
-    scaled = dict(losses)
-    for key, value in losses.items():
-        if 'loss' in key:
-            scaled[key] = [factor * x for x in value] if isinstance(
-                value, (tuple, list)) else factor * value
-    return scaled

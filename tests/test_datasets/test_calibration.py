@@ -440,8 +440,28 @@ def test_boxes_that_stay_behind_are_an_error(coco, name):
     cfg = config(
         dataset(coco, TRAINING),
         dataset(coco, [IMAGE, dict(type=name), ANNOTATIONS, PACK]))
-    with pytest.raises(ValueError, match=f'{name} moves .*not gt_bboxes'):
+    with pytest.raises(ValueError, match=f'after {name}, gt_bboxes are at'):
         calibration_dataloader(cfg, 0)
+
+
+@pytest.mark.parametrize('steps', [
+    [dict(type='RandomFlip', prob=1., direction='horizontal')],
+    [dict(type='RandomFlip', prob=1., direction='diagonal')],
+    [dict(type='Resize', scale=(31, 47)), dict(type='Resize', scale=(900, 9))],
+    [dict(type='Pad', size=(256, 256), pad_val=dict(img=(255, ) * 3))],
+    [dict(type='RandomCrop', crop_size=(.5, .5), crop_type='relative')],
+    [dict(type='RandomShift', prob=1.), dict(type='ShearX', prob=1.)],
+    [
+        dict(type='Normalize', mean=[120.] * 3, std=[60.] * 3, to_rgb=True),
+        dict(type='FixShapeResize', width=200, height=300)
+    ],
+    [dict(type='RandomGrayscale', prob=1., keep_channels=True), RESIZE],
+])
+def test_boxes_that_follow_are_no_error(coco, steps):
+    """Whatever moves, cuts off or drops them, or changes colours."""
+    testing = [IMAGE, *steps, ANNOTATIONS, PACK]
+    cfg = config(dataset(coco, TRAINING), dataset(coco, testing))
+    assert len(list(calibration_dataloader(cfg, 0))) == 2
 
 
 def test_wrong_scale_and_masks_are_errors(coco):
@@ -459,7 +479,7 @@ def test_wrong_scale_and_masks_are_errors(coco):
         def _resize_masks(self, results):
             pass
 
-    for name, message in (('HalfBoxes', 'HalfBoxes scales'),
+    for name, message in (('HalfBoxes', 'after HalfBoxes, gt_bboxes'),
                           ('NoMasks', 'after NoMasks, gt_masks')):
         cfg = config(
             dataset(coco, [IMAGE, MASKED, PACK]),
