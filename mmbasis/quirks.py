@@ -1,7 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """All that mmbasis knows of single models, where no general mechanism covers
 it, each with its reason. This module imports nothing of mmbasis."""
-from typing import Dict, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch.nn as nn
 
@@ -43,3 +44,20 @@ def repair(model: nn.Module) -> nn.Module:
         if 'SSDHead' in names and not hasattr(module, 'loss_cls'):
             module.loss_cls = None  # type: ignore[assignment]
     return model
+
+
+def with_boxes(transform: Callable) -> Callable:
+    """A transform, or one that moves boxes with the image where it does not:
+    MMDetection's ``RandomCenterCropPad`` in test mode (CornerNet, CenterNet)
+    only notes where the image went."""
+    if not (type(transform).__name__ == 'RandomCenterCropPad'
+            and getattr(transform, 'test_mode', False)):
+        return transform
+    return partial(_crop_and_move, transform)
+
+
+def _crop_and_move(transform: Callable, sample: Dict[str, Any]) -> Any:
+    sample = transform(sample)
+    if 'gt_bboxes' in sample:
+        sample['gt_bboxes'].translate_(sample['border'][[2, 0]].tolist())
+    return sample

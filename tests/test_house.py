@@ -21,7 +21,7 @@ SIDE = {
     'compat': set(),
     'version': set(),
     'quirks': set(),
-    'datasets': {'registry'},
+    'datasets': {'registry', 'quirks'},
     'optim': {'factorization', 'layers', 'registry'},
     'visualization': {'factorization', 'layers', 'planning'},
     'deploy': SHARED.union(FLOORS) - {'hooks'},

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from mmengine.dataset import Compose
 
+from ..quirks import with_boxes
+
 Transform = Callable[[Any], Any]
 
 
@@ -53,6 +55,8 @@ def annotate(testing: list[Transform], training: list[Transform],
             if reader in steps:
                 home, place = steps, steps.index(reader) + 1
         home[place:place] = loaders
+        for steps in _lists(testing):
+            steps[:] = map(with_boxes, steps)
         _share_meta_keys(testing, training)
         sample = _verified(testing, raw, [reader, *loaders])
     if single(sample) is not sample:
@@ -151,8 +155,8 @@ def _verified(steps: list[Transform], raw: dict,
             return sample
         if step in sources:
             return _marked(sample)
-        # a large image may be scaled up from whole pixels
-        tolerance = 3 + .01 * max(image.shape)
+        # boxes were rounded to whole pixels, which may be larger now
+        tolerance = 2 * max(1, max(image.shape) / sample.get('size', 1e9))
         for key, place, shown in _places(sample):
             if np.abs(np.subtract(place, shown)).max() > tolerance:
                 raise ValueError(
@@ -184,7 +188,11 @@ def _marked(sample: dict) -> dict:
     image = np.zeros_like(sample['img'])
     image[..., 1] = 255
     image[y1:y2, x1:x2] = (255, 0, 255)
-    return dict(sample, img=image, marked=(index, len(boxes)))
+    return dict(
+        sample,
+        img=image,
+        marked=(index, len(boxes)),
+        size=max(image.shape))
 
 
 def _places(sample: Any) -> Iterator[tuple[str, Sequence, Sequence]]:

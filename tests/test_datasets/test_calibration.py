@@ -300,6 +300,32 @@ def test_filters_stay(coco):
             dataset(coco, [IMAGE, RESIZE, ANNOTATIONS, keep, PACK])))
 
 
+def test_images_that_are_padded_all_around(coco):
+    """As CornerNet and CenterNet see them in testing."""
+    pad = dict(
+        type='RandomCenterCropPad',
+        ratios=None,
+        border=None,
+        mean=[0, 0, 0],
+        std=[1, 1, 1],
+        to_rgb=True,
+        test_mode=True,
+        test_pad_mode=['logical_or', 127])
+    pack = dict(PACK, meta_keys=('img_id', 'img_shape', 'border'))
+    image = dict(IMAGE, to_float32=True)
+    loader = calibration_dataloader(
+        config(
+            dataset(coco, TRAINING),
+            dataset(coco, [image, pad, ANNOTATIONS, pack])), 0)
+    for batch in loader:
+        for sample in batch['data_samples']:
+            boxes = sample.gt_instances.bboxes.tensor[:, :2]
+            place = boxes - torch.tensor(BOXES[sample.img_id])[:, :2]
+            assert (place > 10).all()
+            top, _, left, _ = sample.border
+            assert (place == torch.tensor([left, top])).all()
+
+
 def test_inferencer_loader(coco):
     testing = [dict(type='InferencerLoader'), RESIZE, PACK]
     check(config(dataset(coco, TRAINING), dataset(coco, testing)))
