@@ -207,7 +207,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
     with all_or_nothing(model, values=True):
         apply_plan(model, plan, bases_of(analysis))
         if recipe.is_sequential:
-            Reconstruction(model, reference, analysis, plan).run(batches)
+            Reconstruction(model, reference, analysis).run(batches)
         if choose:
             recalibrate_if_better(
                 model, batches,
