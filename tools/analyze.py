@@ -14,11 +14,8 @@ import argparse
 import copy
 import json
 import os.path as osp
-import time
-from statistics import median
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
-import torch
 import torch.nn as nn
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
@@ -34,17 +31,18 @@ from mmbasis.compression import (
     analyze,
     load_weights,
     make_plan,
-    output_error,
     read_checkpoint,
     run_recipe,
     take_batches,
 )
-from mmbasis.compression.surgery import replace_modules
+from mmbasis.compression.recalibration import (
+    forward_latency,
+    single_truncations,
+)
 from mmbasis.datasets import calibration_dataloader
-from mmbasis.layers import BasisLayer
 from mmbasis.models import build_dense
 from mmbasis.planning import Analysis, CompressionPlan
-from mmbasis.running import adapter_of, evaluation, model_complexity
+from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
@@ -98,53 +96,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def single_truncations(model: nn.Module, analysis: Analysis,
-                       batches: List[Any]) -> Iterator[Dict[str, Any]]:
-    """Truncate one layer at a time to half its full rank, on the subspace of
-    its spectrum.
-
-    Args:
-        model (nn.Module): The dense model; a copy of it is truncated.
-        analysis (Analysis): What was measured of its layers.
-        batches (list): Held-out batches.
-
-    Yields:
-        dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy
-        lost where no sensitivity is known) and ``measured`` (see
-        ``output_error``).
-    """
-    truncated = copy.deepcopy(model)
-    for layer in analysis.selection.chosen:
-        rank, known = layer.full_rank // 2, analysis.statistics[layer.name]
-        if rank == 0 or known.spectrum is None:
-            continue
-        dense = truncated.get_submodule(layer.name)
-        basis = BasisLayer(dense, rank, bias=True)
-        basis.project(dense, known.spectrum.vectors, known.mean)
-        replace_modules(truncated, {dense: basis})
-        measured = output_error(truncated, model, batches)
-        replace_modules(truncated, {basis: dense})
-        lost = (known.spectrum.energy if known.sensitivity is None else
-                known.sensitivity / 2)
-        yield dict(name=layer.name, rank=rank, measured=measured,
-                   predicted=float(lost[rank:].sum()))
-
-
-def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
-    """Median time of a forward pass of a batch on this machine, in
-    milliseconds, over ``repeats`` passes after two that do not count."""
-    device, adapter = next(model.parameters()).device, adapter_of(model)
-    times = []
-    with evaluation(model):
-        for _ in range(repeats + 2):
-            start = time.perf_counter()
-            adapter.outputs(data)
-            if device.type == 'cuda':
-                torch.cuda.synchronize(device)
-            times.append(1e3 * (time.perf_counter() - start))
-    return median(times[2:])
-
-
 class Measurements:
     """What is measured, on disk after each step.
 
@@ -194,7 +145,7 @@ class Measurements:
         key = 'threshold' if planner == 'paper' else 'macs'
         recipe = Recipe.of(planner={**PLANNERS[planner], key: budget})
         model = copy.deepcopy(model)
-        plan = run_recipe(model, recipe, *batches).plan
+        plan = run_recipe(model, recipe, *batches)[0]
         totals = plan.totals()
         self.data['points'].append(
             dict(

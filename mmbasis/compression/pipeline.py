@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any, Iterable, Sequence
 
 import torch.nn as nn
@@ -19,14 +18,6 @@ from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
-
-
-@dataclass(frozen=True, eq=False)
-class Compression:
-    """What :func:`run_recipe` did: the plan that the model follows now, and
-    what was known of the dense model."""
-    plan: CompressionPlan
-    analysis: Analysis
 
 
 def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
@@ -57,7 +48,7 @@ def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
     else:
         made = Recipe.of(planner=as_planner(planner), **recipe)
     batches = take_batches(dataloader, num_batches)
-    return run_recipe(model, made, *batches).plan
+    return run_recipe(model, made, *batches)[0]
 
 
 def take_batches(dataloader: Iterable, num_batches: int | None = None,
@@ -189,7 +180,7 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
 
 
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
-               held_out: Sequence[Any]) -> Compression:
+               held_out: Sequence[Any]) -> tuple[CompressionPlan, Analysis]:
     """Compress a model in place, as a recipe says.
 
     Args:
@@ -197,6 +188,10 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
         held_out (Sequence): Others, for choices; may be empty.
+
+    Returns:
+        tuple[CompressionPlan, Analysis]: The plan that the model follows now,
+        and what was known of the dense model.
     """
     analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
@@ -215,7 +210,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         if recipe.recalibration is True:
             recalibrate(model, batches)
     log_plan(plan)
-    return Compression(plan, analysis)
+    return plan, analysis
 
 
 def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:

@@ -4,16 +4,20 @@ normalisations against that."""
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
 from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.benchmark import Timer
 
+from ..layers import BasisLayer
+from ..planning import Analysis
 from ..running import adapter_of, evaluation
 from ..utils.divergence import kl_divergence, normalized_mse
+from .surgery import replace_modules
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
@@ -94,6 +98,47 @@ def output_error(model: nn.Module, reference: nn.Module,
     total = torch.tensor([sum(errors), len(errors)])
     all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
+
+
+def single_truncations(model: nn.Module, analysis: Analysis,
+                       batches: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Truncate one layer at a time to half its full rank, on the subspace of
+    its spectrum.
+
+    Args:
+        model (nn.Module): The dense model; a copy of it is truncated.
+        analysis (Analysis): What was measured of its layers.
+        batches (Sequence): Held-out batches.
+
+    Yields:
+        dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy
+        lost where no sensitivity is known) and ``measured`` (see
+        :func:`output_error`).
+    """
+    truncated = copy.deepcopy(model)
+    for layer in analysis.selection.chosen:
+        rank, known = layer.full_rank // 2, analysis.statistics[layer.name]
+        if rank == 0 or known.spectrum is None:
+            continue
+        dense = truncated.get_submodule(layer.name)
+        basis = BasisLayer(dense, rank, bias=True)
+        basis.project(dense, known.spectrum.vectors, known.mean)
+        replace_modules(truncated, {dense: basis})
+        measured = output_error(truncated, model, batches)
+        replace_modules(truncated, {basis: dense})
+        lost = (known.spectrum.energy if known.sensitivity is None else
+                known.sensitivity / 2)
+        yield dict(name=layer.name, rank=rank, measured=measured,
+                   predicted=float(lost[rank:].sum()))
+
+
+def forward_latency(model: nn.Module, data: Any) -> float:
+    """Median time of a forward pass of a batch on this machine, in
+    milliseconds."""
+    timer = Timer('adapter.outputs(data)', num_threads=torch.get_num_threads(),
+                  globals=dict(adapter=adapter_of(model), data=data))
+    with evaluation(model):
+        return 1e3 * timer.blocked_autorange(min_run_time=1).median
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

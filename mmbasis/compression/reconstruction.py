@@ -66,7 +66,7 @@ class Reconstruction:
             self.student = self.teacher.twin(self.model)
             order = self.watch.order
             shared = [x for x in order if self.statistics[x].calls > 1]
-            found = [order, self.watch.residual, shared]
+            found: list[Any] = [order, self.watch.residual, shared]
             broadcast_object_list(found)
             self.watch.order, self.watch.residual, shared = found
             order = self.watch.order
@@ -93,24 +93,23 @@ class Reconstruction:
     def _fit_side_by_side(self, names: Sequence[str],
                           batches: Sequence[Any]) -> None:
         with ExitStack() as stack:
-            for name in names:
-                self._stop_at(name, stack)
+            for layer in names:
+                self._stop_at(layer, stack)
             passes = [
                 (stack.enter_context(Pass(self.teacher, data, self.watch)),
                  stack.enter_context(Pass(self.student, data, self.watch)))
                 for data in batches]
-            for one in itertools.chain(*passes):
-                one.advance()
+            name: str | None = None  # before passes begin, and at their end
             while True:
+                for one in itertools.chain(*passes):
+                    if one.name == name:
+                        one.advance()
                 standing = all_gather_object(
                     [s.name for _, s in passes if s.name])
                 name = next(itertools.chain(*standing), None)
                 if name is None:
                     break
                 self._log(name, self._fit(name, passes))
-                for one in itertools.chain(*passes):
-                    if one.name == name:
-                        one.advance()
 
     def _stop_at(self, name: str, stack: ExitStack) -> None:
         """Have passes stop at a layer: the student before it, the teacher
