@@ -122,16 +122,7 @@ def find_targets(adapter: running.Adapter, layers: Sequence[Layer],
                  data: Any) -> running.Targets:
     """Find the layers that make predictions, and those that say where others
     sample: from the training loss, which all predictions reach, or from the
-    outputs where there is no loss.
-
-    Args:
-        adapter (Adapter): Runs the dense model.
-        layers (Sequence[Layer]): Its layers.
-        data (Any): A batch, with annotations if there are any.
-
-    Returns:
-        Targets: The same in all processes.
-    """
+    outputs where there is no loss. All processes return the same."""
     model, logger = adapter.model, MMLogger.get_current_instance()
     modules = {x.name: x.module for x in layers}
 

@@ -102,13 +102,8 @@ def output_error(model: nn.Module, reference: nn.Module,
 
 def single_truncations(model: nn.Module, analysis: Analysis,
                        batches: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Truncate one layer at a time to half its full rank, on the subspace of
-    its spectrum.
-
-    Args:
-        model (nn.Module): The dense model; a copy of it is truncated.
-        analysis (Analysis): What was measured of its layers.
-        batches (Sequence): Held-out batches.
+    """Truncate one layer at a time of a copy of a dense model to half its full
+    rank, on the subspace of its spectrum, and look at held-out batches.
 
     Yields:
         dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Sequence
 
 import torch.nn as nn
-from mmengine.dist import all_gather_object, broadcast_object_list
+from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -64,12 +64,11 @@ class Reconstruction:
             modules = {x: self.reference.get_submodule(x) for x in self.todo}
             self.watch.probe(self.teacher, modules, batches[0])
             self.student = self.teacher.twin(self.model)
-            order = self.watch.order
+            found = all_gather_object((self.watch.order, self.watch.residual))
+            order = [*dict.fromkeys(x for names, _ in found for x in names)]
+            self.watch.order = order
+            self.watch.residual = set().union(*[names for _, names in found])
             shared = [x for x in order if self.statistics[x].calls > 1]
-            found: list[Any] = [order, self.watch.residual, shared]
-            broadcast_object_list(found)
-            self.watch.order, self.watch.residual, shared = found
-            order = self.watch.order
             self.todo = {name: self.todo[name] for name in order}
             first = order.index(shared[0]) if shared else len(order)
             self.watch.residual.difference_update(shared)

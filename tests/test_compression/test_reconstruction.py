@@ -395,7 +395,7 @@ class Sometimes(nn.Module):
         return self.last(y.relu()).mean((2, 3))
 
 
-def compress_sometimes(rank, world, path):
+def compress_sometimes(rank, world, path, bright=0):
     """Compress with all batches, or as one of several processes."""
     torch.manual_seed(0)
     model = Sometimes().eval()
@@ -406,15 +406,17 @@ def compress_sometimes(rank, world, path):
             'gloo', f'file://{path}.store', rank=rank, world_size=world,
             timeout=timedelta(seconds=60))
     ranks = dict(stem=9, branch=5, plain=5, last=8)
-    small = compressed(model, [*images] if world == 1 else [images[rank]],
-                       'sequential', ranks)
+    batches = [*images] if world == 1 else [images[rank ^ bright]]
+    small = compressed(model, batches, 'sequential', ranks)
     torch.save(small.state_dict(), f'{path}.{world}.{rank}')
 
 
-def test_processes_fit_layers_that_only_one_of_them_runs(tmp_path):
+@pytest.mark.parametrize('bright', [0, 1])
+def test_processes_fit_layers_that_only_one_of_them_runs(tmp_path, bright):
     path = tmp_path / 'small'
     compress_sometimes(0, 1, path)
-    torch.multiprocessing.spawn(compress_sometimes, (2, path), nprocs=2)
+    torch.multiprocessing.spawn(
+        compress_sometimes, (2, path, bright), nprocs=2)
     one, first, second = (
         torch.load(f'{path}.{end}', weights_only=True)
         for end in ('1.0', '2.0', '2.1'))
