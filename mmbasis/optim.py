@@ -181,24 +181,20 @@ def _mapped(old: nn.Module, new: BasisLayer,
         old, BasisLayer) else [old.weight] * 2
     if not all(state.get(source) for source in sources):
         return {}
-    values = [state[source] for source in sources]
-    # averages of gradients
-    gradients = {
-        key: _gradients(old, new, *[x[key] for x in values])
-        for key in ('momentum_buffer', 'exp_avg')
-        if isinstance(values[0].get(key), Tensor)
-    }
-    found = {}
-    targets = (new.basis.weight, new.coefficients.weight)
-    for index, weight in enumerate(targets):
-        # a copy, as optimizers count steps in place
-        found[weight] = entry = copy.deepcopy(values[index])
-        for key, value in entry.items():
-            if key in gradients:
-                one = gradients[key][index].reshape_as(weight)
-                entry[key] = one.to(weight)
-            elif getattr(value, 'shape', None) == sources[index].shape:
-                entry[key] = torch.full_like(weight, float(value.mean()))
+    # copies, as optimizers count steps in place
+    weights = (new.basis.weight, new.coefficients.weight)
+    found = {weight: copy.deepcopy(state[source])
+             for weight, source in zip(weights, sources)}
+    for key, value in state[sources[0]].items():
+        if getattr(value, 'shape', None) != sources[0].shape:
+            continue
+        values = [state[source][key] for source in sources]
+        if key in ('momentum_buffer', 'exp_avg'):  # averages of gradients
+            values = [*_gradients(old, new, *values)]
+        else:
+            values = [x.mean().expand_as(w) for x, w in zip(values, weights)]
+        for weight, x in zip(weights, values):
+            found[weight][key] = x.reshape_as(weight).to(weight).clone()
     return found
 
 

@@ -4,8 +4,6 @@ normalisations against that."""
 from __future__ import annotations
 
 import copy
-import time
-from statistics import median
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn as nn
 from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.benchmark import Timer
 
 from ..layers import BasisLayer
 from ..planning import Analysis
@@ -103,13 +102,8 @@ def output_error(model: nn.Module, reference: nn.Module,
 
 def single_truncations(model: nn.Module, analysis: Analysis,
                        batches: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Truncate one layer at a time to half its full rank, on the subspace of
-    its spectrum.
-
-    Args:
-        model (nn.Module): The dense model; a copy of it is truncated.
-        analysis (Analysis): What was measured of its layers.
-        batches (Sequence): Held-out batches.
+    """Truncate one layer at a time of a copy of a dense model to half its full
+    rank, on the subspace of its spectrum, and look at held-out batches.
 
     Yields:
         dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy
@@ -133,19 +127,13 @@ def single_truncations(model: nn.Module, analysis: Analysis,
                    predicted=float(lost[rank:].sum()))
 
 
-def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
+def forward_latency(model: nn.Module, data: Any) -> float:
     """Median time of a forward pass of a batch on this machine, in
-    milliseconds, over ``repeats`` passes after two that do not count."""
-    device, adapter = next(model.parameters()).device, adapter_of(model)
-    times = []
+    milliseconds."""
+    timer = Timer('adapter.outputs(data)', num_threads=torch.get_num_threads(),
+                  globals=dict(adapter=adapter_of(model), data=data))
     with evaluation(model):
-        for _ in range(repeats + 2):
-            start = time.perf_counter()
-            adapter.outputs(data)
-            if device.type == 'cuda':
-                torch.cuda.synchronize(device)
-            times.append(1e3 * (time.perf_counter() - start))
-    return median(times[2:])
+        return 1e3 * timer.blocked_autorange(min_run_time=1).median
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

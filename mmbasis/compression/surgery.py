@@ -105,15 +105,12 @@ def _shapes(model: nn.Module) -> frozenset:
 
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
-    modules, known = dict(model.named_modules()), {*plan.layers, *plan.dense}
-    problems = {name: _problem(modules[name], entry)
-                if name in modules else 'no such layer'
-                for name, entry in plan.layers.items()}
+    modules = dict(model.named_modules())
+    problems = {name: _problem(modules.get(name), plan.layers.get(name))
+                for name in (*plan.layers, *plan.dense)}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
-        problems.update({x: 'no such layer' for x in plan.dense
-                         if x not in modules})
         problems.update({x.name: 'not in the plan' for x in find_layers(model)
-                         if x.name not in known})
+                         if x.name not in problems})
     wrong = [f'{name}: {why}' for name, why in problems.items() if why]
     if wrong:
         raise ValueError(
@@ -121,8 +118,13 @@ def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
             f'({"; ".join(wrong[:3])})')
 
 
-def _problem(module: nn.Module, entry: LayerPlan) -> str | None:
-    """Why an entry of a plan is not of a module, None if it is."""
+def _problem(module: nn.Module | None, entry: LayerPlan | None) -> str | None:
+    """Why an entry of a plan is not of a module, None if it is, or if the
+    layer stays dense."""
+    if module is None:
+        return 'no such layer'
+    if entry is None:
+        return None
     if isinstance(module, BasisLayer):
         return 'compressed already'
     kind = kind_of(module)
@@ -187,8 +189,8 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
 def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
     """Give merged layers the bias of the basis layer that they were."""
     for name, entry in plan.dense.items():
-        layer = model.get_submodule(name) if entry.bias else None
-        if layer is not None and layer.bias is None:
+        layer = model.get_submodule(name)
+        if entry.bias and layer.bias is None:
             channels = entry.params - layer.weight.numel()
             layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
 

@@ -7,14 +7,8 @@ from typing import Any, Dict, List, Tuple, Union
 import torch.nn as nn
 from mmengine.config import Config
 
-from ..compression import (
-    attach_plan,
-    get_plan,
-    plan_of,
-    read_checkpoint,
-    save_checkpoint,
-)
-from ..compression.surgery import replace_modules
+from ..compression import get_plan, plan_of, read_checkpoint, save_checkpoint
+from ..compression.surgery import attach_plan, replace_modules
 from ..models import load_compressed, standalone_config
 from ..planning import CompressionPlan, DensePlan, LatencyTable
 from .export import precisions, read_deploy_cfg

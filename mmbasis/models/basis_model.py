@@ -70,7 +70,7 @@ class BasisModel(BaseModel):
         self.source: str | None = None
         self.distillation = self._build_distillation(architecture)
         self._adopt(repair(architecture))
-        compression.guard(architecture)
+        compression.surgery.guard(architecture)
         self._start_from(checkpoint)
 
     def _adopt(self, architecture: nn.Module) -> None:
@@ -112,7 +112,8 @@ class BasisModel(BaseModel):
         if self.plan or source and source.plan:
             start = compression.resolve(self.recipe, source, model=self.plan)
             if start.action is Action.FOLLOW and start.plan is not None:
-                compression.restructure(self.architecture, start.plan)
+                compression.surgery.restructure(self.architecture,
+                                                start.plan)
         if path is not None and source is not None:
             compression.load_weights(self, content, path)
             self.has_weights, self.source = True, path
@@ -166,9 +167,9 @@ class BasisModel(BaseModel):
         same function; budgets are fractions of the dense model."""
         before = self.plan
         assert before is not None
-        model = compression.densified(self.architecture)
+        model = compression.surgery.densified(self.architecture)
         plan = _compress(model, recipe, dataloader).with_dense_costs(before)
-        compression.attach_plan(model, plan)
+        compression.surgery.attach_plan(model, plan)
         self._adopt(model)
         return plan
 
@@ -281,7 +282,7 @@ def _compress(model: nn.Module, recipe: Recipe,
               dataloader: Iterable) -> CompressionPlan:
     batches = compression.take_batches(dataloader,
                                        recipe.calibration.num_batches)
-    return compression.run_recipe(model, recipe, *batches).plan
+    return compression.run_recipe(model, recipe, *batches)[0]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

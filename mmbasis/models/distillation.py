@@ -80,7 +80,7 @@ class Distillation:
             RuntimeError: If the weights do not fit.
         """
         checkpoint = compression.read_checkpoint(path)
-        teacher = compression.densified(architecture)
+        teacher = compression.surgery.densified(architecture)
         for name, module in teacher.named_modules():
             # compression gives biases that the dense layer may not have
             if getattr(module, 'bias', None) is not None and (
