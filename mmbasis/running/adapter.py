@@ -1,24 +1,77 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""The contract between mmbasis and a model that it runs."""
-from typing import Any, Dict, List, Optional, Union
+"""The contract between mmbasis and a model that it runs: batches as arguments
+of the model, and tensors in what it returns."""
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.dist import get_rank, get_world_size
 from mmengine.model import is_model_wrapper
+from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .batch import Batch, bind, count, tensors
 
 #: Labels are drawn from softened predictions: on its training images a
 #: network is so sure of itself that its gradients all but vanish.
 TEMPERATURE = 2.
+#: annotations of sequences, perhaps in quotes, or with a module's name
+SEQUENCE = re.compile(r"'?([\w.]+\.)?(list|tuple|sequence)\b", re.IGNORECASE)
 
 
 class UnknownLossError(ValueError):
     """The model has no loss that is known here."""
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, lists, tuples and dataclasses, in a
+    fixed order. Data samples and whatever else are skipped."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = tuple(getattr(value, x.name)
+                      for x in dataclasses.fields(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    # in the order of tensors()
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: _map(v, function) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_map(item, function) for item in value]
+        make = getattr(value, '_make', type(value))  # of named tuples
+        return make(items)
+    return value
+
+
+@dataclasses.dataclass
+class Batch:
+    """What the dataloader yielded (``raw``), prepared for a model's
+    ``forward``: its arguments, and entries that it does not take: targets."""
+    raw: Any
+    args: Tuple[Any, ...] = ()
+    kwargs: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    rest: List[Any] = dataclasses.field(default_factory=list)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> 'Batch':
+        """A copy with a function applied to each tensor of the arguments."""
+        return dataclasses.replace(
+            self,
+            args=_map(self.args, function),
+            kwargs=_map(self.kwargs, function))
 
 
 @ADAPTERS.register_module()
@@ -51,10 +104,10 @@ class Adapter:
         return twin
 
     @property
-    def weight(self) -> Optional[Tensor]:
+    def weight(self) -> Tensor:
         """A weight, for device and precision of the model."""
         weights = filter(Tensor.is_floating_point, self.model.parameters())
-        return next(weights, None)
+        return next(weights, torch.empty(0))
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:
         """A batch as the model takes it, see :meth:`move`; prepared data stays
@@ -66,14 +119,44 @@ class Adapter:
 
     def bind(self, data: Any) -> Batch:
         """What :meth:`prepare` does with a batch as the dataloader yields it:
-        it becomes the arguments of ``forward``."""
-        return bind(self.model, data).map(self.move)
+        it becomes the arguments of ``forward``.
+
+        Of a tuple or list it takes as many entries as ``forward`` requires, of
+        a dict those that ``forward`` names; a :class:`TypeError` says what
+        lacks. It passes whole what is neither, a list to a model whose only
+        argument is annotated as a sequence, and a dict to a model that
+        requires one argument of another name, or that names none.
+        """
+        known = parameters_of(self.model)
+        named = [x for x in known if not x.kind.name.startswith('VAR_')]
+        required = [x.name for x in named if x.default is x.empty]
+        whole = True
+        if isinstance(data, Mapping):
+            lacks = not data.keys() >= set(required)
+            keywords = not known or known[-1].kind.name == 'VAR_KEYWORD'
+            whole = lacks and len(required) == 1 or not (named or keywords)
+            names = data.keys() if keywords else {x.name for x in named}
+            batch = Batch(data, (), {k: data[k] for k in data if k in names},
+                          [data[k] for k in data if k not in names])
+            found = ', '.join(map(str, data))
+        elif isinstance(data, (tuple, list)):
+            lacks = len(required) > len(data)
+            whole = len(required) == 1 and all(
+                isinstance(x, Tensor) for x in data) and bool(SEQUENCE.match(
+                    inspect.formatannotation(named[0].annotation)))
+            taken = max(len(required), 1)
+            batch = Batch(data, tuple(data[:taken]), rest=list(data[taken:]))
+            found = f'{len(data)} entries'
+        if whole:
+            batch = Batch(data, (data, ))
+        elif lacks:
+            raise TypeError(f'{type(self.model).__name__}.forward requires '
+                            f'{", ".join(required)}, but a batch has {found}')
+        return batch.map(self.move)
 
     def move(self, x: Tensor) -> Tensor:
         """Move a tensor to the model's device and precision."""
         weight = self.weight
-        if weight is None:
-            return x
         return x.to(weight if x.is_floating_point() else weight.device)
 
     def call(self, data: Any, **kwargs: Any) -> Any:
@@ -99,7 +182,7 @@ class Adapter:
     def logits(self, data: Any) -> Optional[Tensor]:
         """A classifier's logits with their graph, shape ``(N, classes)``;
         None of another model."""
-        return as_logits(self.raw(data))
+        return _logits(self.raw(data))
 
     def loss(self, data: Any) -> Tensor:
         """The training loss of a batch, a scalar, averaged over images as the
@@ -110,7 +193,7 @@ class Adapter:
         loss = _entry(outputs, 'loss')
         if isinstance(loss, Tensor) and loss.dim() == 0:
             return loss
-        logits = as_logits(outputs)
+        logits = _logits(outputs)
         for target in tensors(getattr(batch, 'rest', [])):
             if logits is not None and target.shape == logits.shape[:1] and (
                     not target.is_floating_point()):
@@ -122,11 +205,31 @@ class Adapter:
             'mmbasis.registry.ADAPTERS')
 
     def count_images(self, data: Any) -> int:
-        """Number of images in a batch."""
-        return count(data.raw if isinstance(data, Batch) else data)
+        """Number of images in a batch: of its data samples, else of its
+        inputs, which may be a list of batched tensors (views of them)."""
+        data = data.raw if isinstance(data, Batch) else data
+        if not isinstance(data, Mapping):
+            return len(data[0] if isinstance(data, (tuple, list)) else data)
+        samples = data.get('data_samples')
+        if isinstance(samples, (tuple, list)) and samples and isinstance(
+                samples[0], BaseDataElement):
+            return len(samples)
+        inputs = data.get('inputs', next(iter(data.values())))
+        if isinstance(inputs, (tuple, list)) and isinstance(
+                inputs[0], Tensor) and inputs[0].dim() == 4:
+            inputs = inputs[0]
+        nested = isinstance(inputs, Mapping)
+        return self.count_images(inputs) if nested else len(inputs)
 
 
-def as_logits(outputs: Any) -> Optional[Tensor]:
+def parameters_of(model: nn.Module) -> List[inspect.Parameter]:
+    """The parameters of ``forward``; none where Python cannot tell."""
+    with suppress(TypeError, ValueError):
+        return list(inspect.signature(model.forward).parameters.values())
+    return []
+
+
+def _logits(outputs: Any) -> Optional[Tensor]:
     """The logits among a classifier's outputs; None of other outputs."""
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
         outputs = outputs[0]

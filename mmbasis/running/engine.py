@@ -2,7 +2,6 @@
 """MMEngine's models, in whichever of its modes they know."""
 import os.path as osp
 import re
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from traceback import walk_tb
@@ -15,8 +14,7 @@ from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .adapter import Adapter, UnknownLossError, as_logits
-from .batch import Batch, bind, map_tensors, parameters_of, tensors
+from .adapter import Adapter, Batch, UnknownLossError, parameters_of, tensors
 from .passes import current_pass
 from .states import Unchanged, kept_random
 
@@ -64,17 +62,16 @@ class MMEngineAdapter(Adapter):
         preprocessor = getattr(self.model, 'data_preprocessor', None)
         if preprocessor is None:
             return super().bind(data)
-        if isinstance(preprocessor, BaseDataPreprocessor) and (
-                self.weight is not None):
+        if isinstance(preprocessor, BaseDataPreprocessor):
             # the model may have been moved as a part of another one
             preprocessor.to(self.weight.device)
-        ready = map_tensors(preprocessor(data, False), self.move)
+        ready = preprocessor(data, False)
         if not self._has_mode:
-            return replace(bind(self.model, ready), raw=data)
+            return replace(super().bind(ready), raw=data)
         if isinstance(ready, dict):
-            return Batch(data, kwargs=ready)
+            return Batch(data, kwargs=ready).map(self.move)
         args = ready if isinstance(ready, (tuple, list)) else [ready]
-        return Batch(data, tuple(args))
+        return Batch(data, tuple(args)).map(self.move)
 
     def predict(self, data: Any) -> Any:
         return self._run('predict', data)
@@ -84,7 +81,7 @@ class MMEngineAdapter(Adapter):
 
     def logits(self, data: Any) -> Optional[Tensor]:
         batch = self.prepare(data)
-        logits = as_logits(self.raw(batch))
+        logits = super().logits(batch)
         # features of a self-supervised model look like logits
         if logits is not None and self._has_mode and (
                 self.ways['outputs'] != 'tensor'
@@ -148,10 +145,10 @@ class MMEngineAdapter(Adapter):
         # in a pass that stops, others write weights meanwhile
         whole = current_pass() is None and (
             purpose != 'loss' or self.ways.get('predict') == 'loss')
-        with self._unchanged.during(parameters=whole), ExitStack() as stack:
+        with self._unchanged.during(parameters=whole), kept_random() as stack:
             if purpose == 'loss':
+                stack.pop_all()  # random numbers go on
                 return run()
-            stack.enter_context(kept_random())
             set_random_seed(0)
             found: List[Tensor] = []
             if purpose == 'outputs':  # of the parts, rather than losses

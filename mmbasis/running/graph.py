@@ -19,8 +19,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import Tensor
 
 from ..quirks import OFFSET_LAYERS
-from .adapter import Adapter, adapter_of
-from .batch import Batch, tensors
+from .adapter import Adapter, adapter_of, tensors
 from .states import Unchanged, evaluation, requiring_gradients
 
 #: Names of nodes that may multiply by a matrix of weights. Additions and
@@ -83,12 +82,12 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
             hook = partial(graph.record, name)
             stack.callback(module.register_forward_hook(hook).remove)
         outputs = [x for x in tensors(run()) if x.grad_fn is not None]
-    offsets = graph.offsets(outputs)
-    for name, module in model.named_modules():
-        child = OFFSET_LAYERS.get(type(module).__name__)
-        if child is not None:
-            offsets |= {f'{name}.{child}'.lstrip('.')} & layers.keys()
-    return Targets(graph.predictions(outputs), offsets)
+    offsets = graph.offsets(outputs).union(
+        f'{name}.{OFFSET_LAYERS.get(type(module).__name__)}'.lstrip('.')
+        for name, module in model.named_modules())
+    # an empty name is that of weights outside of layers
+    known = layers.keys() - {''}
+    return Targets(graph.predictions(outputs) & known, offsets & known)
 
 
 def _fail(saved: None) -> Tensor:
@@ -128,21 +127,15 @@ class _Graph:
         for output in outputs:
             found = self._last([output.grad_fn])
             if output.numel() > 1 and len(found) > 1:
-                feeding = set(_walk(_inputs(found, values=True), values=True))
+                feeding = set(_walk(_inputs(found, False), positions=False))
                 found = {k: v for k, v in found.items() if k not in feeding}
             names |= set(found.values())
-        return names - {''}
+        return names
 
     def offsets(self, outputs: list[Tensor]) -> set[str]:
         """Names of the layers that decide where others sample."""
-        starts = [x.grad_fn for x in outputs]
-        operands = [
-            node.next_functions[index][0]
-            for node in _walk([*starts, *self.layers])
-            for index in _sampling_operands(node)
-            if index < len(node.next_functions)
-        ]
-        return set(self._last(operands).values()) - {''}
+        nodes = _walk([*(x.grad_fn for x in outputs), *self.layers])
+        return set(self._last(_inputs(nodes, positions=True)).values())
 
     def _last(self, starts: Iterable[Any]) -> dict[Any, str]:
         """Products by weights next to some nodes, and the layers of these
@@ -180,17 +173,18 @@ class _Graph:
         return owners
 
 
-def _inputs(nodes: Iterable[Any], values: bool = False) -> list[Any]:
-    """What nodes are computed from; with ``values``, without the positions
-    where they sample."""
+def _inputs(nodes: Iterable[Any],
+            positions: bool | None = None) -> list[Any]:
+    """What nodes are computed from: only the positions where they sample, or
+    all but these, or by default both."""
     return [
         x for node in nodes for i, (x, _) in enumerate(node.next_functions)
-        if not (values and i in _sampling_operands(node))
+        if positions in (None, i in _sampling_operands(node))
     ]
 
 
 def _walk(starts: Iterable[Any], stop: Container[Any] = (),
-          values: bool = False) -> Iterator[Any]:
+          positions: bool | None = None) -> Iterator[Any]:
     """Nodes that some nodes are computed from, and these, each once; not
     beyond those in ``stop``, which may grow on the way."""
     seen, waiting = {None}, list(starts)
@@ -200,7 +194,7 @@ def _walk(starts: Iterable[Any], stop: Container[Any] = (),
             seen.add(node)
             yield node
             if node not in stop:
-                waiting += _inputs([node], values)
+                waiting += _inputs([node], positions)
 
 
 def _sampling_operands(node: Any) -> tuple[int, ...]:
@@ -227,7 +221,15 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         # the search for a way to run the model would end the trace
         adapter.outputs(batch)
         inputs = tuple(tensors((batch.args, batch.kwargs)))
-        analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
+
+        def outputs(*traced: Tensor) -> tuple[Tensor, ...]:
+            remaining = iter(traced)
+            return tuple(
+                adapter.outputs(batch.map(lambda _: next(remaining))))
+
+        model = nn.ModuleList([adapter.model])
+        model.forward = outputs
+        analyzer = FlopAnalyzer(model, inputs)
         analyzer.set_op_handle(**{
             k: partial(_deform_conv_macs, x) for k, x in WEIGHTED.items()})
         analyzer.unsupported_ops_warnings(False)
@@ -238,20 +240,6 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         macs=int(macs),
         params=sum(p.numel() for p in adapter.model.parameters()),
         uncounted={k: int(v) for k, v in uncounted.items()})
-
-
-class _Traced(nn.Module):
-    """A model as a function of the tensors of a batch."""
-
-    def __init__(self, adapter: Adapter, batch: Batch) -> None:
-        super().__init__()
-        self.model = adapter.model
-        self.adapter, self.batch = adapter, batch
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        remaining = iter(inputs)
-        batch = self.batch.map(lambda _: next(remaining))
-        return tuple(self.adapter.outputs(batch))
 
 
 def _deform_conv_macs(index: int, inputs: list, outputs: list) -> int:

@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Forward passes that stop at layers, and at the sums that layers go into."""
-import inspect
 import threading
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -14,9 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..layers import observe
-from .adapter import Adapter
-from .batch import tensors
-from .states import get_random, kept_random, set_random
+from .adapter import Adapter, tensors
+from .states import kept_random
 
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
          Tensor.__iadd__)
@@ -66,7 +64,7 @@ class Pass:
         # whether to go on, and where the pass stands then, or an error
         self._orders: SimpleQueue = SimpleQueue()
         self._reports: SimpleQueue = SimpleQueue()
-        self._random = get_random()
+        self._random = kept_random()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> 'Pass':
@@ -83,10 +81,10 @@ class Pass:
         # not kept for longer than needed
         self.name = self.tensor = self.sum = None
         with kept_random():
-            set_random(self._random)
+            self._random.close()
             self._orders.put(True)
             report = self._reports.get()
-            self._random = get_random()
+            self._random = kept_random()
         if isinstance(report, BaseException):
             raise report
         self.name, self.tensor, self.sum = report
@@ -100,13 +98,11 @@ class Pass:
     def _run(self) -> None:
         _CURRENT.value = self
         report: Any = (None, None, None)
-        if not self._orders.get():
-            return
         try:
-            weight = self.adapter.weight
-            if weight is not None and weight.is_cuda:
-                torch.cuda.set_device(weight.device)  # by thread, too
-            with torch.no_grad(), self.watch or nullcontext():
+            if not self._orders.get():
+                return
+            with torch.no_grad(), self.watch or nullcontext(), (
+                    torch.cuda.device_of(self.adapter.weight)):  # by thread
                 self.adapter.predict(self.data)
         except BaseException as error:
             report = error
@@ -188,12 +184,8 @@ def _is_plain_sum(left: Any, right: Any, **kwargs: Any) -> bool:
             and (left.shape, left.dtype) == (right.shape, right.dtype))
 
 
-def _norm_scale(*args: Any, **kwargs: Any) -> Optional[Tensor]:
-    """The scale of each channel in batch normalisation; None in training."""
-    call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
-    call.apply_defaults()
-    norm = call.arguments
-    if norm['training']:
-        return None
-    scale = (norm['running_var'] + norm['eps']).rsqrt()
-    return scale if norm['weight'] is None else scale * norm['weight']
+def _norm_scale(input, running_mean, running_var, weight=None, bias=None,
+                training=False, momentum=.1, eps=1e-5) -> Optional[Tensor]:
+    """The scale of each channel in ``F.batch_norm``; None in training."""
+    scale = None if training else (running_var + eps).rsqrt()
+    return scale if weight is None or scale is None else scale * weight

@@ -14,34 +14,24 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 
-def get_random() -> Tuple[Any, ...]:
-    """States of the generators of Python, NumPy and PyTorch."""
-    on_gpu = torch.cuda.is_initialized()
-    return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if on_gpu else [])
-
-
-def set_random(states: Tuple[Any, ...]) -> None:
-    """Put generators back into states of :func:`get_random`."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    torch.cuda.set_rng_state_all(states[3])
-
-
-@contextmanager
-def kept_random() -> Iterator[None]:
-    """Generators are as before afterwards."""
-    with ExitStack() as stack:
-        stack.callback(set_random, get_random())
-        yield
+def kept_random() -> ExitStack:
+    """The random numbers of Python, NumPy and PyTorch: closing it puts their
+    generators back into the states that they have now."""
+    stack = ExitStack()
+    stack.callback(random.setstate, random.getstate())
+    stack.callback(np.random.set_state, np.random.get_state())
+    stack.callback(torch.set_rng_state, torch.get_rng_state())
+    if torch.cuda.is_initialized():
+        stack.callback(
+            torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+    return stack
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random states of Python,
     NumPy and PyTorch are as before afterwards."""
-    with torch.no_grad(), kept_random(), ExitStack() as stack:
+    with torch.no_grad(), kept_random() as stack:
         for module in model.modules():
             stack.callback(setattr, module, 'training', module.training)
         # for those that do more in train() than to set a flag (LeViT)
