@@ -10,8 +10,15 @@ from .adapter import (
 )
 from .engine import CannotRunError, MMEngineAdapter
 from .graph import Targets, model_complexity, trace_targets
-from .passes import Pass, Sum, SumWatch, current_pass
-from .states import evaluation, train_deterministically, undisturbed
+from .passes import (
+    Pass,
+    Sum,
+    SumWatch,
+    current_pass,
+    evaluation,
+    train_deterministically,
+    undisturbed,
+)
 
 __all__ = [
     'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..registry import ADAPTERS
 from .adapter import Adapter, Batch, UnknownLossError, parameters_of, tensors
-from .passes import current_pass
-from .states import Unchanged, kept_random
+from .passes import Unchanged, current_pass, kept_random
 
 _TORCH = osp.dirname(torch.__file__)
 #: Ways to try, by what they are to return, the best one first.
@@ -50,8 +49,8 @@ class MMEngineAdapter(Adapter):
             x.name == 'mode' or x.kind is x.VAR_KEYWORD
             for x in parameters_of(model))
         self._possible = {'predict', *['tensor', 'loss'] * self._has_mode}
-        step = getattr(model, 'test_step', BaseModel.test_step)
-        if getattr(step, '__func__', step) is not BaseModel.test_step:
+        step = getattr(model.test_step, '__func__', None)
+        if step is not BaseModel.test_step:
             self._possible.add('test_step')
 
     @classmethod

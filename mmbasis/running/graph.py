@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..quirks import OFFSET_LAYERS
 from .adapter import Adapter, adapter_of, tensors
-from .states import Unchanged, evaluation, requiring_gradients
+from .passes import Unchanged, evaluation, requiring_gradients
 
 #: Names of nodes that may multiply by a matrix of weights. Additions and
 #: products by element take parameters, too: positions, scales.
@@ -149,14 +149,11 @@ class _Graph:
 
     def _layer_of(self, node: Any) -> str | None:
         """None where a node does not multiply by weights."""
-        if node in self.layers:
-            return self.layers[node]
-        if MATRIX_PRODUCT.search(node.name()):
-            for operand in reversed(_inputs([node])):
-                owners = self._owners(operand)
-                if owners:  # an empty name counts only if there is no other
-                    return max(owners)
-        return None
+        if node in self.layers or not MATRIX_PRODUCT.search(node.name()):
+            return self.layers.get(node)
+        owners = map(self._owners, reversed(_inputs([node])))
+        # an empty name counts only if there is no other
+        return max(next(filter(None, owners), ()), default=None)
 
     def _owners(self, operand: Any) -> set[str]:
         """Layers of the matrices that an operand is computed from; none where
