@@ -12,7 +12,6 @@ from .engine import CannotRunError, MMEngineAdapter
 from .graph import Targets, model_complexity, trace_targets
 from .passes import (
     Pass,
-    Sum,
     SumWatch,
     current_pass,
     evaluation,
@@ -23,6 +22,6 @@ from .passes import (
 __all__ = [
     'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',
     'tensors', 'model_complexity', 'MMEngineAdapter', 'fisher_loss', 'Pass',
-    'Sum', 'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
+    'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
     'undisturbed', 'Targets', 'trace_targets'
 ]

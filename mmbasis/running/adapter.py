@@ -122,11 +122,10 @@ class Adapter:
         it becomes the arguments of ``forward``.
 
         Of a tuple or list it takes as many entries as ``forward`` requires, of
-        a dict those that ``forward`` names; a :class:`TypeError` says what
-        lacks. It passes whole what is neither, a list to a model whose only
-        argument is annotated as a sequence, and a dict to a model that
-        requires one argument of another name, or that names none.
-        """
+        a dict those that it names; a :class:`TypeError` says what lacks. It
+        passes whole what is neither, a list where the only argument is
+        annotated as a sequence, and a dict where ``forward`` requires one
+        argument of another name, or names none."""
         known = parameters_of(self.model)
         named = [x for x in known if not x.kind.name.startswith('VAR_')]
         required = [x.name for x in named if x.default is x.empty]
@@ -245,9 +244,8 @@ def _entry(outputs: Any, key: str, default: Any = None) -> Any:
 
 
 def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
-    """How a model, with or without a distributed wrapper, is run: by the
-    class in :data:`~mmbasis.registry.ADAPTERS` that was registered last and
-    handles it. An adapter is returned as it is."""
+    """The adapter of a model without its distributed wrapper, if any: of the
+    class that was registered last and handles it. Adapters stay."""
     if isinstance(model, Adapter):
         return model
     while is_model_wrapper(model):
@@ -259,10 +257,10 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
 def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
                 classifies: bool) -> Tensor:
     """The loss of a batch, summed over its images, whose gradients say what
-    the outputs of a layer are worth: the training loss, or, if the model
-    ``classifies``, that of labels drawn from its logits. Their seed is
-    ``batch_index``. That makes the gradients' second moment the Fisher
-    information. Raises an :class:`UnknownLossError` if there is no loss."""
+    outputs of layers are worth: that of training, or, if the model
+    ``classifies``, of labels drawn from its logits (seed ``batch_index``), so
+    that the gradients' second moment is the Fisher information. Raises an
+    :class:`UnknownLossError` if there is no loss."""
     logits = adapter.logits(data) if classifies else None
     if logits is None:
         return adapter.loss(data) * adapter.count_images(data)

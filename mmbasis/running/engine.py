@@ -35,11 +35,10 @@ class MMEngineAdapter(Adapter):
     ``loss``, by a ``test_step`` of their own, or as a plain module where
     ``forward`` has no mode.
 
-    A model may refuse a mode: by a ``NotImplementedError``, by a
-    ``RuntimeError`` or ``ValueError`` that names the mode, or by returning
-    None. Then the next way is tried; the one that works is remembered. A
-    self-supervised model predicts by computing its loss, each time with the
-    same random numbers, and without a change of its state.
+    A model that refuses a mode (see :func:`_refuses`) or returns None is run
+    in the next way; the one that works is remembered. A self-supervised model
+    predicts by computing its loss, each time with the same random numbers,
+    and without a change of its state.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,8 +48,8 @@ class MMEngineAdapter(Adapter):
             x.name == 'mode' or x.kind is x.VAR_KEYWORD
             for x in parameters_of(model))
         self._possible = {'predict', *['tensor', 'loss'] * self._has_mode}
-        step = getattr(model.test_step, '__func__', None)
-        if step is not BaseModel.test_step:
+        step = getattr(model, 'test_step', BaseModel.test_step)
+        if getattr(step, '__func__', step) is not BaseModel.test_step:
             self._possible.add('test_step')
 
     @classmethod
@@ -91,14 +90,9 @@ class MMEngineAdapter(Adapter):
     def loss(self, data: Any) -> Tensor:
         if not self._has_mode:
             return super().loss(data)
-        try:
-            losses = self._run('loss', data)
-        except CannotRunError as error:
-            raise UnknownLossError(
-                f'{error}; or set loss_aware=False') from error
         parse = getattr(self.model, 'parse_losses',
                         partial(BaseModel.parse_losses, self.model))
-        return parse(losses)[0]
+        return parse(self._run('loss', data))[0]
 
     def _lacks_predict(self, data: Any) -> bool:
         if 'predict' not in self.ways:
@@ -127,11 +121,13 @@ class MMEngineAdapter(Adapter):
             else:
                 self.ways[purpose] = way
                 return result
-        raise CannotRunError(
+        is_loss = purpose == 'loss'
+        raise (UnknownLossError if is_loss else CannotRunError)(
             f'{type(self.model).__name__} has no way to get at its {purpose}, '
             f'tried {"; ".join(failed)}: make forward() accept the mode, or '
             f'register a subclass of mmbasis.running.Adapter with {purpose}() '
-            'in mmbasis.registry.ADAPTERS')
+            'in mmbasis.registry.ADAPTERS'
+            + '; or set loss_aware=False' * is_loss)
 
     def _in_way(self, purpose: str, way: str, data: Any) -> Any:
         if way == 'test_step':

@@ -37,12 +37,9 @@ SAMPLERS = (
     ('MultiScaleDeformableAttnFunctionBackward', (3, 4)),  # mmcv, on a GPU
     ('GridSampler', (1, )),
 )
-#: The operators of MMCV that apply weights, by their names in a trace, and
-#: where these stand among the tensors that they take.
-WEIGHTED = {
-    'prim::PythonOp.DeformConv2dFunction': 2,
-    'prim::PythonOp.ModulatedDeformConv2dFunction': 3,
-}
+#: The operators of MMCV that apply weights, by their names in a trace.
+WEIGHTED = ('prim::PythonOp.DeformConv2dFunction',
+            'prim::PythonOp.ModulatedDeformConv2dFunction')
 
 
 class Targets(NamedTuple):
@@ -51,10 +48,10 @@ class Targets(NamedTuple):
     A layer makes predictions if its output reaches an output of the model
     without another product by a weight matrix in between, or reaches neither
     an output nor another layer (proposals are detached). A layer that feeds
-    another one of the same output does not count: in a backbone without a
-    head, that leaves the last residual branch. Only a loss, a single number,
-    counts all layers that it reaches. Offsets reach, in the same way, the
-    positions where one of :data:`SAMPLERS` samples, or its weights.
+    another one of the same output counts only for a loss, a single number: in
+    a backbone without a head, that leaves the last residual branch. Offsets
+    reach, in the same way, the positions where one of :data:`SAMPLERS`
+    samples, or its weights.
     """
     predictions: AbstractSet[str]
     offsets: AbstractSet[str]
@@ -62,14 +59,9 @@ class Targets(NamedTuple):
 
 def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
                   run: Callable[[], Any]) -> Targets:
-    """Find the layers that make predictions, and those that decide where
-    others sample. That takes as much memory as inference.
-
-    Args:
-        model (nn.Module): The model; without gradients, nothing is found.
-        layers (Mapping[str, nn.Module]): Its layers by name.
-        run (Callable): Runs it and returns its outputs or losses, nested.
-    """
+    """Find the :class:`Targets` among a model's layers, given by name: by what
+    ``run`` returns, nested outputs or losses, with gradients. That takes as
+    much memory as inference."""
     graph = _Graph(model, layers)
     # reentrant checkpoints and frozen layers would hide layers
     no_checkpoint = SimpleNamespace(
@@ -119,11 +111,10 @@ class _Graph:
                 self.layers[x.grad_fn] = name
 
     def predictions(self, outputs: list[Tensor]) -> set[str]:
-        """Names of the layers that make predictions."""
         starts = [x.grad_fn for x in outputs]
         used = set(_walk(starts + _inputs(self.layers)))
         names = set(self.layers.values()).difference(
-            name for node, name in self.layers.items() if node in used)
+            map(self.layers.get, used))
         for output in outputs:
             found = self._last([output.grad_fn])
             if output.numel() > 1 and len(found) > 1:
@@ -133,7 +124,6 @@ class _Graph:
         return names
 
     def offsets(self, outputs: list[Tensor]) -> set[str]:
-        """Names of the layers that decide where others sample."""
         nodes = _walk([*(x.grad_fn for x in outputs), *self.layers])
         return set(self._last(_inputs(nodes, positions=True)).values())
 
@@ -148,7 +138,7 @@ class _Graph:
         return found
 
     def _layer_of(self, node: Any) -> str | None:
-        """None where a node does not multiply by weights."""
+        # None where a node does not multiply by weights
         if node in self.layers or not MATRIX_PRODUCT.search(node.name()):
             return self.layers.get(node)
         owners = map(self._owners, reversed(_inputs([node])))
@@ -199,10 +189,8 @@ def _sampling_operands(node: Any) -> tuple[int, ...]:
 
 
 def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
-    """MACs and parameters of a whole model, counted by MMEngine's analysis.
-
-    A fused multiply-add counts as one; a deformable convolution counts as a
-    plain one, without interpolation.
+    """MACs and parameters of a whole model, counted by MMEngine's analysis;
+    a deformable convolution counts as a plain one, without interpolation.
 
     Args:
         model (nn.Module | Adapter): The model; its raw outputs are traced.
@@ -227,8 +215,7 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         model = nn.ModuleList([adapter.model])
         model.forward = outputs
         analyzer = FlopAnalyzer(model, inputs)
-        analyzer.set_op_handle(**{
-            k: partial(_deform_conv_macs, x) for k, x in WEIGHTED.items()})
+        analyzer.set_op_handle(**dict.fromkeys(WEIGHTED, _deform_conv_macs))
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
         analyzer.tracer_warnings('none')
@@ -239,6 +226,8 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         uncounted={k: int(v) for k, v in uncounted.items()})
 
 
-def _deform_conv_macs(index: int, inputs: list, outputs: list) -> int:
+def _deform_conv_macs(inputs: list, outputs: list) -> int:
     batch, _, *positions = outputs[0].type().sizes()
-    return batch * prod(positions) * prod(inputs[index].type().sizes())
+    shapes = [x.type().sizes() for x in inputs]
+    weight = [x for x in shapes if len(x) == 4][-1]  # a bias may follow
+    return batch * prod(positions) * prod(weight)

@@ -67,8 +67,7 @@ def train_deterministically(model: nn.Module) -> None:
 
 
 def requiring_gradients(model: nn.Module, value: bool) -> ExitStack:
-    """All parameters of a model require gradients until it is closed, or
-    none."""
+    """All parameters require gradients until it is closed, or none."""
     stack = ExitStack()
     for x in filter(Tensor.is_floating_point, model.parameters()):
         stack.callback(x.requires_grad_, x.requires_grad)
@@ -142,9 +141,8 @@ class Unchanged:
 
 class Sum(NamedTuple):
     """A sum that a layer's output is about to go into, as of a residual block:
-    of ``branch``, which is ``scale`` times the output plus a constant for each
-    channel, and ``other``. The scale is that of a batch normalisation in
-    between, shape ``(P, )``, or one, a scalar."""
+    of ``other``, and ``branch``: the output times ``scale`` (of a batch
+    normalisation, ``(P, )``, or one), plus a constant for each channel."""
     branch: Tensor
     other: Tensor
     scale: Tensor
@@ -153,14 +151,12 @@ class Sum(NamedTuple):
 class Pass:
     """The forward pass of one batch, which stops at layers.
 
-    A hook of the layer calls :meth:`stop`, and the model goes on when
-    somebody calls :meth:`advance`. So all batches go through a model side by
-    side and once, however it is built. The end of a ``with`` block ends it.
-
-    Each pass is a thread, of which one runs at a time: PyTorch keeps the
-    states of gradients, autocast, modes and warnings by thread. It has random
-    numbers of its own, so that passes of two models that were made together
-    draw the same ones.
+    A hook of the layer calls :meth:`stop`, and the model goes on at
+    :meth:`advance`: so all batches go through a model side by side, and once.
+    The end of a ``with`` block ends it. Each pass is a thread, of which one
+    runs at a time: PyTorch keeps the states of gradients, autocast, modes and
+    warnings by thread. Passes that were made together draw the same random
+    numbers.
 
     Args:
         adapter (Adapter): The model.
@@ -178,7 +174,7 @@ class Pass:
         self.adapter, self.data, self.watch = adapter, data, watch
         #: inputs of layers that wait for their sums
         self.inputs: Dict[str, Tensor] = {}
-        # whether to go on, and where the pass stands then, or an error
+        # whether to go on, and then an error, if any
         self._orders: SimpleQueue = SimpleQueue()
         self._reports: SimpleQueue = SimpleQueue()
         self._random = kept_random()
@@ -200,21 +196,21 @@ class Pass:
         with kept_random():
             self._random.close()
             self._orders.put(True)
-            report = self._reports.get()
+            error = self._reports.get()
             self._random = kept_random()
-        if isinstance(report, BaseException):
-            raise report
-        self.name, self.tensor, self.sum = report
+        if error is not None:
+            raise error
 
     def stop(self, name: str, tensor: Any, into: Optional[Sum] = None) -> None:
         """Hand control back; called in the middle of the pass."""
-        self._reports.put((name, tensor, into))
+        self.name, self.tensor, self.sum = name, tensor, into
+        self._reports.put(None)
         if not self._orders.get():
             raise SystemExit  # ends the thread
 
     def _run(self) -> None:
         _CURRENT.value = self
-        report: Any = (None, None, None)
+        report = None
         try:
             if not self._orders.get():
                 return
@@ -247,17 +243,17 @@ class SumWatch(TorchFunctionMode):
               data: Any) -> None:
         """Run a model on a batch to find which of its layers, given by name,
         are residual."""
+
+        def ran(name: str, module: nn.Module, args: tuple, kwargs: dict,
+                y: Any) -> None:
+            if name not in self.order and len(args) == 1:
+                self.order.append(name)
+                self.mark(name, y)
+
         with self, ExitStack() as stack:
             for name, module in layers.items():
-                hook = partial(self._ran, name)
-                stack.callback(observe(module, hook).remove)
+                stack.callback(observe(module, partial(ran, name)).remove)
             adapter.predict(data)
-
-    def _ran(self, name: str, module: nn.Module, args: tuple, kwargs: dict,
-             y: Any) -> None:
-        if name not in self.order and len(args) == 1:
-            self.order.append(name)
-            self.mark(name, y)
 
     @staticmethod
     def mark(name: str, y: Tensor) -> None:

@@ -16,8 +16,7 @@ from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
 
-def load_config(path: str,
-                cfg_options: Optional[dict] = None,
+def load_config(path: str, cfg_options: Optional[dict] = None,
                 work_dir: Optional[str] = None) -> Config:
     """Read a config of any OpenMMLab library and fill in what tools expect.
 
@@ -93,8 +92,8 @@ def _as_text(value: Any, key: str) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return _Special(value)
-    if value is None or isinstance(value, (bool, int, float, complex, str,
-                                           bytes, set, range, slice)):
+    if isinstance(value, (type(None), int, float, complex, str, bytes, set,
+                          range, slice)):
         return value
     if key.rpartition('.')[2] not in ('type', 'constructor'):
         raise TypeError(
