@@ -205,16 +205,9 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         batch = adapter.prepare(data)
         # the search for a way to run the model would end the trace
         adapter.outputs(batch)
-        inputs = tuple(tensors((batch.args, batch.kwargs)))
-
-        def outputs(*traced: Tensor) -> tuple[Tensor, ...]:
-            remaining = iter(traced)
-            return tuple(
-                adapter.outputs(batch.map(lambda _: next(remaining))))
-
         model = nn.ModuleList([adapter.model])
-        model.forward = outputs
-        analyzer = FlopAnalyzer(model, inputs)
+        model.forward = lambda: tuple(adapter.outputs(batch))
+        analyzer = FlopAnalyzer(model, ())
         analyzer.set_op_handle(**dict.fromkeys(WEIGHTED, _deform_conv_macs))
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
