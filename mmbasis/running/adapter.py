@@ -76,15 +76,12 @@ class Batch:
 
 @ADAPTERS.register_module()
 class Adapter:
-    """How a model is run: this class calls it like any module.
+    """How a bare model is run: this class calls it like any module.
 
     For a model that is run in another way, register a subclass that says what
     it :meth:`handles` and what differs; CONTRIBUTING.md shows one. ``data`` is
     a batch as the dataloader yields it, or what :meth:`prepare` returned. The
     caller sets modes and gradients, see :func:`~mmbasis.running.evaluation`.
-
-    Args:
-        model (nn.Module): The bare model, without a distributed wrapper.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,7 +117,6 @@ class Adapter:
     def bind(self, data: Any) -> Batch:
         """What :meth:`prepare` does with a batch as the dataloader yields it:
         it becomes the arguments of ``forward``.
-
         Of a tuple or list it takes as many entries as ``forward`` requires, of
         a dict those that it names; a :class:`TypeError` says what lacks. It
         passes whole what is neither, a list where the only argument is

@@ -113,8 +113,7 @@ class _Graph:
     def predictions(self, outputs: list[Tensor]) -> set[str]:
         starts = [x.grad_fn for x in outputs]
         used = set(_walk(starts + _inputs(self.layers)))
-        names = set(self.layers.values()).difference(
-            map(self.layers.get, used))
+        names = set(self.layers.values()) - set(map(self.layers.get, used))
         for output in outputs:
             found = self._last([output.grad_fn])
             if output.numel() > 1 and len(found) > 1:

@@ -101,8 +101,7 @@ class Unchanged:
     recalibration wants. One object serves passes that overlap."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._passes = 0
+        self.model, self._passes = model, 0
         self._values: List[Tuple[dict, str, Any, Tensor]] = []
         self._averages = ExitStack()
 

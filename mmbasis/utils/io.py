@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Text files, and values as plain types, which JSON and
-``torch.load(weights_only=True)`` read."""
+"""Text files, and values as types that JSON and safe loading can read."""
 import json
 import os
 from typing import Any

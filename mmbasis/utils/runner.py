@@ -22,8 +22,7 @@ def example_batch(cfg: Config, *splits: str) -> Any:
     for split in splits:
         config = cfg.get(f'{split}_dataloader')
         if config is not None:
-            loader = Runner.build_dataloader(
-                dict(config, batch_size=1), seed=0)
+            loader = Runner.build_dataloader(config, seed=0)
             image = loader.dataset[next(iter(loader.sampler))]
             return loader.collate_fn([single(image)])
     raise KeyError('the config needs one of ' +
