@@ -70,8 +70,8 @@ def requiring_gradients(model: nn.Module, value: bool) -> ExitStack:
     """All parameters require gradients until it is closed, or none."""
     stack = ExitStack()
     for x in filter(Tensor.is_floating_point, model.parameters()):
-        stack.callback(x.requires_grad_, x.requires_grad)
-        x.requires_grad_(value)
+        stack.callback(setattr, x, 'requires_grad', x.requires_grad)
+        x.requires_grad = value
     return stack
 
 
