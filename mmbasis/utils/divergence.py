@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def kl_divergence(student: Tensor,
-                  teacher: Tensor,
+def kl_divergence(student: Tensor, teacher: Tensor,
                   temperature: float = 1.) -> Tensor:
     """``T^2 KL(teacher || student)`` of predictions softened by a temperature
     ``T``, averaged over images (Hinton et al., 2015); logits have shape

@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Text files, and values as plain types, which JSON and
-``torch.load(weights_only=True)`` read."""
+"""Text files, and values as types that JSON and safe loading can read."""
 import json
 import os
 from typing import Any
@@ -21,15 +20,12 @@ def write_atomically(path: str, text: str) -> None:
 
 def to_plain(value: Any) -> Any:
     """Copy nested containers with plain types in place of NumPy's and of
-    MMEngine's log histories. Tensors stay, whatever else is unknown as well.
-
-    :func:`from_plain` is the inverse for the histories.
-    """
+    MMEngine's log histories, which :func:`from_plain` brings back. Tensors
+    stay, whatever else is unknown as well."""
     if isinstance(value, HistoryBuffer):
-        return {
-            '__history__': to_plain(list(value.data)),
-            'max_length': value.max_length
-        }
+        return dict(
+            __history__=to_plain(list(value.data)),
+            max_length=value.max_length)
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, dict):
@@ -52,9 +48,7 @@ def from_plain(value: Any) -> Any:
 def to_json(value: Any) -> Any:
     """Copy with the types of JSON: arrays and tensors become lists, and text
     what JSON has no type for."""
-
-    def encode(x: Any) -> Any:
-        is_array = isinstance(x, (np.generic, np.ndarray, torch.Tensor))
-        return x.tolist() if is_array else repr(x)
-
-    return json.loads(json.dumps(value, default=encode))
+    arrays = (np.generic, np.ndarray, torch.Tensor)
+    return json.loads(json.dumps(
+        value, default=lambda x: (
+            x.tolist() if isinstance(x, arrays) else repr(x))))
