@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Export through MMDeploy's own API, after checks that name mistakes; what
-changes the model before (layers back to dense) and the graph after (int8)."""
+"""Export by MMDeploy, with layers back to dense before it, int8 after it."""
 import copy
 import os
 import os.path as osp

@@ -106,8 +106,7 @@ class BasisModel(BaseModel):
         source = Source.of(content)
         if self.plan or source.plan:
             start = compression.resolve(
-                self.recipe, None if path is None else source,
-                model=self.plan)
+                self.recipe, source if path else None, model=self.plan)
             if start.action is Action.FOLLOW and start.plan is not None:
                 compression.restructure(self.architecture, start.plan)
         if path is not None:
