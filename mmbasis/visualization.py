@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Pictures of spectra and plans, each written to a PNG at ``path``."""
-import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Sequence
 
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .planning import Analysis, CompressionPlan
+from .utils.io import whole_file
 
 
 @contextmanager
@@ -18,9 +18,8 @@ def _axes(path: str, width: float, height: float, rows: int = 1,
     """Axes outside pyplot, which has global state; then writes the PNG."""
     figure = Figure(figsize=(width, height), layout='constrained')
     yield figure.subplots(rows, sharex=True, subplot_kw=labels)
-    temporary = f'{path}.tmp{os.getpid()}'
-    figure.savefig(temporary, dpi=120, format='png')
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format='png')
 
 
 def _lost(energy: Tensor) -> np.ndarray:

@@ -8,26 +8,23 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.benchmark import Timer
 
-from ..layers import BasisLayer
+from ..layers import BasisLayer, copy_module
 from ..planning import Analysis
 from ..running import adapter_of, evaluation
-from ..utils.divergence import kl_divergence, normalized_mse
 from .surgery import replace_modules
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Compute the statistics of all batch normalisations again, as the average
-    over batches (and processes).
-
-    Args:
-        model (nn.Module): Changed in place.
-        batches (Sequence): Batches as the model takes them.
-    """
+    """Compute the statistics of all batch normalisations of a model again, in
+    place: as the average over batches, as the model takes them, and
+    processes."""
     norms, adapter = _norms(model), adapter_of(model)
     momenta = [norm.momentum for norm in norms]
     with evaluation(model):
@@ -110,7 +107,7 @@ def single_truncations(model: nn.Module, analysis: Analysis,
         lost where no sensitivity is known) and ``measured`` (see
         :func:`output_error`).
     """
-    truncated = copy.deepcopy(model)
+    truncated = copy_module(model)
     for layer in analysis.selection.chosen:
         rank, known = layer.full_rank // 2, analysis.statistics[layer.name]
         if rank == 0 or known.spectrum is None:
@@ -141,3 +138,22 @@ def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [x for x in model.modules() if isinstance(x, _BatchNorm)
             and x.running_mean is not None
             and x.num_batches_tracked is not None]
+
+
+def kl_divergence(student: Tensor, teacher: Tensor,
+                  temperature: float = 1.) -> Tensor:
+    """``T^2 KL(teacher || student)`` of predictions softened by a temperature
+    ``T``, averaged over images (Hinton et al., 2015); logits have shape
+    ``(N, ..., classes)``."""
+    student = F.log_softmax(student.flatten(0, -2) / temperature, -1)
+    teacher = F.log_softmax(teacher.flatten(0, -2) / temperature, -1)
+    return temperature**2 * F.kl_div(
+        student, teacher, reduction='batchmean', log_target=True)
+
+
+def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of features, each channel (axis 1) in units of the
+    teacher's variance of it, so that layers and levels count alike."""
+    axes = [axis for axis in range(teacher.dim()) if axis != 1]
+    variance = teacher.var(axes, unbiased=False, keepdim=True)
+    return ((student - teacher).square() / (variance + 1e-6)).mean()

@@ -5,12 +5,12 @@ The facts are those of NVIDIA's operator matrix, ``docs/operators.md`` of
 https://github.com/onnx/onnx-tensorrt, as it stands for TensorRT 8.5 (the last
 for Jetson Xavier) and 10.15.
 """
-import os
 import os.path as osp
 from typing import Any, Callable, Dict, List, Set
 
 import numpy as np
 
+from ..utils.io import whole_file
 from .export import Deployment, precisions
 
 #: operators of ONNX that TensorRT 10 does not support
@@ -117,20 +117,17 @@ def write_calibration(path: str, images: List[np.ndarray],
     calibrator reads it, for a graph that is whole or the first part of a
     detector (``partition``)."""
     import h5py
-    temporary = f'{path}.tmp{os.getpid()}'
     name = 'partition0' if partition else 'end2end'
-    with h5py.File(temporary, 'w') as file:
+    with whole_file(path) as temporary, h5py.File(temporary, 'w') as file:
         group = file.create_group(f'calib_data/{name}/input')
         for index, image in enumerate(images):
             group.create_dataset(str(index), data=image, compression='gzip')
-    os.replace(temporary, path)
 
 
 def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
-    """The command that builds the engine on the device, without MMDeploy.
-
-    Without a calibration cache, which trtexec takes as ``--calib``, int8
-    measures speed with made-up scales.
+    """The command that builds the engine on the device, without MMDeploy. In
+    int8, speed is measured with made-up scales, unless ``--calib`` names a
+    calibration cache.
 
     Args:
         deployment (Deployment): The engine is fp32 unless it is for TensorRT.

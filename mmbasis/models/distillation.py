@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map
 
 from .. import compression
 from ..compression import Teaching, Term
+from ..compression.recalibration import kl_divergence, normalized_mse
 from ..layers import BasisLayer, copy_module, kind_of
 from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
-from ..utils.divergence import kl_divergence, normalized_mse
 
 
 class Distillation:

@@ -15,6 +15,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.model import is_model_wrapper
 from mmengine.structures import BaseDataElement
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..registry import ADAPTERS
 
@@ -44,19 +45,6 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    # in the order of tensors()
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [_map(item, function) for item in value]
-        make = getattr(value, '_make', type(value))  # of named tuples
-        return make(items)
-    return value
-
-
 @dataclasses.dataclass
 class Batch:
     """What the dataloader yielded (``raw``), prepared for a model's
@@ -68,10 +56,10 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> 'Batch':
         """A copy with a function applied to each tensor of the arguments."""
-        return dataclasses.replace(
-            self,
-            args=_map(self.args, function),
-            kwargs=_map(self.kwargs, function))
+        args, kwargs = tree_map(
+            lambda x: function(x) if isinstance(x, Tensor) else x,
+            (self.args, self.kwargs))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
 @ADAPTERS.register_module()
@@ -115,13 +103,11 @@ class Adapter:
             lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
 
     def bind(self, data: Any) -> Batch:
-        """What :meth:`prepare` does with a batch as the dataloader yields it:
-        it becomes the arguments of ``forward``.
-        Of a tuple or list it takes as many entries as ``forward`` requires, of
-        a dict those that it names; a :class:`TypeError` says what lacks. It
-        passes whole what is neither, a list where the only argument is
-        annotated as a sequence, and a dict where ``forward`` requires one
-        argument of another name, or names none."""
+        """Turn a batch of the dataloader into the arguments of ``forward``: of
+        a tuple or list as many entries as that requires, of a dict those that
+        it names; a :class:`TypeError` says what lacks. It passes whole what is
+        neither, a list where the only argument is annotated as a sequence, and
+        a dict where one argument of another name is required, or none."""
         known = parameters_of(self.model)
         named = [x for x in known if not x.kind.name.startswith('VAR_')]
         required = [x.name for x in named if x.default is x.empty]

@@ -2,20 +2,32 @@
 """Text files, and values as types that JSON and safe loading can read."""
 import json
 import os
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Iterator
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write a text file through a temporary file beside it, so that it is
-    there whole or not at all."""
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """Name a temporary file beside a path, which takes its place at the end:
+    the file is there whole or as it was."""
     temporary = f'{path}.tmp{os.getpid()}'
-    with open(temporary, 'w', encoding='utf-8') as file:
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as temporary, open(
+            temporary, 'w', encoding='utf-8') as file:
         file.write(text)
-    os.replace(temporary, path)
 
 
 def to_plain(value: Any) -> Any:

@@ -9,16 +9,15 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..datasets.annotations import single
+from ..datasets.calibration import single
 from ..quirks import repair
 
 _RUNS = itertools.count()
 
 
 def example_batch(cfg: Config, *splits: str) -> Any:
-    """A batch of one image, to count and time with, or of the first of its
-    augmentations: from the first of the splits (``'test'``, ``'val'`` or
-    ``'train'``) with a data loader, or a :class:`KeyError`."""
+    """A batch of one image, or of the first of its augmentations, from the
+    first of some splits that has a data loader; or a :class:`KeyError`."""
     for split in splits:
         config = cfg.get(f'{split}_dataloader')
         if config is not None:
