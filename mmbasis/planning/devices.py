@@ -3,8 +3,8 @@
 
 A roofline: a kernel takes the longer of its arithmetic and its memory
 traffic, and its launch on top. All numbers may be arrays that broadcast, so
-that one call times a whole grid of ranks. It is what a planner needs to choose
-between forms of a layer; it is not a measurement. What it assumes:
+that one call times a whole grid of ranks. It lets a planner choose between
+forms of a layer; it is not a measurement. What it assumes:
 
 - A convolution, its bias, BatchNorm, activation and the sum of a shortcut are
   one kernel. What all forms of a layer share, such as reading the shortcut, is
@@ -15,14 +15,14 @@ between forms of a layer; it is not a measurement. What it assumes:
   depthwise ones pad nothing.
 - A tensor with a misaligned number of channels is now and then copied to a
   padded one before it is read (``COPIES`` times on average).
-- Few outputs do not fill the machine: see ``HALF_FULL``.
+- Few outputs do not fill the machine: see ``HALF_FULL``. On a CPU, few output
+  channels use what is loaded too little: see ``Device.half_wide``.
 - A tensor smaller than half the last cache stays there for the next kernel and
   moves at ``CACHE_SPEED``; from the whole cache on it goes through memory.
   This holds for the tensor between two parts of a layer as for the layer's
   input and output. Weights always come from memory.
-- Where ``Device.winograd`` is above 1, 3x3 convolutions of stride 1 need that
-  much less arithmetic. A basis keeps this for its 3x3 part, its 1x1 part never
-  has it: half the MACs are then far from half the time.
+- 3x3 convolutions of stride 1 need ``Device.winograd`` times less arithmetic,
+  1x1 parts of a form never do: there, half the MACs are not half the time.
 """
 from dataclasses import dataclass
 from functools import reduce
@@ -38,8 +38,8 @@ Number = Union[int, float, np.ndarray]
 TENSOR_CORES, ORDINARY, MEMORY = 0.5, 0.7, 0.7
 # L2 against memory bandwidth: 2 to 4 on the GPUs below
 CACHE_SPEED = 3.0
-# Outputs per processor (SM or core) at which arithmetic runs at half its
-# speed: four warps of 32 threads with 4 outputs each. Twice as many give 2/3.
+# Outputs per processor (SM or core) at which arithmetic runs at half its speed:
+# four warps of 32 threads with 4 outputs each
 HALF_FULL = 512.0
 # Copy kernels per misaligned tensor: TensorRT built 13 for the ResNet-50 at
 # half the MACs whose 35 ranks were arbitrary, none for multiples of 8.
@@ -144,7 +144,11 @@ class Convolution:
 
         Returns:
             tuple[Kernel]: One to three kernels, in the order they run.
+
+        Raises:
+            ValueError: If a rank is below 1.
         """
+        rank, input_rank = _ranks(rank), _ranks(input_rank)
         before = self.batch * self.in_positions
         after = self.batch * self.out_positions
         inputs: Number = self.in_channels // self.groups
@@ -181,6 +185,11 @@ class Device:
         achieved (float): Share of ``peak`` that large layers reach.
         winograd (float): By how much 3x3 convolutions of stride 1 need less
             arithmetic. Defaults to 1.0.
+        half_wide (float): Output channels at which arithmetic runs at half
+            its speed, because what is loaded is used for few of them.
+            Defaults to 0.0.
+        misaligned (float): How much longer arithmetic on misaligned inputs
+            takes, beside the copies. Defaults to 1.0.
     """
     name: str
     peak: float
@@ -193,6 +202,8 @@ class Device:
     alignment: int
     achieved: float
     winograd: float = 1.0
+    half_wide: float = 0.0
+    misaligned: float = 1.0
 
     def time(self, kernels: Iterable[Kernel]) -> Number:
         """Seconds of some kernels, one after the other."""
@@ -213,23 +224,23 @@ class Device:
             return 0.0
         tile = self.tile if kernel.groups == 1 else self.alignment
         depthwise = np.logical_and(kernel.groups > 1, kernel.inputs == 1)
-        inputs = np.where(
-            depthwise, 1, _padded(kernel.inputs, self.alignment))
+        inputs = np.where(depthwise, 1, _padded(kernel.inputs, self.alignment))
         outputs = np.where(
             depthwise, kernel.outputs, _padded(kernel.outputs, tile))
-        per_processor = (
-            kernel.groups * outputs * kernel.write_positions
-            / self.processors)
+        share = (
+            kernel.groups * outputs * kernel.write_positions / self.processors)
         speed = (
-            self.peak * self.achieved * per_processor
-            / (per_processor + HALF_FULL))
+            self.peak * self.achieved * share / (share + HALF_FULL)
+            * outputs / (outputs + self.half_wide))
         if (kernel.window == 9 and kernel.groups == 1
                 and kernel.read_positions == kernel.write_positions):
-            speed = speed * np.where(
-                np.asarray(kernel.inputs) < MIN_WINOGRAD_INPUTS, 1.0,
-                self.winograd)
+            # the image's three channels are not worth the transforms
+            inputs = np.minimum(
+                inputs,
+                np.maximum(inputs, MIN_WINOGRAD_INPUTS) / self.winograd)
+        slower = np.where(self._misaligned(kernel), self.misaligned, 1.0)
         padding = inputs * outputs / (kernel.inputs * kernel.outputs)
-        return kernel.macs * padding / speed
+        return kernel.macs * padding * slower / speed
 
     def _moved(self, numbers: Number) -> Number:
         """Bytes of a tensor that count as memory traffic."""
@@ -239,10 +250,26 @@ class Device:
 
     def _copy(self, kernel: Kernel) -> Number:
         """Seconds for copies of a tensor whose channels are misaligned."""
-        misaligned = kernel.groups * kernel.inputs % self.alignment != 0
-        copy = self.launch + (
-            2 * self._moved(kernel.read) / (self.bandwidth * MEMORY))
-        return np.where(misaligned, COPIES * copy, 0.0)
+        moved = 2 * self._moved(kernel.read)
+        copy = self.launch + moved / (self.bandwidth * MEMORY)
+        return np.where(self._misaligned(kernel), COPIES * copy, 0.0)
+
+    def _misaligned(self, kernel: Kernel) -> Union[bool, np.ndarray]:
+        """Whether it reads a number of channels that the device dislikes; an
+        image's three have kernels of their own."""
+        channels = kernel.groups * kernel.inputs
+        return np.logical_and(
+            channels > self.alignment, channels % self.alignment != 0)
+
+
+def _ranks(ranks: Optional[Number]) -> Optional[np.ndarray]:
+    """In 64 bits: in 32, the MACs of a grid overflow."""
+    if ranks is None:
+        return None
+    wide = np.asarray(ranks, dtype=np.int64)
+    if (wide < 1).any():
+        raise ValueError(f'ranks must be at least 1, got {wide.min()}')
+    return wide
 
 
 def _padded(number: Number, multiple: int) -> Number:
@@ -258,9 +285,8 @@ def _gpu(name: str, tera_macs: float, gigabytes: float, microseconds: float,
         achieved=TENSOR_CORES)
 
 
-# Peaks are dense (no sparsity), for the full power mode. Launches are the
-# gaps between short kernels in a TensorRT engine or a CUDA graph, a few
-# microseconds on every GPU and more at the clocks of a Jetson.
+# Peaks are dense (no sparsity), in the full power mode. Launches are those of
+# short kernels in an engine or a CUDA graph (shared/lab/roofline.py).
 _PRESETS = (
     # Jetson AGX Xavier series data sheet: 8 SMs, 64 tensor cores at 1377 MHz
     # (11.3 TFLOP/s), LPDDR4x 137 GB/s; L2 of 512 KB by deviceQuery
@@ -287,10 +313,12 @@ _PRESETS = (
     _gpu('h100-fp16', 495, 3350, 2.5, 50, 132),
     # two cores at 3 GHz with two AVX2 multiply-adds a cycle (8 numbers each),
     # two channels of DDR4 half used by others, 16 MB of the last cache;
-    # ONNX Runtime: blocks of 16 channels (NCHWc), some microseconds a node
+    # ONNX Runtime: blocks of 16 channels (NCHWc), some microseconds a node,
+    # single blocks and 1x1 convolutions of misaligned inputs two thirds as
+    # fast as others (measured: docs/results/roofline.md)
     Device(
-        'cpu', 96e9, 25e9, 5e-6, 4, 2**24, 2, tile=16, alignment=1,
-        achieved=ORDINARY),
+        'cpu', 96e9, 25e9, 5e-6, 4, 2**24, 2, tile=16, alignment=4,
+        achieved=ORDINARY, half_wide=8, misaligned=1.5),
 )
 DEVICES: Dict[str, Device] = {preset.name: preset for preset in _PRESETS}
 

@@ -11,8 +11,6 @@ import argparse
 import dataclasses
 import json
 import os.path as osp
-import time
-from statistics import median
 
 import numpy as np
 
@@ -44,9 +42,6 @@ ISSUE = {
         'xavier-fp16': (1.90, 1.88)
     },
 }
-MEASURED = [(3, 64, 49, 4, 112, 32), (64, 64, 9, 1, 56, 28),
-            (128, 128, 9, 1, 28, 60), (256, 256, 9, 1, 14, 120),
-            (512, 512, 9, 1, 7, 240), (256, 1024, 1, 1, 14, 104)]
 
 
 def vgg16():
@@ -146,19 +141,26 @@ def paper_device(winograd=True, tile=32):
         tile=tile)
 
 
+def pytorch_kernels(layers, ranks):
+    """As PyTorch runs convolutions: adding the bias and the activation are
+    kernels of their own, after dense layers and after coefficients."""
+    kernels = []
+    for layer, rank in zip(layers, ranks):
+        width = layer.out_channels
+        positions = layer.batch * layer.out_positions
+        kernels += layer.kernels(rank)
+        kernels += [Kernel(width, width, positions, positions, window=0)] * 2
+    return kernels
+
+
 def vgg16_seconds(ranks, board):
-    """torchvision's VGG-16 as PyTorch runs it: bias, ReLU and pooling are
-    kernels of their own, the linear layers stay dense."""
+    """torchvision's VGG-16 in PyTorch, with its pooling and the linear layers,
+    which stay dense."""
     layers = vgg16()
-    kernels = [
-        kernel for layer, rank in zip(layers, ranks)
-        for kernel in layer.kernels(rank)
-    ]
-    for index, layer in enumerate(layers):
+    kernels = pytorch_kernels(layers, ranks)
+    for layer in (layers[i] for i in (1, 3, 6, 9, 12)):
         width, side = layer.out_channels, layer.out_positions
-        kernels += [Kernel(width, width, side, side, window=0)] * 2
-        if index in (1, 3, 6, 9, 12):
-            kernels.append(Kernel(width, width, side, side // 4, window=0))
+        kernels.append(Kernel(width, width, side, side // 4, window=0))
     for inputs, outputs in ((25088, 4096), (4096, 4096), (4096, 1000)):
         kernels += Convolution(inputs, outputs, 1, 1, 1).kernels()
     return float(board.time(kernels))
@@ -171,7 +173,6 @@ def paper():
         name: [largest(x, 1 / int(name[0]), 1) or 1 for x in vgg16()]
         for name in AUTHORS
     }
-    plans = {'authors': AUTHORS, 'uniform': uniform}
     for label, ranks, board in (
             ('authors', AUTHORS, paper_device()),
             ('uniform', uniform, paper_device()),
@@ -184,4 +185,126 @@ def paper():
             'ms': {k: round(v * 1e3, 1) for k, v in seconds.items()},
             'speed_up': {k: round(dense / v, 2) for k, v in seconds.items()},
         }
-    return rows, plans
+    return rows
+
+
+def h100():
+    """ResNet-50 at half the MACs in every layer, ranks as they come, in
+    PyTorch with CUDA graphs; measured with the paper's rule."""
+    rows = {}
+    for batch, measured in ((1, .72), (32, .65)):
+        layers = [dataclasses.replace(x, batch=batch) for x in resnet50()]
+        ranks = [largest(layer, .5, 1) for layer in layers]
+        dense, basis = (
+            float(device('h100-fp16').time(pytorch_kernels(layers, x)))
+            for x in ([None] * len(layers), ranks))
+        rows[f'batch {batch}'] = dict(
+            predicted=round(dense / basis, 2), measured=measured)
+    return rows
+
+
+def run(with_cpu):
+    networks = {'resnet50': resnet50(), 'vgg16': vgg16()}
+    results = dict(
+        paper=paper(), stated=STATED, logged_ms=LOGGED, h100=h100(),
+        presets={
+            net: {
+                name: {
+                    f'{fraction} batch {batch}': speed_ups(
+                        layers, name, fraction, batch=batch)
+                    for fraction, batch in ((.5, 1), (.25, 1), (.5, 32))
+                }
+                for name in DEVICES
+            }
+            for net, layers in networks.items()
+        }, issue=ISSUE)
+    if with_cpu:
+        from cpu_forms import measure
+        results['cpu'] = measure()
+    return results
+
+
+def table(head, rows):
+    lines = [head, ['---'] * len(head), *rows]
+    return [f'| {" | ".join(map(str, line))} |' for line in lines] + ['']
+
+
+INTRODUCTION = """\
+# The device model beside measurements
+
+Written by `tools/benchmarks/roofline.py`. The model and what it assumes:
+`mmbasis/planning/devices.py`. Peaks and bandwidths are those of data sheets;
+large layers are taken to reach half the peak of tensor cores, 0.7 of that of
+ordinary ones, and 0.7 of the bandwidth, on every device.
+
+## The paper: VGG-16, 224x224, batch 1, AGX Xavier, PyTorch fp32
+
+The authors' own ranks (`correct_time_tester.py` of their repository), and a
+uniform share of the MACs in every layer; all 13 convolutions in output form,
+linear layers dense; bias, ReLU and pooling are kernels of their own. Their log
+shows four cores at 1.19 GHz, which is the 15 W mode: GPU at 670 MHz, memory at
+1333 MHz. Times in brackets: the stretches of the log, for 1000 images (the
+script's number).
+
+Winograd's algorithm is not a choice: the dense network takes 38 ms, and its
+convolutions alone would take 45 ms at the full peak without it. The width of
+blocks is one: the usual kernels have 32, 64 or 128 outputs, 32 comes closest
+and is used for all GPUs. The last two rows show how much each matters.
+"""
+
+
+def markdown(results):
+    text = [INTRODUCTION]
+    stated, logged = results['stated'], results['logged_ms']
+    text += table(['plans', 'dense, ms', *stated], [
+        ['stated (log, ms)', logged['dense'],
+         *(f'**{x}** ({logged[k]})' for k, x in stated.items())],
+        *([name, row['dense_ms'],
+           *(f'{x} ({row["ms"][k]})' for k, x in row['speed_up'].items())]
+          for name, row in results['paper'].items())])
+    text += ["## Speed-up of a network's convolutions", '',
+             'Best: each layer takes the fastest of dense, output, input and '
+             'both, ranks in multiples of 8. Output: every layer is output '
+             'form. In brackets: issue 16, `lab/roofline.py`.', '']
+    for net, presets in results['presets'].items():
+        issue = results['issue'][net]
+        text += table(
+            [net, 'dense, ms', 'half the MACs: best', 'output',
+             'a quarter: best', 'half, batch 32: best'],
+            [[name, row['0.5 batch 1']['dense_ms'],
+              *(f'{row["0.5 batch 1"][key]}' + (
+                  f' ({issue[name][i]})' if name in issue else '')
+                for i, key in enumerate(('best', 'output'))),
+              row['0.25 batch 1']['best'], row['0.5 batch 32']['best']]
+             for name, row in presets.items()])
+    text += ['## H100, PyTorch fp16 with CUDA graphs, ResNet-50', '',
+             'Half the MACs in every layer, ranks as they come. The model '
+             'knows TensorRT, which pads a few tensors; cuDNN under PyTorch '
+             'has slower kernels for odd channels: too kind at batch 32.', '']
+    text += table(['', 'predicted', 'measured'], [
+        [name, *row.values()] for name, row in results['h100'].items()])
+    if 'cpu' in results:
+        text += ['## ONNX Runtime on one core of this machine', '',
+                 'Time over that of the dense layer, in processor time. Of '
+                 'the preset, `half_wide` and `misaligned` were read off '
+                 'these rows; all else is general.', '']
+        text += table(list(results['cpu'][0]),
+                      [list(row.values()) for row in results['cpu']])
+    return '\n'.join(text).rstrip() + '\n'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--measure', action='store_true')
+    parser.add_argument('--out', default=osp.join(RESULTS, 'roofline'))
+    args = parser.parse_args()
+    results = run(args.measure)
+    with open(args.out + '.json', 'w', encoding='utf-8') as file:
+        json.dump(results, file, indent=1)
+        file.write('\n')
+    with open(args.out + '.md', 'w', encoding='utf-8') as file:
+        file.write(markdown(results))
+
+
+if __name__ == '__main__':
+    main()
