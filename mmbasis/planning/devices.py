@@ -1,14 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """How long a layer takes on a device, from data sheets.
 
-A roofline: a kernel takes the longer of its arithmetic and its memory
-traffic, and its launch on top. All numbers may be arrays that broadcast, so
-that one call times a whole grid of ranks. It lets a planner choose between
-forms of a layer; it is not a measurement. What it assumes:
+A roofline: a kernel takes the longer of its arithmetic and its memory traffic,
+and its launch on top. Numbers may be arrays that broadcast: one call times a
+whole grid of ranks. It is not a measurement. What it assumes:
 
 - A convolution, its bias, BatchNorm, activation and the sum of a shortcut are
-  one kernel. What all forms of a layer share, such as reading the shortcut, is
-  left out.
+  one kernel. What all forms share, as reading the shortcut, is left out.
 - Channels fill whole blocks: outputs are computed in multiples of
   ``Device.tile``, inputs in multiples of ``Device.alignment``. Grouped
   convolutions have kernels of their own, with blocks of ``alignment``;
@@ -38,11 +36,11 @@ Number = Union[int, float, np.ndarray]
 TENSOR_CORES, ORDINARY, MEMORY = 0.5, 0.7, 0.7
 # L2 against memory bandwidth: 2 to 4 on the GPUs below
 CACHE_SPEED = 3.0
-# Outputs per processor (SM or core) at which arithmetic runs at half its speed:
+# Outputs per processor (SM or core) at which arithmetic runs at half speed:
 # four warps of 32 threads with 4 outputs each
 HALF_FULL = 512.0
-# Copy kernels per misaligned tensor: TensorRT built 13 for the ResNet-50 at
-# half the MACs whose 35 ranks were arbitrary, none for multiples of 8.
+# Copy kernels per misaligned tensor: TensorRT built 13 for a ResNet-50 with 35
+# arbitrary ranks, none for multiples of 8
 COPIES = 0.4
 # A product of 4x4 tiles needs 16 multiplications where 2x2 outputs of a 3x3
 # window need 36: F(2x2, 3x3) of Lavin and Gray, arXiv 1509.09308
@@ -229,9 +227,8 @@ class Device:
             depthwise, kernel.outputs, _padded(kernel.outputs, tile))
         share = (
             kernel.groups * outputs * kernel.write_positions / self.processors)
-        speed = (
-            self.peak * self.achieved * share / (share + HALF_FULL)
-            * outputs / (outputs + self.half_wide))
+        speed = self.peak * self.achieved * share / (share + HALF_FULL)
+        speed = speed * outputs / (outputs + self.half_wide)
         if (kernel.window == 9 and kernel.groups == 1
                 and kernel.read_positions == kernel.write_positions):
             # the image's three channels are not worth the transforms
@@ -285,8 +282,8 @@ def _gpu(name: str, tera_macs: float, gigabytes: float, microseconds: float,
         achieved=TENSOR_CORES)
 
 
-# Peaks are dense (no sparsity), in the full power mode. Launches are those of
-# short kernels in an engine or a CUDA graph (shared/lab/roofline.py).
+# Peaks are dense (no sparsity), in the full power mode. Launches, those of short
+# kernels in an engine or a CUDA graph, are in no data sheet: estimates.
 _PRESETS = (
     # Jetson AGX Xavier series data sheet: 8 SMs, 64 tensor cores at 1377 MHz
     # (11.3 TFLOP/s), LPDDR4x 137 GB/s; L2 of 512 KB by deviceQuery
@@ -297,7 +294,7 @@ _PRESETS = (
         'xavier-fp32', 0.705e12, 137e9, 8e-6, 4, 2**19, 8, tile=32,
         alignment=1, achieved=ORDINARY, winograd=WINOGRAD),
     # Jetson Orin NX series data sheet, 16 GB: 8 SMs, 32 tensor cores at
-    # 918 MHz (60 sparse INT8 TOP/s of the GPU are 15 fp16 TFLOP/s), 102 GB/s
+    # 918 MHz (60 sparse INT8 TOP/s are 15 fp16 TFLOP/s), 102 GB/s; L2 assumed
     _gpu('orin-nx-fp16', 7.5, 102.4, 5, 2, 8),
     # Jetson AGX Orin technical brief, 64 GB: 16 SMs, 64 tensor cores at
     # 1.3 GHz (170 sparse INT8 TOP/s are 42 fp16 TFLOP/s), 205 GB/s, L2 4 MB

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,22 @@ def test_where_much_is_to_be_won(roofline):
     assert roofline.speed_ups(
         roofline.vgg16(), 'xavier-fp16')['best'] == pytest.approx(
             1.9, abs=.1)
+
+
+def test_resnet50_in_onnx_runtime(roofline):
+    """Times over dense as measured by the benchmark; the file is its own."""
+    path = Path(roofline.RESULTS) / 'roofline.json'
+    measured = json.loads(path.read_text(encoding='utf-8'))['cpu']
+    layers = roofline.resnet50()
+    plans = roofline.cpu_plans(layers)
+    seconds = {
+        name: sum(device('cpu').time(layer.kernels(*form))
+                  for layer, form in zip(layers, plan))
+        for name, plan in plans.items()
+    }
+    for name in list(plans)[1:]:
+        assert seconds[name] / seconds['dense'] == pytest.approx(
+            measured[name]['measured'], rel=.15)
 
 
 @pytest.mark.parametrize('bad', [

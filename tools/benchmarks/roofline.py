@@ -88,26 +88,32 @@ def largest(layer, fraction, step, **fixed):
 
 
 def forms(layer, fraction, step=8):
-    """Kernels of each form at a fraction of the layer's MACs. In both-sided
-    ones, the smaller share of channels kept is as large as it can be."""
+    """Rank and input rank of each form at a fraction of the layer's MACs. In
+    both-sided ones, the smaller share of channels kept is the largest."""
     found, budget = {}, fraction * macs(layer.kernels())
     rank = largest(layer, fraction, step)
     if rank:
-        found['output'] = layer.kernels(rank)
+        found['output'] = (rank, None)
     if layer.window == 1:
         return found
     inner = np.arange(step, layer.in_channels, step)
     fits = macs(layer.kernels(None, inner)) <= budget
     if fits.any():
-        found['input'] = layer.kernels(None, int(inner[fits][-1]))
+        found['input'] = (None, int(inner[fits][-1]))
     outer = np.arange(step, layer.out_channels, step)[:, None]
     share = np.where(
         macs(layer.kernels(outer, inner)) <= budget,
         np.minimum(outer / layer.out_channels, inner / layer.in_channels), 0)
     if share.size and share.max() > 0:
         row, column = np.unravel_index(share.argmax(), share.shape)
-        found['both'] = layer.kernels(int(outer[row, 0]), int(inner[column]))
+        found['both'] = (int(outer[row, 0]), int(inner[column]))
     return found
+
+
+def best(layer, target, fraction, step=8):
+    """The fastest form of a layer, dense included."""
+    return min([(None, None), *forms(layer, fraction, step).values()],
+               key=lambda form: target.time(layer.kernels(*form)))
 
 
 def speed_ups(layers, name, fraction=.5, step=8, batch=1):
@@ -115,13 +121,11 @@ def speed_ups(layers, name, fraction=.5, step=8, batch=1):
     target, total = device(name), np.zeros(3)
     for layer in layers:
         layer = dataclasses.replace(layer, batch=batch)
-        dense = float(target.time(layer.kernels()))
-        times = {
-            form: float(target.time(kernels))
-            for form, kernels in forms(layer, fraction, step).items()
-        }
-        total += (dense, min([dense, *times.values()]),
-                  times.get('output', dense))
+        total += [
+            target.time(layer.kernels(*form)) for form in (
+                (None, None), best(layer, target, fraction, step),
+                (largest(layer, fraction, step), None))
+        ]
     return dict(
         dense_ms=round(total[0] * 1e3, 3),
         best=round(total[0] / total[1], 2),
@@ -203,6 +207,23 @@ def h100():
     return rows
 
 
+def cpu_plans(layers):
+    """Ranks and input ranks of all layers, dense first."""
+    plans = {'dense': [(None, None)] * len(layers)}
+    for fraction in (.5, .3):
+        head = f'ResNet-50, {fraction} of each layer'
+        for step in (1, 8, 16):
+            plans[f'{head}, output, multiples of {step}'] = [
+                (largest(x, fraction, step), None) for x in layers]
+        for form in ('input', 'both'):
+            found = [forms(x, fraction) for x in layers]
+            plans[f'{head}, {form} (1x1: output)'] = [
+                x.get(form, x.get('output', (None, None))) for x in found]
+        plans[f'{head}, best by the model'] = [
+            best(x, device('cpu'), fraction) for x in layers]
+    return plans
+
+
 def run(with_cpu):
     networks = {'resnet50': resnet50(), 'vgg16': vgg16()}
     results = dict(
@@ -219,8 +240,12 @@ def run(with_cpu):
             for net, layers in networks.items()
         }, issue=ISSUE)
     if with_cpu:
-        from cpu_forms import measure
-        results['cpu'] = measure()
+        from cpu_forms import measure_layers, measure_resnet50
+        layers = networks['resnet50']
+        results['cpu'] = {
+            **measure_resnet50(layers, cpu_plans(layers)),
+            **measure_layers()
+        }
     return results
 
 
@@ -285,11 +310,11 @@ def markdown(results):
         [name, *row.values()] for name, row in results['h100'].items()])
     if 'cpu' in results:
         text += ['## ONNX Runtime on one core of this machine', '',
-                 'Time over that of the dense layer, in processor time. Of '
-                 'the preset, `half_wide` and `misaligned` were read off '
-                 'these rows; all else is general.', '']
-        text += table(list(results['cpu'][0]),
-                      [list(row.values()) for row in results['cpu']])
+                 'Time over that of the dense network or layer, in processor '
+                 'time. Of the preset, `half_wide` and `misaligned` were read '
+                 'off the single layers, before ResNet-50 was run.', '']
+        text += table(['', 'MACs', 'predicted', 'measured'], [
+            [name, *row.values()] for name, row in results['cpu'].items()])
     return '\n'.join(text).rstrip() + '\n'
 
 
