@@ -271,10 +271,11 @@ shows four cores at 1.19 GHz, which is the 15 W mode: GPU at 670 MHz, memory at
 1333 MHz. Times in brackets: the stretches of the log, for 1000 images (the
 script's number).
 
-Winograd's algorithm is not a choice: the dense network takes 38 ms, and its
-convolutions alone would take 45 ms at the full peak without it. The width of
-blocks is one: the usual kernels have 32, 64 or 128 outputs, 32 comes closest
-and is used for all GPUs. The last two rows show how much each matters.
+If clocks and images are these, the board used Winograd's algorithm: the dense
+network takes 38 ms, its convolutions alone would take 45 ms at the full peak
+without it. The width of blocks was chosen with these figures in sight: usual
+kernels have 32, 64 or 128 outputs, 32 comes closest and is used for all GPUs.
+The last two rows show how much each matters.
 """
 
 
@@ -304,8 +305,9 @@ def markdown(results):
              for name, row in presets.items()])
     text += ['## H100, PyTorch fp16 with CUDA graphs, ResNet-50', '',
              'Half the MACs in every layer, ranks as they come. The model '
-             'knows TensorRT, which pads a few tensors; cuDNN under PyTorch '
-             'has slower kernels for odd channels: too kind at batch 32.', '']
+             'knows TensorRT, which pads a few tensors, and is far too kind '
+             'at batch 32; slower kernels of cuDNN for odd channels are the '
+             'likely reason, not examined.', '']
     text += table(['', 'predicted', 'measured'], [
         [name, *row.values()] for name, row in results['h100'].items()])
     if 'cpu' in results:
