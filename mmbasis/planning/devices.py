@@ -282,8 +282,8 @@ def _gpu(name: str, tera_macs: float, gigabytes: float, microseconds: float,
         achieved=TENSOR_CORES)
 
 
-# Peaks are dense (no sparsity), in the full power mode. Launches, of kernels in
-# an engine or a CUDA graph, are in no data sheet: estimates.
+# Peaks are dense (no sparsity), in the full power mode. Launches (in an engine
+# or a CUDA graph) are in no data sheet: estimates.
 _PRESETS = (
     # Jetson AGX Xavier series data sheet: 8 SMs, 64 tensor cores at 1377 MHz
     # (11.3 TFLOP/s), LPDDR4x 137 GB/s; L2 of 512 KB by deviceQuery
