@@ -180,9 +180,10 @@ class InputSpectrum:
     widen: Tensor
 
     @property
-    def losses(self) -> Tensor:
-        """Of each direction, summed over groups, shape ``(C, )``."""
-        return self.values.sum(0)
+    def shares(self) -> Tensor:
+        """Of all that can be lost, by direction, shape ``(C, )``."""
+        losses = self.values.sum(0)
+        return losses / losses.sum().clamp_min(1e-300)
 
 
 def spectrum_of_input(matrix: Tensor,

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Sequence
 
 import torch
+import torch.nn as nn
 from mmengine.dist import all_reduce
 from torch import Tensor
 
@@ -37,12 +38,13 @@ class LayerRegression:
         targets (Sequence[Tensor]): Samples that will be added.
         scale (Tensor, optional): Factor of the output, ``(P, )``, before it is
             added to something; errors are those of the product.
+        front (nn.Module, optional): The input basis that the layer is behind.
     """
 
     def __init__(self, layer: Layer, statistics: LayerStatistics,
-                 targets: Sequence[Tensor],
-                 scale: Tensor | None = None) -> None:
-        self.layer, self.statistics = layer, statistics
+                 targets: Sequence[Tensor], scale: Tensor | None = None,
+                 front: nn.Module | None = None) -> None:
+        self.layer, self.statistics, self.front = layer, statistics, front
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
         #: whether it corrects errors of something else, too
@@ -79,6 +81,8 @@ class LayerRegression:
                 network. Without a sum it is the target.
         """
         layer = self.layer
+        if self.front is not None:
+            x = self.front(x)
         y = type(layer.module).forward(layer.module, x)  # no hooks
         unchanged = sampling.output_samples(layer, y)
         if target.shape != unchanged.shape:

@@ -229,8 +229,9 @@ def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:
 
 
 def bases_of(analysis: Analysis) -> dict:
-    """Directions and mean of each layer's output for :func:`apply_plan`."""
-    return {name: (known.spectrum.vectors, known.mean)
+    """Directions and mean of each layer's output, and directions of its input,
+    for :func:`apply_plan`."""
+    return {name: (known.spectrum.vectors, known.mean, known.inputs)
             for name, known in analysis.statistics.items()
             if known.spectrum is not None}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Iterator, Sequence
 
@@ -143,11 +144,21 @@ class Reconstruction:
     def _regress(self, layer: Layer, samples: Sequence[tuple],
                  scale: Tensor | None = None) -> bool:
         """Fit a layer to what :meth:`LayerRegression.add` takes."""
-        regression = LayerRegression(layer, self.statistics[layer.name],
-                                     [x[1] for x in samples], scale)
+        regression = self._regression(layer, [x[1] for x in samples], scale)
         for sample in samples:
             regression.add(*sample)
         return self._set(regression)
+
+    def _regression(self, layer: Layer, targets: Sequence[Tensor],
+                    scale: Tensor | None = None) -> LayerRegression:
+        """The regression of a layer, or of what is behind its input basis."""
+        known = self.statistics[layer.name]
+        target = self.model.get_submodule(layer.name)
+        front = getattr(target, 'input_basis', None)
+        if isinstance(target, BasisLayer) and front is not None:
+            layer = replace(layer, module=target.behind_input_basis(
+                layer.module, known.inputs))
+        return LayerRegression(layer, known, targets, scale, front)
 
     def _fit_sum(self, layer: Layer,
                  pairs: Sequence[tuple[Pass, Pass]]) -> bool:
@@ -181,9 +192,8 @@ class Reconstruction:
                 if before < SHARED_IMAGES]
         targets = [self._outputs(names, data) for data in some]
         for name in names:
-            regression = LayerRegression(
-                self.todo[name], self.statistics[name],
-                [y for t in targets for y in t[name]])
+            regression = self._regression(
+                self.todo[name], [y for t in targets for y in t[name]])
             for data, wanted in zip(some, targets):
                 watch = observe(
                     self.model.get_submodule(name),
@@ -214,15 +224,20 @@ class Reconstruction:
         target = self.model.get_submodule(layer.name)
         compressed = isinstance(target, BasisLayer)
         entry = self.plan.layers.get(layer.name)
-        old_bias = target.coefficients.bias if compressed else target.bias
+        old_bias = target.last.bias if compressed else target.bias
         solution = regression.solve(entry.rank if entry else None,
                                     old_bias is not None)
         if solution is None:
             return False
         basis, coefficients, bias = solution
         if compressed:
-            target.set_factors(*orthonormalize(basis, coefficients),
-                               None if old_bias is None else bias)
+            factors = list(target.factors)
+            if target.rank is None:
+                factors[-1:] = [coefficients @ basis]
+            else:
+                factors[-2:] = orthonormalize(basis, coefficients)
+            target.set_factors(*factors,
+                               bias=None if old_bias is None else bias)
         else:
             target.weight.copy_(
                 layer.known_kind.from_matrix(coefficients @ basis, target))

@@ -223,7 +223,7 @@ def same_structure(first: CompressionPlan, second: CompressionPlan) -> bool:
     """Whether two plans give a model the same parameters."""
 
     def structure(plan: CompressionPlan) -> tuple:
-        layers = {k: (x.rank, x.bias) for k, x in plan.layers.items()}
+        layers = {k: (x.ranks, x.bias) for k, x in plan.layers.items()}
         return layers, plan.norm, {k for k, x in plan.dense.items() if x.bias}
 
     return structure(first) == structure(second)

@@ -177,7 +177,8 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
         for dense in (module, *followers.get(module, ())):
             # new layers draw random numbers that nobody keeps
             with torch.random.fork_rng():
-                layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm)
+                layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm,
+                                   entry.input_rank)
             if project:
                 layer.project(dense, *bases.get(name, ()))
             new[dense] = layer

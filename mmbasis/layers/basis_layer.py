@@ -215,13 +215,7 @@ class BasisLayer(nn.Module):
             inputs (InputSpectrum, optional): Directions of the input, the
                 most important first. Defaults to those of the weights.
         """
-        matrix = self.kind.to_matrix(dense).detach().double()
-        factors: Tuple[Tensor, ...] = ()
-        if self.input_rank is not None:
-            basis, matrix = factorization.narrow(
-                matrix, inputs or factorization.spectrum_of_input(
-                    matrix, self.kind.in_channels(dense)), self.input_rank)
-            factors = (basis, )
+        factors, matrix = self._narrow(dense, inputs)
         bias = self.last.bias
         if bias is not None:
             bias = torch.zeros_like(bias) if dense.bias is None else dense.bias
@@ -237,6 +231,28 @@ class BasisLayer(nn.Module):
                 bias = bias + lost.flatten().to(bias)
             factors = (*factors, *factorization.factorize(matrix, vectors))
         self.set_factors(*factors, bias=bias)
+
+    def behind_input_basis(
+            self, dense: nn.Module,
+            inputs: Optional[factorization.InputSpectrum]) -> nn.Module:
+        """The dense layer as it sees what :meth:`project` gives it of the
+        input: a dense layer of ``input_rank`` input channels per group."""
+        _, matrix = self._narrow(dense, inputs)
+        core = _clone(dense, self.kind, matrix)
+        core.bias = dense.bias
+        return core
+
+    def _narrow(self, dense: nn.Module,
+                inputs: Optional[factorization.InputSpectrum]
+                ) -> Tuple[Tuple[Tensor, ...], Tensor]:
+        """Input basis, if any, and the weights of the layer behind it."""
+        matrix = self.kind.to_matrix(dense).detach().double()
+        if self.input_rank is None:
+            return (), matrix
+        inputs = inputs or factorization.spectrum_of_input(
+            matrix, self.kind.in_channels(dense))
+        basis, matrix = factorization.narrow(matrix, inputs, self.input_rank)
+        return (basis, ), matrix
 
     @property
     def orthogonality_error(self) -> float:

@@ -235,7 +235,8 @@ class BasisModel(BaseModel):
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
             for _, layer in compression.basis_layers(self):
-                total = total + orthogonality_penalty(layer.factors[0])
+                for basis in layer.bases:
+                    total = total + orthogonality_penalty(basis)
         return self.recipe.orthogonality.weight * total
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

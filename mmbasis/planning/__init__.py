@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .costs import Costs, Form, LatencyTable
+from .costs import Costs, Form, LatencyTable, Ranks
 from .layers import (
     Exclusion,
     Layer,

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,13 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from .. import running
-from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
+from ..factorization import (
+    InputSpectrum,
+    Spectrum,
+    spectrum_of_factor,
+    spectrum_of_input,
+    spectrum_of_moment,
+)
 from ..layers import observe
 from . import samples as sampling
 from .layers import UNUSED, Layer, Selection, freeze
@@ -41,6 +47,11 @@ class LayerStatistics:
         sensitivity (Tensor, optional): Increase of the loss by dropping each
             direction of the spectrum, shape ``(R, )``. None is unknown: no
             gradient was taken, or none reached the layer.
+        in_positions (float): Input positions for one image.
+        input_covariance (Tensor, optional): Of the input channels,
+            ``(G, C / G, C / G)``.
+        inputs (InputSpectrum, optional): Directions of its input; None where
+            it can have no input basis.
     """
     weight_positions: float = 0
     out_positions: float = 0
@@ -49,6 +60,9 @@ class LayerStatistics:
     mean: Optional[Tensor] = None
     gradient: Optional[Tensor] = None
     sensitivity: Optional[Tensor] = None
+    in_positions: float = 0
+    input_covariance: Optional[Tensor] = None
+    inputs: Optional[InputSpectrum] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +95,16 @@ class LayerRecorder(ExitStack):
         #: sums of outer products of outputs, or of inputs where these are
         #: fewer, with a 1 behind them, so that sum and count are in there
         self.moments: Dict[str, Tensor] = {}
+        #: the same of input channels, where they can have a basis
+        self.inputs: Dict[str, Tensor] = {}
         for layer in moments:
             groups, rows, in_size = layer.matrix_shape
-            size = 1 + (in_size if sampling.is_expansion(layer) else rows)
-            self.moments[layer.name] = layer.module.weight.new_zeros(
-                (groups, size, size), dtype=torch.float64)
-        #: positions of weights and outputs, and calls, of each layer
-        self._table = torch.zeros(len(layers), 3, dtype=torch.float64)
+            size = in_size if sampling.is_expansion(layer) else rows
+            self.moments[layer.name] = _no_moment(layer, size)
+            if layer.narrowable:
+                self.inputs[layer.name] = _no_moment(layer, layer.in_channels)
+        #: positions of weights, outputs and inputs, and calls, of each layer
+        self._table = torch.zeros(len(layers), 4, dtype=torch.float64)
         for layer, row in zip(layers, self._table):
             hook = partial(self._record, layer, row)
             self.callback(observe(layer.module, hook).remove)
@@ -109,15 +126,19 @@ class LayerRecorder(ExitStack):
         positions = y.numel() // channels
         at_weights = positions if layer.kind is None else (
             layer.kind.weight_positions(module, x, y))
-        row += torch.tensor([at_weights, positions, 1], dtype=torch.float64)
+        in_channels = getattr(module, 'in_channels', None) or x.shape[-1]
+        row += torch.tensor(
+            [at_weights, positions, x.numel() // in_channels, 1],
+            dtype=torch.float64)
         if layer.name in self.moments:
             if sampling.is_expansion(layer):
                 samples = sampling.input_samples(layer, x, y)
             else:
                 samples = sampling.output_samples(layer, y)
-            samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
-            self.moments[layer.name] += sampling.sum_of_products(
-                samples, samples)
+            _add_moment(self.moments[layer.name], samples)
+        if layer.name in self.inputs:
+            _add_moment(self.inputs[layer.name],
+                        sampling.output_samples(layer, x))
 
     def finish(self) -> Dict[str, LayerStatistics]:
         """Sum over processes: statistics by layer name, with spectra where
@@ -136,22 +157,46 @@ class LayerRecorder(ExitStack):
                                'empty')
         found = {}
         for layer, row in zip(self.layers, self._table.tolist()):
-            known = LayerStatistics(row[0] / images, row[1] / images,
-                                    row[2] / passes)
+            known = LayerStatistics(
+                row[0] / images,
+                row[1] / images,
+                row[3] / passes,
+                in_positions=row[2] / images)
             moment = self.moments.pop(layer.name, None)
+            inputs = self.inputs.pop(layer.name, None)
             if moment is not None:
                 all_reduce(moment)
                 if known.weight_positions:
                     known = _with_spectrum(layer, known, moment)
+            if inputs is not None:
+                all_reduce(inputs)
+                if known.weight_positions:
+                    covariance = _mean_and_covariance(inputs)[1]
+                    known = replace(known, input_covariance=covariance)
             found[layer.name] = known
         return found
 
 
-def _with_spectrum(layer: Layer, statistics: LayerStatistics,
-                   moment: Tensor) -> LayerStatistics:
+def _no_moment(layer: Layer, size: int) -> Tensor:
+    return layer.module.weight.new_zeros(
+        (layer.matrix_shape[0], size + 1, size + 1), dtype=torch.float64)
+
+
+def _add_moment(moment: Tensor, samples: Tensor) -> None:
+    samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
+    moment += sampling.sum_of_products(samples, samples)
+
+
+def _mean_and_covariance(moment: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of the samples in a moment, ``(G, N, 1)`` and ``(G, N, N)``."""
     moment = moment / moment[0, -1, -1]
     mean = moment[:, :-1, -1:]
-    covariance = moment[:, :-1, :-1] - mean @ mean.mT
+    return mean, moment[:, :-1, :-1] - mean @ mean.mT
+
+
+def _with_spectrum(layer: Layer, statistics: LayerStatistics,
+                   moment: Tensor) -> LayerStatistics:
+    mean, covariance = _mean_and_covariance(moment)
     if not torch.isfinite(covariance).all():
         raise ValueError(f'{layer.name} returns NaN or infinite values on '
                          'the calibration images')
@@ -202,10 +247,14 @@ def measure(adapter: running.Adapter,
         name: UNUSED
         for name, known in statistics.items() if not known.weight_positions
     })
-    for layer in selection.chosen if not data_aware else ():
-        spectrum = spectrum_of_factor(weight_matrix(layer))
-        statistics[layer.name] = replace(
-            statistics[layer.name], spectrum=spectrum)
+    for layer in selection.chosen:
+        known, matrix = statistics[layer.name], weight_matrix(layer)
+        if not data_aware:
+            known = replace(known, spectrum=spectrum_of_factor(matrix))
+        if layer.narrowable:
+            known = replace(known, inputs=spectrum_of_input(
+                matrix, layer.in_channels, known.input_covariance))
+        statistics[layer.name] = known
     return Analysis(selection, statistics)
 
 
@@ -220,6 +269,23 @@ class _Gradients:
         size = in_size if self.is_wide else rows
         zeros = self.spectrum.values.new_zeros
         self.moment, self.count = zeros((groups, size, size)), zeros(())
+        #: the same at the input
+        self.inputs = zeros((groups, layer.in_channels, layer.in_channels)
+                            if layer.narrowable else ())
+
+    def watch_input(self, module: nn.Module, args: tuple) -> Optional[tuple]:
+        """Called before the layer runs."""
+        if not (torch.is_grad_enabled() and self.layer.narrowable and args
+                and args[0].requires_grad):
+            return None
+        # the gradient of this use of the tensor alone
+        x = args[0].view_as(args[0])
+        x.register_hook(self._add_input)
+        return (x, *args[1:])
+
+    def _add_input(self, gradient: Tensor) -> None:
+        samples = sampling.output_samples(self.layer, gradient)
+        self.inputs += _products(samples)
 
     def watch(self, module: nn.Module, args: tuple, kwargs: dict,
               output: Tensor) -> Optional[Tensor]:
@@ -237,16 +303,14 @@ class _Gradients:
         samples = sampling.output_samples(self.layer, gradient)
         if self.is_wide:
             samples = self.spectrum.vectors.to(samples).mT @ samples
-        # squares of vanishing gradients are too small for float32
-        size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        samples = samples / size
-        self.moment += (samples @ samples.mT).double() * size.double()**2
+        self.moment += _products(samples)
         self.count += samples.shape[-1]
 
     def finish(self) -> LayerStatistics:
         """Sum over processes: with a sensitivity if a gradient came."""
         all_reduce(self.moment)
         all_reduce(self.count)
+        all_reduce(self.inputs)
         # none came (no_grad, detach), or nothing but zeros or NaN
         if not (self.moment.any() and self.moment.isfinite().all()):
             return self.known
@@ -258,7 +322,21 @@ class _Gradients:
         # positions add up: an error stands at each of them
         sensitivity = (self.spectrum.values *
                        along).sum(0) * self.known.out_positions
-        return replace(self.known, gradient=gradient, sensitivity=sensitivity)
+        known = replace(
+            self.known, gradient=gradient, sensitivity=sensitivity)
+        if self.inputs.any() and self.inputs.isfinite().all():
+            known = replace(known, inputs=spectrum_of_input(
+                weight_matrix(self.layer), self.layer.in_channels,
+                known.input_covariance, self.inputs))
+        return known
+
+
+def _products(samples: Tensor) -> Tensor:
+    """``sum g g^T``, float64: squares of vanishing gradients are too small for
+    float32."""
+    size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    samples = samples / size
+    return (samples @ samples.mT).double() * size.double()**2
 
 
 def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
@@ -290,7 +368,8 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
         stack.enter_context(running.undisturbed(model))
         stack.enter_context(running.evaluation(model))
         for x in gradients:
-            stack.callback(observe(x.layer.module, x.watch).remove)
+            stack.callback(
+                observe(x.layer.module, x.watch, x.watch_input).remove)
         _backward(adapter, batches)
     found = {x.layer.name: x.finish() for x in gradients}
     unknown = [name for name, x in found.items() if x.sensitivity is None]
