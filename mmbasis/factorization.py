@@ -272,15 +272,100 @@ def reduced_rank_regression(
     root = _cholesky(second, ridge)
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
-    mapping = prior + change
-    # with W = C C^T: left singular vectors of C^T M L, by predicted energy
-    metric = torch.eye(mapping.shape[-2]).to(mapping)
-    if weight is not None:  # what the loss does not feel counts a little, too
-        metric = _cholesky(weight.double(), 1e-3).mT
+    return (*_truncate(prior + change, root, _metric(weight, prior), rank),
+            (cross * change).sum())
+
+
+def two_sided_regression(
+    cross: Tensor,
+    second: Tensor,
+    prior: Tensor,
+    input_basis: Tensor,
+    rank: Optional[int] = None,
+    weight: Optional[Tensor] = None,
+    ridge: float = 1e-4,
+    rounds: int = 1
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`reduced_rank_regression` of a layer that sees a basis ``V`` of
+    its input channels, which is fitted, too: by alternating least squares, a
+    Tucker-2 decomposition in the metric of the data.
+
+    Args:
+        cross (Tensor): As there.
+        second (Tensor): As there.
+        prior (Tensor): As there.
+        input_basis (Tensor): ``V`` to start from, shape ``(G, R, C)``.
+        rank (int, optional): As there.
+        weight (Tensor, optional): As there.
+        ridge (float): As there.
+        rounds (int): How often ``V`` is fitted. It takes linear systems with
+            ``C R`` unknowns.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor, Tensor]: As there, for inputs behind
+        ``V``, and ``V`` with orthonormal rows.
+    """
+    root = _cholesky(second, ridge)
+    change = torch.cholesky_solve(cross.mT, root).mT
+    mapping, metric = prior + change, _metric(weight, prior)
+    second = root @ root.mT
+    for left in range(rounds, -1, -1):
+        behind, inner = _behind(mapping, second, input_basis)
+        coefficients, basis = _truncate(behind, inner, metric, rank)
+        if left:
+            input_basis = _fit_input_basis(mapping, second, metric,
+                                           coefficients @ basis,
+                                           input_basis.shape[-2])
+    return coefficients, basis, (cross * change).sum(), input_basis
+
+
+def _metric(weight: Optional[Tensor], mapping: Tensor) -> Tensor:
+    """Upper triangular ``C^T`` with ``W = C C^T``."""
+    if weight is None:
+        return torch.eye(mapping.shape[-2]).to(mapping)
+    # what the loss does not feel counts a little, too
+    return _cholesky(weight.double(), 1e-3).mT
+
+
+def _truncate(mapping: Tensor, root: Tensor, metric: Tensor,
+              rank: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """The left singular vectors of ``C^T M L`` with most energy."""
     weighted = metric @ mapping
     vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]
     coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
-    return coefficients, vectors.mT @ weighted, (cross * change).sum()
+    return coefficients, vectors.mT @ weighted
+
+
+def _behind(mapping: Tensor, second: Tensor,
+            basis: Tensor) -> Tuple[Tensor, Tensor]:
+    """The best mapping from what an input basis lets through, and the Cholesky
+    factor of its second moment."""
+    half = _see(second, basis)
+    root = _cholesky(_see(half.mT, basis), 1e-8)
+    return torch.cholesky_solve((mapping @ half).mT, root).mT, root
+
+
+def _see(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Columns ``C k`` of a matrix, as an input basis lets them through."""
+    blocks = matrix.unflatten(-1, (basis.shape[-1], -1))
+    return torch.einsum('gnck,grc->gnrk', blocks, basis).flatten(-2)
+
+
+def _fit_input_basis(mapping: Tensor, second: Tensor, metric: Tensor,
+                     layer: Tensor, rank: int) -> Tensor:
+    """The input basis with which a layer is closest to a mapping: linear least
+    squares; with orthonormal rows."""
+    blocks = layer.unflatten(-1, (rank, -1))
+    weighted = torch.einsum('gpq,gqrk->gprk', metric.mT @ metric, blocks)
+    places = blocks.shape[-1]
+    moments = second.unflatten(-1, (-1, places)).unflatten(1, (-1, places))
+    pairs = torch.einsum('gprk,gpsl->grskl', blocks, weighted)
+    normal = torch.einsum('grskl,gckdl->gcrds', pairs, moments)
+    normal = normal.flatten(1, 2).flatten(2, 3)
+    wanted = (mapping @ second).unflatten(-1, (-1, places))
+    right = torch.einsum('gprk,gpck->gcr', weighted, wanted).flatten(1)
+    found = torch.cholesky_solve(right.unsqueeze(-1), _cholesky(normal, 1e-10))
+    return torch.linalg.qr(found.view(len(found), -1, rank))[0].mT
 
 
 def _cholesky(moment: Tensor, ridge: float) -> Tensor:

@@ -89,5 +89,6 @@ def _slow_layers(plan: CompressionPlan,
             basis_ms=latencies.cost(name, entry.rank),
             dense_ms=latencies.cost(name, None))
         for name, entry in plan.layers.items() if name in latencies.curves
+        and entry.form == 'output'
         and not latencies.is_faster(name, entry.rank)
     }

@@ -82,7 +82,7 @@ class SpectrumHook(PeriodicHook):
             energy = spectrum_of_factor(weights).energy[:layer.rank]
             # the exponential of the entropy (Roy and Vetterli, 2007)
             entropy = torch.special.entr(energy / energy.sum()).sum()
-            scalars[f'spectrum/{name}'] = float(entropy.exp()) / layer.rank
+            scalars[f'spectrum/{name}'] = float(entropy.exp()) / len(energy)
         if not errors:
             return
         mean, largest = sum(errors) / len(errors), max(errors)

@@ -67,29 +67,34 @@ class BasisLayer(nn.Module):
         for name, value in inheritance.own_attributes(dense).items():
             if not hasattr(type(self), name):
                 vars(self).setdefault(name, value)
-        weight = dense.weight
-        bias = bias or dense.bias is not None
-        self.input_basis = None if input_rank is None else (
-            kind.build_input_basis(dense, groups * input_rank))
+        self._build(dense, in_size, bias or dense.bias is not None, norm)
+
+    def _build(self, dense: nn.Module, in_size: int, bias: bool,
+               norm: bool) -> None:
+        """The parts, like the dense layer in mode, device, type and in what is
+        trained."""
+        kind, weight, groups = self.kind, dense.weight, self.groups
+        rows = self.rank or self.out_channels // groups
+        self.input_basis = None if self.input_rank is None else (
+            kind.build_input_basis(dense, groups * self.input_rank))
         self.basis = _clone(
-            dense, kind,
-            weight.new_zeros((groups, rank or out_per_group, in_size)))
+            dense, kind, weight.new_zeros((groups, rows, in_size)))
         self.norm = self.coefficients = None
-        if rank is None:
-            if bias:
-                self.basis.bias = nn.Parameter(weight.new_zeros(
-                    self.out_channels))
-        else:
+        if self.rank is not None:
             if norm:
-                self.norm = kind.build_norm(dense, groups * rank)
+                self.norm = kind.build_norm(dense, groups * rows)
             self.coefficients = kind.build_coefficients(
-                dense, groups * rank, bias)
+                dense, groups * rows, bias)
+        elif bias:
+            self.basis.bias = nn.Parameter(
+                weight.new_zeros(self.out_channels))
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
-        for part in filter(None, (self.input_basis, self.norm,
-                                  self.coefficients)):
+        parts = self.input_basis, self.norm, self.coefficients
+        for part in filter(None, parts):
             part.requires_grad_(weight.requires_grad)
-            _liken(part.weight, weight)
+            if part is not self.norm:
+                _liken(part.weight, weight)
         if dense.bias is not None:
             _liken(self.last.bias, dense.bias)
 
@@ -350,8 +355,8 @@ def _clone(module: nn.Module, kind: Type[DenseKind],
     if module.bias is not None:
         clone.register_parameter('bias', None)
     linear = hasattr(module, 'out_features')
-    setattr(clone, 'out_features' if linear else 'out_channels',
-            matrix.shape[:2].numel())
+    vars(clone)['out_features' if linear else 'out_channels'] = (
+        matrix.shape[:2].numel())
     if not linear:
-        clone.in_channels = len(matrix) * kind.in_channels(clone)
+        vars(clone)['in_channels'] = len(matrix) * kind.in_channels(clone)
     return clone

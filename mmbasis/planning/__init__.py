@@ -19,6 +19,6 @@ __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',
     'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'EnergyPlanner', 'FixedPlanner',
-    'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
+    'Ranks', 'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
     'Analysis', 'LayerStatistics', 'measure'
 ]

@@ -138,7 +138,8 @@ class BudgetPlanner(BasePlanner):
         """Costs, losses and ranks of what a layer may become, given what
         dropping each direction of its output loses; the dense layer last."""
         cost, loss, found = [], [], []
-        for form, (ranks, lost) in self._forms(x, _behind(sensitivity)).items():
+        forms = self._forms(x, _behind(sensitivity))
+        for form, (ranks, lost) in forms.items():
             if form in self.forms and len(lost):
                 pays = self.cost.pays(x, ranks)
                 cost.append(self.cost.of(x, ranks)[pays])

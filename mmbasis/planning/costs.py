@@ -89,7 +89,7 @@ class Costs:
         return groups * (
             total + output * (in_size * at_weights + rows * behind))
 
-    def is_smaller(self, ranks: int | Ranks) -> Any:
+    def is_smaller(self, ranks: Any) -> Any:
         """Whether the layer costs less than it does dense, in MACs and in
         parameters."""
         return np.logical_and(self.macs(ranks) < self.macs(),
@@ -284,7 +284,7 @@ class LatencyTable(Cost):
         dense = self.predict({})
         return fraction * dense - (dense - super().budget(1, layers))
 
-    def cost(self, name: str, rank: int | None) -> float:
+    def cost(self, name: str, rank: Any) -> Any:
         """Milliseconds that a layer takes in one forward pass of the model,
         None for the dense layer; between two measured ranks it is that of the
         higher one, and past the last not less than dense."""
@@ -292,13 +292,13 @@ class LatencyTable(Cost):
         if rank is None:
             return self._dense_scale * curve.dense
         at = np.searchsorted(curve.ranks, rank)
-        return self._basis_scale * float(curve.latencies[at])
+        return self._basis_scale * curve.latencies[at]
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""
         return self._basis_scale * self.curves[name].noise
 
-    def is_faster(self, name: str, rank: int) -> bool:
+    def is_faster(self, name: str, rank: Any) -> Any:
         """Whether a layer is faster at a rank than dense, beyond noise."""
         return self.cost(name, rank) + self.noise(name) < self.cost(name, None)
 

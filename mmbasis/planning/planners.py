@@ -272,7 +272,7 @@ class RatioPlanner(BasePlanner):
 class AnyCost(Cost):
     """Lets every rank pay."""
 
-    def pays(self, costs: Costs, rank: int) -> bool:
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
         return True
 
     def ranks(self, costs: Costs, round_to: int) -> tuple[int, ...]:
