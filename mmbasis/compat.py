@@ -12,8 +12,8 @@ from mmengine.logging import HistoryBuffer
 
 
 def _history_attribute(owner: Any, name: str) -> Any:
-    """``getattr`` as MMEngine's checkpoints need it, and for nothing else: in
-    a pickle the built-in one would open the door to any code."""
+    """``getattr`` for MMEngine's checkpoints: the built-in one could run any
+    code that a pickle names."""
     if owner is not HistoryBuffer:
         raise pickle.UnpicklingError(
             f'this checkpoint asks for {name!r} of {owner!r}, which MMEngine '
@@ -47,8 +47,7 @@ def _keep_tracing_exporter() -> None:
 
 
 def repair_partition() -> None:
-    """Let MMDeploy cut graphs with onnx >= 1.17, where the method that it
-    replaces has other arguments; onnx's own is as fast there."""
+    """Let MMDeploy cut graphs with onnx >= 1.17, whose own method is fast."""
     from mmdeploy.core.optimizers import extractor
     from onnx.utils import Extractor
     name = '_dfs_search_reachable_nodes'
@@ -60,8 +59,8 @@ def repair_partition() -> None:
 
 @functools.lru_cache(maxsize=None)
 def repair_static_methods() -> None:
-    """Make MMDeploy restore the static methods that it rewrote, not as plain
-    functions, with which Swin no longer runs after any export."""
+    """Make MMDeploy restore static methods as such: as plain functions, Swin
+    no longer runs after any export."""
     from mmdeploy.core.rewriters import function_rewriter as rewriter
     put, methods = rewriter._set_func, {}
 

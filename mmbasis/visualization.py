@@ -1,6 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Pictures of spectra and plans, each written to a PNG at ``path``."""
-import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Sequence
 
@@ -10,18 +9,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .planning import Analysis, CompressionPlan
+from .utils.io import whole_file
 
 
 @contextmanager
 def _axes(path: str, width: float, height: float, rows: int = 1,
           **labels: Any) -> Iterator[Any]:
-    """Axes to draw on, outside pyplot: no window, no global state. The PNG is
-    written afterwards, whole or not at all."""
+    """Axes outside pyplot, which has global state; then writes the PNG."""
     figure = Figure(figsize=(width, height), layout='constrained')
     yield figure.subplots(rows, sharex=True, subplot_kw=labels)
-    temporary = f'{path}.tmp{os.getpid()}'
-    figure.savefig(temporary, dpi=120, format='png')
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format='png')
 
 
 def _lost(energy: Tensor) -> np.ndarray:
@@ -67,9 +65,8 @@ def plot_ranks(plan: CompressionPlan, path: str) -> None:
 
 def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
                        path: str) -> None:
-    """Draw for each layer what its truncation costs by rank: the increase of
-    the loss, or the energy where that is unknown. The plan's ranks are marked.
-    """
+    """Draw what each rank of a layer costs: the increase of the loss, or the
+    energy where that is unknown. The plan's ranks are marked."""
     losses = {
         name: _lost(known.spectrum.energy if known.sensitivity is None else
                     known.sensitivity / 2)
@@ -92,12 +89,8 @@ def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
 
 
 def plot_losses(rows: Sequence[Dict[str, Any]], path: str) -> None:
-    """Draw predicted against measured loss of single layers.
-
-    Args:
-        rows (Sequence[dict]): ``name``, ``predicted`` and ``measured``.
-        path (str): The PNG.
-    """
+    """Draw predicted against measured loss of single layers: the rows hold
+    ``name``, ``predicted`` and ``measured``."""
     predicted = np.maximum([row['predicted'] for row in rows], 1e-8)
     measured = np.maximum([row['measured'] for row in rows], 1e-8)
     with _axes(path, 5, 5, xlabel='predicted increase of the loss',
@@ -113,14 +106,7 @@ def plot_losses(rows: Sequence[Dict[str, Any]], path: str) -> None:
 
 def plot_curves(curves: Dict[str, Dict[float, float]], path: str, xlabel: str,
                 ylabel: str) -> None:
-    """Draw one curve per method, accuracy against cost for example.
-
-    Args:
-        curves (dict[str, dict[float, float]]): y by x, by method.
-        path (str): The PNG.
-        xlabel (str): What x is.
-        ylabel (str): What y is.
-    """
+    """Draw one curve, y by x, for each method."""
     with _axes(path, 7, 4.5, xlabel=xlabel, ylabel=ylabel) as axes:
         for name, points in curves.items():
             axes.plot(list(points), list(points.values()), 'o-', label=name)

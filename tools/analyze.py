@@ -145,7 +145,7 @@ class Measurements:
         key = 'threshold' if planner == 'paper' else 'macs'
         recipe = Recipe.of(planner={**PLANNERS[planner], key: budget})
         model = copy.deepcopy(model)
-        plan = run_recipe(model, recipe, *batches).plan
+        plan = run_recipe(model, recipe, *batches)[0]
         totals = plan.totals()
         self.data['points'].append(
             dict(

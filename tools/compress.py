@@ -149,9 +149,8 @@ def main() -> None:
     before = model_complexity(model, example)
     metrics = dict(before=evaluate(cfg, model)) if args.evaluate else {}
 
-    done = run_recipe(model, recipe,
-                      *take_batches(loader, recipe.calibration.num_batches))
-    plan = done.plan
+    plan, analysis = run_recipe(
+        model, recipe, *take_batches(loader, recipe.calibration.num_batches))
     after = model_complexity(model, example)
     report = dict(
         config=args.config,
@@ -183,7 +182,7 @@ def main() -> None:
         })
     standalone = standalone_config(cfg, plan, path('compressed.pth'))
     write_atomically(path('compressed.py'), standalone.pretty_text)
-    plot_spectra(done.analysis, plan, path('spectra.png'))
+    plot_spectra(analysis, plan, path('spectra.png'))
     plot_ranks(plan, path('ranks.png'))
     write_atomically(path('report.json'), json.dumps(report, indent=2))
     print_report(report)

@@ -106,17 +106,10 @@ class LayerRegression:
 
     def solve(self, rank: int | None,
               centred: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The best layer of a rank.
-
-        Args:
-            rank (int, optional): None for full rank.
-            centred (bool): Whether the layer has a bias to give.
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor] | None: Basis ``(G, Q, D)``,
-            coefficients ``(G, P / G, Q)`` and bias ``(P, )``; None where the
-            regressors do not vary, or say too little of the target.
-        """
+        """The best layer of a rank (None: of full rank), with a bias to give
+        if it is centred: basis ``(G, Q, D)``, coefficients ``(G, P / G, Q)``
+        and bias ``(P, )``; None where the regressors do not vary, or say too
+        little of the target."""
         all_reduce(self.joint)
         all_reduce(self.sums)
         moments = self._moments(centred)

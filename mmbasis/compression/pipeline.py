@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any, Iterable, Sequence
 
 import torch.nn as nn
@@ -19,14 +18,6 @@ from .recalibration import output_error, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
-
-
-@dataclass(frozen=True, eq=False)
-class Compression:
-    """What :func:`run_recipe` did: the plan that the model follows now, and
-    what was known of the dense model."""
-    plan: CompressionPlan
-    analysis: Analysis
 
 
 def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
@@ -57,7 +48,7 @@ def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
     else:
         made = Recipe.of(planner=as_planner(planner), **recipe)
     batches = take_batches(dataloader, num_batches)
-    return run_recipe(model, made, *batches).plan
+    return run_recipe(model, made, *batches)[0]
 
 
 def take_batches(dataloader: Iterable, num_batches: int | None = None,
@@ -131,16 +122,7 @@ def find_targets(adapter: running.Adapter, layers: Sequence[Layer],
                  data: Any) -> running.Targets:
     """Find the layers that make predictions, and those that say where others
     sample: from the training loss, which all predictions reach, or from the
-    outputs where there is no loss.
-
-    Args:
-        adapter (Adapter): Runs the dense model.
-        layers (Sequence[Layer]): Its layers.
-        data (Any): A batch, with annotations if there are any.
-
-    Returns:
-        Targets: The same in all processes.
-    """
+    outputs where there is no loss. All processes return the same."""
     model, logger = adapter.model, MMLogger.get_current_instance()
     modules = {x.name: x.module for x in layers}
 
@@ -189,7 +171,7 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
 
 
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
-               held_out: Sequence[Any]) -> Compression:
+               held_out: Sequence[Any]) -> tuple[CompressionPlan, Analysis]:
     """Compress a model in place, as a recipe says.
 
     Args:
@@ -197,6 +179,10 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
         held_out (Sequence): Others, for choices; may be empty.
+
+    Returns:
+        tuple[CompressionPlan, Analysis]: The plan that the model follows now,
+        and what was known of the dense model.
     """
     analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
@@ -207,7 +193,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
     with all_or_nothing(model, values=True):
         apply_plan(model, plan, bases_of(analysis))
         if recipe.is_sequential:
-            Reconstruction(model, reference, analysis, plan).run(batches)
+            Reconstruction(model, reference, analysis).run(batches)
         if choose:
             recalibrate_if_better(
                 model, batches,
@@ -215,7 +201,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         if recipe.recalibration is True:
             recalibrate(model, batches)
     log_plan(plan)
-    return Compression(plan, analysis)
+    return plan, analysis
 
 
 def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:

@@ -4,31 +4,27 @@ normalisations against that."""
 from __future__ import annotations
 
 import copy
-import time
-from statistics import median
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.benchmark import Timer
 
-from ..layers import BasisLayer
+from ..layers import BasisLayer, copy_module
 from ..planning import Analysis
 from ..running import adapter_of, evaluation
-from ..utils.divergence import kl_divergence, normalized_mse
 from .surgery import replace_modules
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Compute the statistics of all batch normalisations again, as the average
-    over batches (and processes).
-
-    Args:
-        model (nn.Module): Changed in place.
-        batches (Sequence): Batches as the model takes them.
-    """
+    """Compute the statistics of all batch normalisations of a model again, in
+    place: as the average over batches, as the model takes them, and
+    processes."""
     norms, adapter = _norms(model), adapter_of(model)
     momenta = [norm.momentum for norm in norms]
     with evaluation(model):
@@ -103,20 +99,15 @@ def output_error(model: nn.Module, reference: nn.Module,
 
 def single_truncations(model: nn.Module, analysis: Analysis,
                        batches: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Truncate one layer at a time to half its full rank, on the subspace of
-    its spectrum.
-
-    Args:
-        model (nn.Module): The dense model; a copy of it is truncated.
-        analysis (Analysis): What was measured of its layers.
-        batches (Sequence): Held-out batches.
+    """Truncate one layer at a time of a copy of a dense model to half its full
+    rank, on the subspace of its spectrum, and look at held-out batches.
 
     Yields:
         dict: ``name``, ``rank``, ``predicted`` (increase of the loss; energy
         lost where no sensitivity is known) and ``measured`` (see
         :func:`output_error`).
     """
-    truncated = copy.deepcopy(model)
+    truncated = copy_module(model)
     for layer in analysis.selection.chosen:
         rank, known = layer.full_rank // 2, analysis.statistics[layer.name]
         if rank == 0 or known.spectrum is None:
@@ -133,19 +124,13 @@ def single_truncations(model: nn.Module, analysis: Analysis,
                    predicted=float(lost[rank:].sum()))
 
 
-def forward_latency(model: nn.Module, data: Any, repeats: int = 10) -> float:
+def forward_latency(model: nn.Module, data: Any) -> float:
     """Median time of a forward pass of a batch on this machine, in
-    milliseconds, over ``repeats`` passes after two that do not count."""
-    device, adapter = next(model.parameters()).device, adapter_of(model)
-    times = []
+    milliseconds."""
+    timer = Timer('adapter.outputs(data)', num_threads=torch.get_num_threads(),
+                  globals=dict(adapter=adapter_of(model), data=data))
     with evaluation(model):
-        for _ in range(repeats + 2):
-            start = time.perf_counter()
-            adapter.outputs(data)
-            if device.type == 'cuda':
-                torch.cuda.synchronize(device)
-            times.append(1e3 * (time.perf_counter() - start))
-    return median(times[2:])
+        return 1e3 * timer.blocked_autorange(min_run_time=1).median
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
@@ -153,3 +138,22 @@ def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [x for x in model.modules() if isinstance(x, _BatchNorm)
             and x.running_mean is not None
             and x.num_batches_tracked is not None]
+
+
+def kl_divergence(student: Tensor, teacher: Tensor,
+                  temperature: float = 1.) -> Tensor:
+    """``T^2 KL(teacher || student)`` of predictions softened by a temperature
+    ``T``, averaged over images (Hinton et al., 2015); logits have shape
+    ``(N, ..., classes)``."""
+    student = F.log_softmax(student.flatten(0, -2) / temperature, -1)
+    teacher = F.log_softmax(teacher.flatten(0, -2) / temperature, -1)
+    return temperature**2 * F.kl_div(
+        student, teacher, reduction='batchmean', log_target=True)
+
+
+def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of features, each channel (axis 1) in units of the
+    teacher's variance of it, so that layers and levels count alike."""
+    axes = [axis for axis in range(teacher.dim()) if axis != 1]
+    variance = teacher.var(axes, unbiased=False, keepdim=True)
+    return ((student - teacher).square() / (variance + 1e-6)).mean()

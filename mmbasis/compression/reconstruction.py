@@ -8,15 +8,16 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import torch.nn as nn
+from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..factorization import orthonormalize
 from ..layers import BasisLayer, observe
-from ..planning import Analysis, CompressionPlan, Layer, Reason
+from ..planning import Analysis, Layer, Reason
 from ..planning.samples import output_samples
 from ..running import Pass, SumWatch, adapter_of, current_pass, evaluation
 from .layer_regression import LayerRegression
@@ -41,12 +42,11 @@ class Reconstruction:
         model (nn.Module): The compressed model, changed in place.
         reference (nn.Module): The dense model.
         analysis (Analysis): What was measured of the reference.
-        plan (CompressionPlan): The plan that the model follows.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module,
-                 analysis: Analysis, plan: CompressionPlan) -> None:
-        self.model, self.reference, self.plan = model, reference, plan
+                 analysis: Analysis) -> None:
+        self.model, self.reference = model, reference
         self.teacher = adapter_of(reference)
         self.statistics = analysis.statistics
         excluded = analysis.selection.excluded
@@ -59,14 +59,18 @@ class Reconstruction:
 
     def run(self, batches: Sequence[Any]) -> None:
         """Fit all layers to batches, which are all on their way through both
-        models at a time."""
+        models at a time. All processes take part in the fit of each layer,
+        whether their batches run it or not."""
         with evaluation(self.model), evaluation(self.reference):
             modules = {x: self.reference.get_submodule(x) for x in self.todo}
             self.watch.probe(self.teacher, modules, batches[0])
             self.student = self.teacher.twin(self.model)
-            order = self.watch.order
-            self.todo = {name: self.todo[name] for name in order}
+            found = all_gather_object((self.watch.order, self.watch.residual))
+            order = [*dict.fromkeys(x for names, _ in found for x in names)]
+            self.watch.order = order
+            self.watch.residual = set().union(*[names for _, names in found])
             shared = [x for x in order if self.statistics[x].calls > 1]
+            self.todo = {name: self.todo[name] for name in order}
             first = order.index(shared[0]) if shared else len(order)
             self.watch.residual.difference_update(shared)
             for fit, names in (
@@ -89,20 +93,23 @@ class Reconstruction:
     def _fit_side_by_side(self, names: Sequence[str],
                           batches: Sequence[Any]) -> None:
         with ExitStack() as stack:
-            for name in names:
-                self._stop_at(name, stack)
+            for layer in names:
+                self._stop_at(layer, stack)
             passes = [
                 (stack.enter_context(Pass(self.teacher, data, self.watch)),
                  stack.enter_context(Pass(self.student, data, self.watch)))
                 for data in batches]
-            for one in itertools.chain(*passes):
-                one.advance()
-            while any(student.name for _, student in passes):
-                name = next(s.name for _, s in passes if s.name)
-                self._log(name, self._fit(name, passes))
+            name: str | None = None  # before passes begin, and at their end
+            while True:
                 for one in itertools.chain(*passes):
                     if one.name == name:
                         one.advance()
+                standing = all_gather_object(
+                    [s.name for _, s in passes if s.name])
+                name = next(itertools.chain(*standing), None)
+                if name is None:
+                    break
+                self._log(name, self._fit(name, passes))
 
     def _stop_at(self, name: str, stack: ExitStack) -> None:
         """Have passes stop at a layer: the student before it, the teacher
@@ -137,7 +144,7 @@ class Reconstruction:
         layer = self.todo[name]
         pairs = [(t, s) for t, s in passes if t.name == s.name == name]
         if name in self.watch.residual:
-            return bool(pairs) and self._fit_sum(layer, pairs)
+            return self._fit_sum(layer, pairs)
         return self._regress(layer, [
             (s.tensor, output_samples(layer, t.tensor)) for t, s in pairs])
 
@@ -166,7 +173,11 @@ class Reconstruction:
         is what it is in the dense model."""
         target = self.model.get_submodule(layer.name)
         groups, rows, _ = layer.matrix_shape
-        scale = pairs[0][0].sum.scale.expand(groups * rows)
+        scales = all_gather_object([t.sum.scale.cpu() for t, _ in pairs[:1]])
+        one = next(itertools.chain(*scales), None)
+        if one is None:
+            return False
+        scale = one.to(layer.module.weight).expand(groups * rows)
         axis = layer.known_kind.channel_axis(layer.module)
         wide = scale.view(-1, *[1] * (-axis - 1))
         samples = []
@@ -192,15 +203,26 @@ class Reconstruction:
                 if before < SHARED_IMAGES]
         targets = [self._outputs(names, data) for data in some]
         for name in names:
-            regression = self._regression(
-                self.todo[name], [y for t in targets for y in t[name]])
-            for data, wanted in zip(some, targets):
-                watch = observe(
-                    self.model.get_submodule(name),
-                    before=partial(_add_call, regression, iter(wanted[name])))
-                self.student.predict(data)
-                watch.remove()
-            self._log(name, self._set(regression))
+            self._log(name, self._fit_calls(name, some,
+                                            [x[name] for x in targets]))
+
+    def _fit_calls(self, name: str, batches: Sequence[Any],
+                   targets: Sequence[Sequence[Tensor]]) -> bool:
+        regression = self._regression(self.todo[name],
+                                      [*itertools.chain(*targets)])
+
+        def add(module: nn.Module, args: tuple) -> None:
+            # the dense layer may have been called less often
+            target = next(calls, None)
+            if target is not None:
+                regression.add(args[0], target)
+
+        watch = observe(self.model.get_submodule(name), before=add)
+        for data, found in zip(batches, targets):
+            calls = iter(found)
+            self.student.predict(data)
+        watch.remove()
+        return self._set(regression)
 
     def _outputs(self, names: Sequence[str],
                  data: Any) -> dict[str, list[Tensor]]:
@@ -223,9 +245,8 @@ class Reconstruction:
         layer = regression.layer
         target = self.model.get_submodule(layer.name)
         compressed = isinstance(target, BasisLayer)
-        entry = self.plan.layers.get(layer.name)
         old_bias = target.last.bias if compressed else target.bias
-        solution = regression.solve(entry.rank if entry else None,
+        solution = regression.solve(target.rank if compressed else None,
                                     old_bias is not None)
         if solution is None:
             return False
@@ -244,11 +265,3 @@ class Reconstruction:
             if old_bias is not None:
                 old_bias.copy_(bias)
         return True
-
-
-def _add_call(regression: LayerRegression, targets: Iterator[Tensor],
-              module: nn.Module, args: tuple) -> None:
-    """Add the next call of a layer, if the dense one was called as often."""
-    target = next(targets, None)
-    if target is not None:
-        regression.add(args[0], target)

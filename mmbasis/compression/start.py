@@ -12,6 +12,7 @@ import torch.nn as nn
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..planning import BasePlanner, CompressionPlan
+from ..utils.io import whole_file
 from .recipe import Recipe
 
 #: where the plan stands in ``checkpoint['meta']``
@@ -59,12 +60,10 @@ def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
     """Write the weights of a compressed model with its plan and further
     entries of ``meta``, in plain types; the whole file or none."""
     weights = mmengine_checkpoint.get_state_dict(model)
-    temporary = f'{path}.tmp{os.getpid()}'
-    torch.save(
-        dict(meta={**meta, META_KEY: plan.to_dict()},
-             state_dict=mmengine_checkpoint.weights_to_cpu(weights)),
-        temporary)
-    os.replace(temporary, path)
+    content = dict(meta={**meta, META_KEY: plan.to_dict()},
+                   state_dict=mmengine_checkpoint.weights_to_cpu(weights))
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
 
 
 class Run(enum.Enum):
@@ -176,7 +175,7 @@ def _without_plan(recipe: Recipe, checkpoint: Source | None, run: Run,
 
 def _with_plan(recipe: Recipe, found: CompressionPlan, run: Run,
                model: CompressionPlan | None) -> Start:
-    fits, note = model is not None and same_structure(model, found), ''
+    fits, note = model is not None and model.structure == found.structure, ''
     if run is Run.TRAIN:
         _check_agreement(recipe, found, 'the checkpoint')
         if model is not None and not fits:
@@ -196,7 +195,7 @@ def _with_plan(recipe: Recipe, found: CompressionPlan, run: Run,
 def _asks_for(recipe: Recipe, found: CompressionPlan) -> bool:
     """Whether a recipe asks for a plan, or for nothing else."""
     if recipe.plan is not None:
-        return same_structure(recipe.plan, found)
+        return recipe.plan.structure == found.structure
     return recipe.planner is None or made_by(recipe.planner, found)
 
 
@@ -217,16 +216,6 @@ def _check_agreement(recipe: Recipe, found: CompressionPlan,
     if recipe.norm and not found.norm:
         raise ValueError(f'norm=True is asked for, but {owner} has no '
                          'normalisation between basis and coefficients')
-
-
-def same_structure(first: CompressionPlan, second: CompressionPlan) -> bool:
-    """Whether two plans give a model the same parameters."""
-
-    def structure(plan: CompressionPlan) -> tuple:
-        layers = {k: (x.ranks, x.bias) for k, x in plan.layers.items()}
-        return layers, plan.norm, {k for k, x in plan.dense.items() if x.bias}
-
-    return structure(first) == structure(second)
 
 
 def made_by(planner: BasePlanner, plan: CompressionPlan) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping, Tuple
 
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseAveragedModel
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
@@ -22,7 +21,7 @@ from .merging import keep_structure
 _PLAN = '_mmbasis'
 
 #: where the basis of a layer comes from: see :meth:`BasisLayer.project`
-Bases = Mapping[str, Tuple[Optional[Tensor], Optional[Tensor]]]
+Bases = Mapping[str, Tuple[Any, ...]]
 
 
 def basis_layers(model: nn.Module) -> Iterator[tuple[str, BasisLayer]]:
@@ -105,15 +104,12 @@ def _shapes(model: nn.Module) -> frozenset:
 
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
-    modules, known = dict(model.named_modules()), {*plan.layers, *plan.dense}
-    problems = {name: _problem(modules[name], entry)
-                if name in modules else 'no such layer'
-                for name, entry in plan.layers.items()}
+    modules = dict(model.named_modules())
+    problems = {name: _problem(modules.get(name), plan.layers.get(name))
+                for name in (*plan.layers, *plan.dense)}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
-        problems.update({x: 'no such layer' for x in plan.dense
-                         if x not in modules})
         problems.update({x.name: 'not in the plan' for x in find_layers(model)
-                         if x.name not in known})
+                         if x.name not in problems})
     wrong = [f'{name}: {why}' for name, why in problems.items() if why]
     if wrong:
         raise ValueError(
@@ -121,8 +117,13 @@ def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
             f'({"; ".join(wrong[:3])})')
 
 
-def _problem(module: nn.Module, entry: LayerPlan) -> str | None:
-    """Why an entry of a plan is not of a module, None if it is."""
+def _problem(module: nn.Module | None, entry: LayerPlan | None) -> str | None:
+    """Why an entry of a plan is not of a module, None if it is, or if the
+    layer stays dense."""
+    if module is None:
+        return 'no such layer'
+    if entry is None:
+        return None
     if isinstance(module, BasisLayer):
         return 'compressed already'
     kind = kind_of(module)
@@ -188,8 +189,8 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
 def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
     """Give merged layers the bias of the basis layer that they were."""
     for name, entry in plan.dense.items():
-        layer = model.get_submodule(name) if entry.bias else None
-        if layer is not None and layer.bias is None:
+        layer = model.get_submodule(name)
+        if entry.bias and layer.bias is None:
             channels = entry.params - layer.weight.numel()
             layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
 
@@ -282,7 +283,9 @@ def _basis_shapes(modules: dict[str, nn.Module], state_dict: dict,
     for key, value in state_dict.items():
         name, basis, rest = key[len(prefix):].rpartition('.basis.weight')
         if (basis and not rest and key.startswith(prefix)
-                and f'{prefix}{name}.coefficients.weight' in state_dict
+                and {f'{prefix}{name}.{part}.weight'
+                     for part in ('coefficients', 'input_basis')
+                     } & state_dict.keys()
                 and (isinstance(modules.get(name), BasisLayer)
                      or f'{name}.basis' not in modules)):
             shapes[name] = value.shape

@@ -15,17 +15,15 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 class ImageFolder(BaseDataset):
     """Images in one folder per class: ``data_root/<class>/*.jpg``.
 
-    The order of classes (sorted folder names) and the samples (``img_path``,
-    ``gt_label``) are those of mmpretrain's ``CustomDataset``. In addition it
-    can hold out a part of the training images: nothing (ranks,
-    recalibration, the best epoch) may be chosen on the test images.
+    Classes (sorted folder names) and samples (``img_path``, ``gt_label``) are
+    those of mmpretrain's ``CustomDataset``. In addition it can hold out a part
+    of the training images: nothing may be chosen on the test images.
 
     Args:
         data_root (str): Folder that holds one folder per class.
-        part (str): ``'all'`` images; or ``'holdout'``, the part held out;
-            or ``'train'``, the rest. The part is spread evenly over the
-            sorted files of each class, so it is the same on every machine.
-            Defaults to ``'all'``.
+        part (str): ``'all'`` images; or ``'holdout'``, spread evenly over the
+            sorted files of each class; or ``'train'``, the rest. Defaults to
+            ``'all'``.
         holdout (float): Fraction held out, between 0 and 1. Defaults to 0.1.
         hint (str): How to get the images; ends the error for a missing
             folder. Defaults to ''.
@@ -60,9 +58,12 @@ class ImageFolder(BaseDataset):
         for label, folder in enumerate(folders):
             files = sorted(
                 x for x in folder.iterdir() if x.suffix.lower() in EXTENSIONS)
+            # one in every 1 / holdout files
+            bounds = [int(i * self.holdout) for i in range(len(files) + 1)]
             data_list += [
                 dict(img_path=str(file), gt_label=label)
-                for i, file in enumerate(files) if self._wanted(i)
+                for file, a, b in zip(files, bounds, bounds[1:])
+                if self.part in ('all', 'holdout' if b > a else 'train')
             ]
         if not data_list:
             found = ('it holds no images'
@@ -80,9 +81,3 @@ class ImageFolder(BaseDataset):
                 f'metainfo names {len(named)} classes, but {root} holds '
                 f'{len(classes)} folders: {", ".join(classes)}')
         return data_list
-
-    def _wanted(self, index: int) -> bool:
-        """Whether the file at this place of its class is in our part."""
-        # true once in every 1 / holdout files
-        held = int((index + 1) * self.holdout) > int(index * self.holdout)
-        return self.part == 'all' or held == (self.part == 'holdout')

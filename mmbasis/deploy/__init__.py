@@ -1,11 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""From a compressed model to what runs on the device.
-
-Needs MMDeploy.
-"""
+"""From a compressed model to what runs on the device; needs MMDeploy."""
 from .compare import compare, evaluate_onnx, match_boxes, open_onnx
-from .export import Deployment, calibration_images, quantize_onnx
-from .merge import merge_slow_layers
+from .export import (
+    Deployment,
+    calibration_images,
+    merge_slow_layers,
+    quantize_onnx,
+)
 from .tensorrt import check_tensorrt, trtexec_command, write_calibration
 
 __all__ = [

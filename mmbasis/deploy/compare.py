@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ SCORE_TOLERANCE = 1e-3
 BOX_TOLERANCE = .5
 #: share of the candidates before it that near ties may swap at a cut
 MAX_SWAPPED = .005
-#: share of a two-stage detector's boxes that may have no partner, or two boxes
-#: of either list: MMDeploy suppresses the proposals of all levels together,
-#: MMDetection level by level
+#: share of a two-stage detector's boxes that may have no partner: MMDeploy
+#: suppresses the proposals of all levels together, MMDetection level by level
 MAX_UNMATCHED_TWO_STAGE = .1
 
 
@@ -25,8 +25,7 @@ def open_onnx(path: str) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Raises:
-        RuntimeError: If the file needs operators that ONNX Runtime lacks; it
-            names them.
+        RuntimeError: If the file needs operators that ONNX Runtime lacks.
     """
     import onnx
     from mmdeploy.backend.onnxruntime import ORTWrapper
@@ -47,7 +46,6 @@ def open_onnx(path: str) -> Any:
 
 
 def _run(session: Any, x: Tensor) -> Dict[str, Tensor]:
-    """Outputs of a session by name."""
     outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     names = (output.name for output in session.get_outputs())
     return dict(zip(names, map(torch.from_numpy, outputs)))
@@ -60,8 +58,8 @@ def _predict(model: Any, data: dict, inputs: Tensor) -> Any:
 
 def _before_nms(deployment: Deployment, data: dict,
                 inputs: Tensor) -> Dict[str, Tensor]:
-    """Run the rewritten model in PyTorch; the tensors that MMDeploy marks as
-    places to cut the graph, as ``'function[call]:input.name'``."""
+    """The tensors that the rewritten model marks as places to cut the graph,
+    as ``'function[call]:input.name'``."""
     from mmdeploy.core import RewriterContext, patch_model
     from mmdeploy.core.optimizers import function_marker
     from mmdeploy.utils import IR
@@ -75,20 +73,17 @@ def _before_nms(deployment: Deployment, data: dict,
     cfg.ir_config = cfg.onnx_config
     context = dict(cfg=cfg, backend=deployment.backend, ir=IR.ONNX)
     model = patch_model(deployment.build_rewritable(), **context)
-    own = function_marker.Mark
-    function_marker.Mark = SimpleNamespace(apply=record)
-    try:
-        with RewriterContext(**context, opset=cfg.onnx_config.opset_version):
-            _predict(model, data, inputs)
-    finally:
-        function_marker.Mark = own
+    recorder = SimpleNamespace(apply=record)
+    with mock.patch.object(function_marker, 'Mark', recorder), \
+            RewriterContext(**context, opset=cfg.onnx_config.opset_version):
+        _predict(model, data, inputs)
     return marks
 
 
 def _spread(difference: Tensor) -> Dict[str, float]:
     error = difference.double().abs()
     if not error.numel():
-        return dict(largest=0., mean=0.)
+        error = torch.zeros(1)
     return dict(largest=float(error.max()), mean=float(error.mean()))
 
 
@@ -107,8 +102,6 @@ def _to_nearest(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def _summary(error: Tensor) -> Dict[str, Any]:
-    """Rows compared, those without a partner within the tolerances, and the
-    spread of the others."""
     found = error[error.amax(1) <= 1]
     return dict(
         compared=len(error),
@@ -203,16 +196,11 @@ def match_boxes(ours: Sequence, theirs: Sequence) -> Dict[str, Any]:
 
 def compare(deployment: Deployment, files: Sequence[str],
             images: Sequence[Any]) -> List[Dict[str, Any]]:
-    """Compare ONNX Runtime with PyTorch on images.
+    """Compare exported files in ONNX Runtime with PyTorch on real images.
 
     A classifier's scores, and a detector's boxes after non-maximum
     suppression, are compared with the untouched PyTorch model; boxes and
     scores before it with the rewritten model in PyTorch.
-
-    Args:
-        deployment (Deployment): What was exported.
-        files (Sequence[str]): The ONNX files.
-        images (Sequence[str | ndarray]): Real images.
 
     Returns:
         list[dict]: For each image the largest and mean differences, and
@@ -236,16 +224,8 @@ def compare(deployment: Deployment, files: Sequence[str],
 
 def evaluate_onnx(deployment: Deployment, files: List[str],
                   work_dir: str) -> Dict[str, float]:
-    """Run MMDeploy's evaluator on exported files, in ONNX Runtime.
-
-    Args:
-        deployment (Deployment): Its model config has a test set.
-        files (list[str]): The ONNX files.
-        work_dir (str): For the log.
-
-    Returns:
-        dict[str, float]: The evaluator's metrics.
-    """
+    """Metrics of exported files in ONNX Runtime, by MMDeploy's evaluator, on
+    the test set of the model config; ``work_dir`` gets the log."""
     task = deployment.task
     model = task.build_backend_model(files, task.update_data_preprocessor)
     loader = copy.deepcopy(deployment.model_cfg.test_dataloader)

@@ -1,20 +1,23 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Export through MMDeploy's own API, after checks that name mistakes; int8."""
+"""Export by MMDeploy, with layers back to dense before it, int8 after it."""
 import copy
 import os
 import os.path as osp
 import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, List, Union
+from typing import Any, Dict, List, Tuple, Union
 
 import numpy as np
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 
+from .. import compression
 from ..compat import max_onnx_opset, repair_static_methods
-from ..compression import load_weights, plan_of, read_checkpoint
-from ..models import standalone_config
+from ..compression.surgery import attach_plan, replace_modules
+from ..models import load_compressed, standalone_config
+from ..planning import CompressionPlan, DensePlan, LatencyTable
 from ..quirks import repair
 from ..utils import load_config
 
@@ -46,10 +49,10 @@ class Deployment:
         self.deploy_cfg = read_deploy_cfg(deploy_cfg)
         if isinstance(model_cfg, str):
             model_cfg = load_config(model_cfg)
-        self.checkpoint, content = checkpoint, read_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
+        content = compression.read_checkpoint(checkpoint)
         self.model_cfg = _matching_cfg(model_cfg, content, checkpoint)
-        # as MMDeploy's build_task_processor, which refuses to export for
-        # TensorRT where there is no GPU
+        # MMDeploy's build_task_processor refuses TensorRT without a GPU
         codebase = get_codebase(self.deploy_cfg)
         import_codebase(codebase,
                         self.deploy_cfg.codebase_config.get('module', []))
@@ -64,14 +67,12 @@ class Deployment:
         #: what the export is compared with: nothing folded, nothing rewritten
         self.model = repair(MODELS.build(self.model_cfg.model))
         # MMDeploy ignores missing and unexpected keys
-        load_weights(self.model, content, checkpoint)
+        compression.load_weights(self.model, content, checkpoint)
         self.model.eval()
 
     def create_input(self, image: Any) -> tuple:
-        """Batch of one image (or of several) through the test pipeline.
-
-        Returns:
-            tuple: Data with ``data_samples``, and the input ``(N, 3, H, W)``.
+        """Pass images through the test pipeline: data with ``data_samples``,
+        and the input ``(N, 3, H, W)``.
 
         Raises:
             ValueError: If its size is not that of the deploy config.
@@ -89,16 +90,9 @@ class Deployment:
         return data, inputs
 
     def export(self, image: Any, work_dir: str) -> List[str]:
-        """Write the ONNX files.
-
-        Args:
-            image (str | ndarray): An image to trace the model with.
-            work_dir (str): Where the files go.
-
-        Returns:
-            list[str]: One file, or two for a two-stage detector that is cut
-            before non-maximum suppression.
-        """
+        """Trace the model with an image (file or array) and write the ONNX
+        file, or the two of a two-stage detector that is cut before
+        non-maximum suppression, into a folder; returns their paths."""
         from mmdeploy.apis import extract_model, get_predefined_partition_cfg
         from mmdeploy.apis.core.pipeline_manager import no_mp
         from mmdeploy.apis.onnx import export
@@ -117,9 +111,9 @@ class Deployment:
                    **{k: config.get(k) for k in options})
         if self.partition is None:
             return [whole]
-        parts = self.deploy_cfg.partition_config.get('partition_cfg')
-        parts = parts or get_predefined_partition_cfg(self.deploy_cfg,
-                                                      self.partition)
+        cut = self.deploy_cfg.partition_config
+        parts = cut.get('partition_cfg') or get_predefined_partition_cfg(
+            self.deploy_cfg, self.partition)
         files = [osp.join(work_dir, part['save_file']) for part in parts]
         for path, part in zip(files, parts):
             extract_model(whole, part['start'], part['end'], save_file=path,
@@ -136,18 +130,14 @@ class Deployment:
 
 
 def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
-    """Training images, preprocessed by the model's test pipeline.
-
-    Args:
-        deployment (Deployment): Its model config has a ``train_dataloader``
-            and a test pipeline.
-        count (int): How many images, spread evenly over the dataset.
+    """Training images, spread evenly over the dataset, as the model's test
+    pipeline makes them.
 
     Returns:
         list[ndarray]: Each ``(1, 3, H, W)``, float32.
 
     Raises:
-        ValueError: If the dataset is smaller than that.
+        ValueError: If the dataset is smaller than ``count``.
     """
     config = copy.deepcopy(deployment.model_cfg.train_dataloader.dataset)
     while config.get('dataset') is not None:  # RepeatDataset and the like
@@ -163,14 +153,9 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
 
 
 def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
-    """Static int8 for ONNX Runtime: convolutions and matrix products, weights
-    per channel, scales from images.
-
-    Args:
-        path (str): The ONNX file, with one input.
-        output (str): The int8 file to write.
-        images (list[ndarray]): Each ``(1, 3, H, W)``.
-    """
+    """Static int8 for ONNX Runtime, of an ONNX file with one input:
+    convolutions and matrix products, weights per channel, scales from images
+    of shape ``(1, 3, H, W)``."""
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -212,8 +197,7 @@ def read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
 
 
 def precisions(deploy_cfg: Config) -> List[str]:
-    """What a deploy config lets its back end use besides fp32, the shortest
-    numbers last."""
+    """What a back end may use besides fp32, the shortest numbers last."""
     common = deploy_cfg.backend_config.get('common_config') or {}
     return [x for x in ('fp16', 'int8') if common.get(f'{x}_mode')]
 
@@ -226,7 +210,8 @@ def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
             f'{path} is the checkpoint of a wrapper: its keys start with '
             f"'{first.split('.')[0]}.' ({first}). Deployment takes the bare "
             'model, as tools/compress.py or BasisCompressionHook wrote it')
-    plan, wrapped = plan_of(content), cfg.model.type == 'mmbasis.BasisModel'
+    plan = compression.plan_of(content)
+    wrapped = cfg.model.type == 'mmbasis.BasisModel'
     compressed = cfg.model.get('plan') is not None
     if plan is None and (compressed or wrapped):
         raise RuntimeError(
@@ -236,3 +221,72 @@ def _matching_cfg(cfg: Config, content: dict, path: str) -> Config:
     if plan is None or (compressed and not wrapped):
         return cfg
     return standalone_config(cfg, plan, path)
+
+
+def merge_layers(model: nn.Module, names: List[str],
+                 reason: str) -> CompressionPlan:
+    """Merge basis layers to dense, in place, for a reason; the new plan."""
+    plan = compression.get_plan(model)
+    if plan is None:
+        raise ValueError(f'this {type(model).__name__} carries no plan: only '
+                         'a compressed model has layers to merge')
+    replacements: Dict[nn.Module, nn.Module] = {}
+    layers, dense = dict(plan.layers), dict(plan.dense)
+    for name in names:
+        entry, layer = layers.pop(name), model.get_submodule(name)
+        merged = replacements[layer] = layer.to_dense()
+        params = sum(x.numel() for x in merged.parameters(recurse=False))
+        dense[name] = DensePlan(reason, True, entry.shape, entry.macs[0],
+                                params, merged.bias is not None)
+    replace_modules(model, replacements)
+    plan = replace(plan, layers=layers, dense=dense)
+    attach_plan(model, plan)
+    return plan
+
+
+def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
+                      checkpoint: str, table: str,
+                      work_dir: str) -> Tuple[Config, str, Dict[str, Any]]:
+    """Merge the layers that the latency table does not show to be faster.
+
+    Args:
+        deploy_cfg (str | Config): Has the table's back end and precision.
+        model_cfg (Config): Of the compressed model, or of the dense one.
+        checkpoint (str): The compressed weights.
+        table (str): The latency table.
+        work_dir (str): Gets ``merged.pth`` where a layer was merged.
+
+    Returns:
+        tuple[Config, str, dict]: Config and checkpoint of the result, and
+        for each merged layer its rank and what it took, ms.
+
+    Raises:
+        ValueError: If the table is of another back end, precision or model,
+            or of another device than the plan was made for.
+    """
+    deploy_cfg = read_deploy_cfg(deploy_cfg)
+    latencies = LatencyTable.load(
+        table, backend=deploy_cfg.backend_config.type,
+        precision=['fp32', *precisions(deploy_cfg)][-1])
+    content = compression.read_checkpoint(checkpoint)
+    plan = compression.plan_of(content)
+    slow = _slow_layers(plan, latencies) if plan is not None else {}
+    if not slow:
+        return model_cfg, checkpoint, {}
+    model = load_compressed(model_cfg, checkpoint)
+    plan = merge_layers(model, list(slow), 'merged: not faster as a basis')
+    merged = osp.abspath(osp.join(work_dir, 'merged.pth'))
+    compression.save_checkpoint(model, plan, merged, content.get('meta', {}))
+    return standalone_config(model_cfg, plan, merged), merged, slow
+
+
+def _slow_layers(plan: CompressionPlan,
+                 latencies: LatencyTable) -> Dict[str, Dict[str, Any]]:
+    """Layers of a plan that are not faster as a basis on the plan's device."""
+    latencies.check(device=(plan.planner.get('table') or {}).get('device'))
+    return {
+        name: dict(rank=x.rank, basis_ms=latencies.cost(name, x.rank),
+                   dense_ms=latencies.cost(name, None))
+        for name, x in plan.layers.items() if name in latencies.curves
+        and x.form == 'output' and not latencies.is_faster(name, x.rank)
+    }

@@ -27,8 +27,7 @@ _FEED = 4
 
 
 def _carry(layer: nn.Module, channels: int, dims: int) -> nn.Module:
-    """Make the input of a layer on the device and reduce its output there:
-    what is left of a timing after that of the carrier alone is the layer, in
+    """Make the input of a layer on the device and reduce its output there, in
     the memory layout that it has inside a network."""
     feed = getattr(nn, f'Conv{dims}d')(
         _FEED, channels, 1) if dims else nn.Linear(_FEED, channels)
@@ -38,28 +37,22 @@ def _carry(layer: nn.Module, channels: int, dims: int) -> nn.Module:
 
 
 class RawOutputs(nn.Module):
-    """A model in mode ``'tensor'``: a classifier's scores, a detector's maps
-    before decoding and non-maximum suppression."""
+    """A model in mode ``'tensor'``: scores, or a detector's undecoded maps."""
 
     def __init__(self, model: nn.Module, samples: Optional[list]) -> None:
         super().__init__()
-        self.model = model
-        self.samples = samples
+        self.model, self.samples = model, samples
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.model(x, self.samples, mode='tensor')
 
 
-def export_layers(folder: str,
-                  model: nn.Module,
-                  shape: Sequence[int],
-                  samples: Optional[list],
-                  count: int,
-                  round_to: int,
+def export_layers(folder: str, model: nn.Module, shape: Sequence[int],
+                  samples: Optional[list], count: int, round_to: int,
                   torchscript: bool = False,
                   listener: Callable[[str], None] = lambda text: None) -> int:
-    """Write all layers that a model has, at a grid of ranks, the model, and
-    ``index.json`` into a folder.
+    """Write all layers that a dense model has, at a grid of ranks, the model,
+    and ``index.json`` into a folder; returns how many models that is.
 
     Args:
         folder (str): The folder.
@@ -72,9 +65,6 @@ def export_layers(folder: str,
         torchscript (bool): Write TorchScript files for the PyTorch back end
             instead of ONNX. Defaults to False.
         listener (Callable): Takes the name of each file.
-
-    Returns:
-        int: How many models there are.
     """
     os.makedirs(folder, exist_ok=True)
     suffix, entries = '.pt' if torchscript else '.onnx', {}
@@ -86,9 +76,8 @@ def export_layers(folder: str,
             _export(module.eval(), torch.randn(*entry['input_shape']),
                     osp.join(folder, file))
             entries[entry['id']] = dict(entry, onnx=file)
-    index = dict(version=1, entries=list(entries.values()))
-    write_atomically(
-        osp.join(folder, 'index.json'), json.dumps(index, indent=1))
+    index = json.dumps(dict(version=1, entries=[*entries.values()]), indent=1)
+    write_atomically(osp.join(folder, 'index.json'), index)
     return len(entries)
 
 
@@ -104,8 +93,8 @@ def _export(module: nn.Module, inputs: torch.Tensor, path: str) -> None:
 
 def _models(raw: RawOutputs, shape: Sequence[int], count: int,
             round_to: int) -> Iterator[Tuple[Dict[str, Any], nn.Module]]:
-    """Entries and models: those of each group of layers, then the whole one:
-    inside a network, layers share the cache and take longer than alone."""
+    """Entries and models: of each group of layers, then of the whole one,
+    inside of which layers share the cache and take longer than alone."""
     middle: Dict[str, int] = {}
     for group, (costs, size, uses) in _run_layers(raw, shape).items():
         dense = costs.layer.module
@@ -117,6 +106,10 @@ def _models(raw: RawOutputs, shape: Sequence[int], count: int,
         carrier = f'{CARRIER}/{"x".join(map(str, size))}'
         entry = dict(id=carrier, role=CARRIER, input_shape=feed)
         yield entry, _carry(nn.Identity(), size[axis], dims)
+        shared = dict(
+            input_shape=feed, group=group, carrier=carrier, uses=uses,
+            kind=costs.layer.known_kind.name,
+            weight_shape=list(dense.weight.shape))
         # ranks that save MACs, evenly spread
         ranks = np.arange(round_to, costs.break_even + 1, round_to)
         chosen = np.linspace(0, len(ranks) - 1, min(count, len(ranks)))
@@ -125,16 +118,9 @@ def _models(raw: RawOutputs, shape: Sequence[int], count: int,
             middle.update(dict.fromkeys(uses, ranks[len(ranks) // 2]))
         for rank in (None, *ranks):
             layer = dense if rank is None else _basis(dense, rank)
+            name = 'dense' if rank is None else f'rank{rank}'
             entry = dict(
-                id=f'{group}/{"dense" if rank is None else f"rank{rank}"}',
-                role='layer',
-                input_shape=feed,
-                group=group,
-                carrier=carrier,
-                rank=rank,
-                kind=costs.layer.known_kind.name,
-                weight_shape=list(dense.weight.shape),
-                uses=uses)
+                shared, id=f'{group}/{name}', role='layer', rank=rank)
             yield entry, _carry(layer, size[axis], dims)
     whole = dict(id=MODEL_ID, role=MODEL_ID, input_shape=list(shape))
     yield whole, raw
@@ -145,8 +131,7 @@ def _models(raw: RawOutputs, shape: Sequence[int], count: int,
 
 
 def _run_layers(raw: RawOutputs, shape: Sequence[int]) -> Dict[str, tuple]:
-    """Costs and input shape of each group of layers that can be compressed,
-    and how often one forward pass uses each of them."""
+    """Costs, input shape and uses by name of each group of layers."""
     groups: Dict[str, tuple] = {}
 
     def look(layer: Layer, module: nn.Module, args: tuple, kwargs: dict,
@@ -181,8 +166,7 @@ def _geometry(module: nn.Module) -> str:
 
 
 def _basis(module: nn.Module, rank: int) -> nn.Module:
-    """The layer at a rank, with numbers as after training: zeros may be
-    faster."""
+    """The layer at a rank, without zeros, which may be faster."""
     module = BasisLayer(module, rank)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=.05)

@@ -1,9 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What MMDeploy's rewriters of detectors lack.
-
-MMDeploy imports this file where a deploy config names it in
-``codebase_config.module``.
-"""
+"""What MMDeploy's rewriters of detectors lack, which imports this file where
+a deploy config names it in ``codebase_config.module``."""
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -22,11 +19,8 @@ repair_partition()
     'mmdeploy.codebase.mmdet.deploy.utils.gather_topk', backend='tensorrt')
 def gather_topk__plain(*inputs: Optional[Tensor], inds: Tensor,
                        **kwargs) -> Any:
-    """Pick the best candidates with ONNX's own operators.
-
-    MMDeploy's TensorRT version emits its plugin ``GatherTopk``. That one is
-    kept where non-maximum suppression, another plugin, is in the graph.
-    """
+    """Pick the best candidates with ONNX's own operators instead of MMDeploy's
+    plugin, unless the graph has another one, non-maximum suppression."""
     ctx = FUNCTION_REWRITER.get_context()
     if ctx.cfg.get('partition_config') is None:
         return ctx.origin_func(*inputs, inds=inds, **kwargs)
@@ -48,11 +42,8 @@ def rtmdet_head__predict_by_feat(self, cls_scores: List[Tensor],
                                  bbox_preds: List[Tensor],
                                  batch_img_metas: List[dict],
                                  **_) -> Tuple[Tensor, Tensor]:
-    """Decode RTMDet's boxes as MMDetection does.
-
-    MMDeploy's own rewriter does not clip the boxes to the image, so that
-    non-maximum suppression decides differently there.
-    """
+    """Decode RTMDet's boxes as MMDetection does: MMDeploy's own rewriter does
+    not clip them to the image, which changes non-maximum suppression."""
     cfg, ctx = self.test_cfg, FUNCTION_REWRITER.get_context()
     scores, distances = [
         torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1)
@@ -78,11 +69,8 @@ def rtmdet_head__predict_by_feat(self, cls_scores: List[Tensor],
 @FUNCTION_REWRITER.register_rewriter(
     'mmdeploy.core.optimizers.function_marker.Mark.symbolic', ir=IR.ONNX)
 def mark_symbolic__typed(g, x, *args):
-    """A mark whose output has the type and shape of its input.
-
-    MMDeploy's has none, so behind the mark on the network's input no shape is
-    known; SSD's poolings, which round up, cannot be exported then.
-    """
+    """A mark whose output has the type and shape of its input: SSD's poolings,
+    which round up, cannot be exported without a known shape."""
     ctx = FUNCTION_REWRITER.get_context()
     if not cfg_apply_marks(ctx.cfg):
         return x

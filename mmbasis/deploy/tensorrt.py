@@ -5,15 +5,15 @@ The facts are those of NVIDIA's operator matrix, ``docs/operators.md`` of
 https://github.com/onnx/onnx-tensorrt, as it stands for TensorRT 8.5 (the last
 for Jetson Xavier) and 10.15.
 """
-import os
 import os.path as osp
 from typing import Any, Callable, Dict, List, Set
 
 import numpy as np
 
+from ..utils.io import whole_file
 from .export import Deployment, precisions
 
-#: operators of ONNX, up to opset 24, that TensorRT 10 does not support
+#: operators of ONNX that TensorRT 10 does not support
 _REFUSED = set("""
 AffineGrid Attention Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr
 BitwiseXor CenterCropPad Col2Im Compress ConcatFromSequence ConvInteger DFT Det
@@ -25,12 +25,13 @@ SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss
 SplitToSequence StringConcat StringNormalizer StringSplit Swish TensorScatter
 TfIdfVectorizer Unique
 """.split())
-#: … and those that only 8.5 does not
+#: … and those up to opset 17 that only 8.5 does not
 _SINCE_10 = set("""
-BlackmanWindow CastLike DeformConv Gelu GroupNormalization HammingWindow
-HannWindow Hardmax IsInf LayerNormalization Mish RMSNormalization STFT
+BlackmanWindow CastLike HammingWindow HannWindow Hardmax IsInf
+LayerNormalization STFT
 """.split())
 REFUSED = {'8.5': _REFUSED | _SINCE_10, '10': _REFUSED}
+#: newest opset; operators that came with later ones are not supported
 MAX_OPSET = {'8.5': 17, '10': 24}
 _STANDARD = ('', 'ai.onnx')
 
@@ -85,12 +86,13 @@ def check_tensorrt(path: str) -> Dict[str, List[str]]:
 
 def _problem(node: Any, version: str, constants: Set[str]) -> str:
     """What TensorRT refuses of a node, by the names of constant tensors."""
+    from onnx.defs import has
     from onnx.helper import get_attribute_value
     kind = node.op_type
     if node.domain not in _STANDARD:
         return (f'{node.domain}::{kind}: a custom operator, needs '
                 "MMDeploy's plugin library (mmdeploy_tensorrt_ops)")
-    if kind in REFUSED[version]:
+    if kind in REFUSED[version] or not has(kind, MAX_OPSET[version], ''):
         return f'{kind}: not supported'
     if constants.issuperset(node.output):
         return ''
@@ -111,38 +113,26 @@ def _problem(node: Any, version: str, constants: Set[str]) -> str:
 
 def write_calibration(path: str, images: List[np.ndarray],
                       partition: bool) -> None:
-    """Write calibration data as MMDeploy's TensorRT calibrator reads it.
-
-    Args:
-        path (str): The HDF5 file.
-        images (list[ndarray]): Each ``(1, 3, H, W)``.
-        partition (bool): The graph is the first part of a detector that is
-            cut before non-maximum suppression.
-    """
+    """Write images of shape ``(1, 3, H, W)`` to HDF5, as MMDeploy's TensorRT
+    calibrator reads it, for a graph that is whole or the first part of a
+    detector (``partition``)."""
     import h5py
-    temporary = f'{path}.tmp{os.getpid()}'
     name = 'partition0' if partition else 'end2end'
-    with h5py.File(temporary, 'w') as file:
+    with whole_file(path) as temporary, h5py.File(temporary, 'w') as file:
         group = file.create_group(f'calib_data/{name}/input')
         for index, image in enumerate(images):
             group.create_dataset(str(index), data=image, compression='gzip')
-    os.replace(temporary, path)
 
 
 def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
-    """The command that builds the engine on the device, without MMDeploy.
-
-    Without a calibration cache, which trtexec takes as ``--calib``, int8
-    measures speed with made-up scales.
+    """The command that builds the engine on the device, without MMDeploy. In
+    int8, speed is measured with made-up scales, unless ``--calib`` names a
+    calibration cache.
 
     Args:
-        deployment (Deployment): With a TensorRT deploy config, or any other:
-            the engine is fp32 then.
+        deployment (Deployment): The engine is fp32 unless it is for TensorRT.
         path (str): The ONNX file.
         index (int): Which of the graphs it is. Defaults to the first.
-
-    Returns:
-        str: One line.
     """
     file = osp.basename(path)
     engine = f'{osp.splitext(file)[0]}.engine'

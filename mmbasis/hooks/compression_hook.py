@@ -84,7 +84,7 @@ class BasisCompressionHook(Hook):
         if start.action is Action.FOLLOW:
             assert start.plan is not None
             with replaced_parameters(runner):
-                compression.restructure(model, start.plan)
+                compression.surgery.restructure(model, start.plan)
 
     def before_train(self, runner: Runner) -> None:
         """Compress the dense weights, unless the model is compressed."""
@@ -101,7 +101,7 @@ class BasisCompressionHook(Hook):
             if is_model_wrapper(runner.model):
                 runner._maybe_compile('train_step')
         else:
-            compression.log_plan(model.plan)
+            compression.pipeline.log_plan(model.plan)
             self._find_teacher(runner, model)
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME

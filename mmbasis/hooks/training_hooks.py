@@ -152,16 +152,13 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
 
 @HOOKS.register_module()
 class EpochSeedHook(Hook):
-    """Seed the random numbers of each training epoch from its number.
+    """Seed the random numbers of each training epoch from the runner's seed,
+    the epoch and the rank. MMEngine seeds once, so that a resumed run draws
+    other augmentations and dropout masks than the uninterrupted one.
 
-    MMEngine seeds once and saves no state of the generators: a resumed run
-    draws other augmentations and dropout masks than the uninterrupted one.
-    With this hook they depend on the runner's seed, the epoch and the rank.
-
-    Resume is exact if ``randomness=dict(seed=...)`` is set, the loop is
-    epoch-based, checkpoints are saved at the end of epochs, and
-    ``num_workers`` is the same in both runs. Workers that persist raise a
-    ValueError.
+    Resume is exact if ``randomness=dict(seed=...)`` is set, the loop is by
+    epoch, checkpoints are saved at the end of epochs, and ``num_workers``
+    stays the same. Workers that persist raise a ValueError.
 
     Args:
         enabled (bool): False changes nothing. Defaults to True.

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import Iterator, List, Optional, Tuple, Type
+from types import SimpleNamespace
+from typing import Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -141,17 +142,25 @@ class BasisLayer(nn.Module):
         """Input basis ``V`` of shape ``(G, R, C / G)``, if any, basis ``F``
         and coefficients ``w``, if any, as in
         :func:`mmbasis.factorization.merge`; gradients flow through all."""
-        return tuple(self._matrix(part) for part in self._parts)
+        return self.matrices(self.weights)
 
     @property
-    def _parts(self) -> List[nn.Module]:
+    def parts(self) -> List[nn.Module]:
+        """Input basis, basis and coefficients, as far as there are any."""
         parts = self.input_basis, self.basis, self.coefficients
         return [part for part in parts if part is not None]
 
-    def _matrix(self, part: nn.Module) -> Tensor:
-        if part is self.basis:
-            return self.kind.to_matrix(part)
-        return part.weight.reshape(self.groups, -1, part.weight.shape[1])
+    @property
+    def weights(self) -> List[nn.Parameter]:
+        """Of the :attr:`parts`."""
+        return [part.weight for part in self.parts]
+
+    def matrices(self, weights: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+        """What has the shapes of :attr:`weights`, as matrices."""
+        return tuple(
+            self.kind.to_matrix(SimpleNamespace(weight=x, groups=self.groups))
+            if part is self.basis else x.reshape(self.groups, -1, x.shape[1])
+            for part, x in zip(self.parts, weights))
 
     @property
     def bases(self) -> Tuple[Tensor, ...]:
@@ -192,7 +201,7 @@ class BasisLayer(nn.Module):
                     bias: Optional[Tensor] = None) -> None:
         """Overwrite the :attr:`factors` and, if given, the bias of shape
         ``(P, )`` in place; ValueError if the layer has no bias."""
-        for part, matrix in zip(self._parts, factors):
+        for part, matrix in zip(self.parts, factors):
             if part is self.basis:
                 matrix = self.kind.from_matrix(matrix, part)
             part.weight.copy_(matrix.reshape(part.weight.shape))

@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Which layers can be represented by a basis, and what is known of them."""
-from typing import Optional, Sequence, Tuple, Type
+from typing import Any, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch.nn as nn
@@ -61,7 +61,7 @@ class DenseKind:
         return tuple(cls.to_matrix(dense).shape)  # type: ignore[return-value]
 
     @staticmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
+    def to_matrix(dense: Any) -> Tensor:
         """The weights ``H``, shape ``(G, P / G, D)``, of a dense layer, or of
         anything that has its ``weight`` and ``groups``."""
         return dense.weight.flatten(1).unflatten(
@@ -176,7 +176,7 @@ class ConvTransposeKind(ConvKind):
 
     # weights are (C, P / G, *kernel), the groups being blocks of C
     @staticmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
+    def to_matrix(dense: Any) -> Tensor:
         blocks = dense.weight.unflatten(0, (dense.groups, -1))
         return blocks.transpose(1, 2).flatten(2)
 

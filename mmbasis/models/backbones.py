@@ -2,7 +2,7 @@
 """The CIFAR networks of the paper."""
 from collections import OrderedDict
 from functools import partial
-from typing import Any, List, Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
@@ -62,16 +62,14 @@ class CifarBasicBlock(nn.Sequential):
         self.conv2 = _conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.new_channels = out_channels - in_channels
+        new = out_channels - in_channels
+        self.padding = (0, 0, 0, 0, new // 2, new - new // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C_out, H/stride, W/stride)``."""
         out = super().forward(x)
-        if self.stride != 1:
-            x = x[:, :, ::self.stride, ::self.stride]
-        if self.new_channels:
-            before = self.new_channels // 2
-            x = F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+        if x.shape != out.shape:
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], self.padding)
         return F.relu(out + x)
 
 
@@ -106,13 +104,10 @@ class CifarResNet(CifarBackbone):
 
 @MODELS.register_module()
 class CifarVGG(CifarBackbone):
-    """VGG with BatchNorm.
-
-    The convolutions of `Very Deep Convolutional Networks for Large-Scale
-    Image Recognition <https://arxiv.org/abs/1409.1556>`_ (configurations A,
-    B, D, E); as usual on CIFAR, BatchNorm follows each of them and one linear
-    layer takes the place of the three large ones. Its output is
-    ``(N, 512, H/32, W/32)``.
+    """VGG, configurations A, B, D, E of `Very Deep Convolutional Networks for
+    Large-Scale Image Recognition <https://arxiv.org/abs/1409.1556>`_, with
+    BatchNorm and, as usual on CIFAR, one linear layer instead of the three
+    large ones; its output is ``(N, 512, H/32, W/32)``.
 
     Args:
         depth (int): 11, 13, 16 or 19. Defaults to 16.
@@ -120,35 +115,23 @@ class CifarVGG(CifarBackbone):
         **kwargs: See :class:`CifarBackbone`.
     """
 
-    # convolutions in each of the five stages
-    arch_settings = {
-        11: (1, 1, 2, 2, 2),
-        13: (2, 2, 2, 2, 2),
-        16: (2, 2, 3, 3, 3),
-        19: (2, 2, 4, 4, 4)
-    }
-    stage_channels = (64, 128, 256, 512, 512)
+    #: convolutions in each of the first two stages and of the other three
+    arch_settings = {11: (1, 2), 13: (2, 2), 16: (2, 3), 19: (2, 4)}
 
-    def __init__(self,
-                 depth: int = 16,
-                 in_channels: int = 3,
+    def __init__(self, depth: int = 16, in_channels: int = 3,
                  **kwargs) -> None:
         super().__init__(**kwargs)
         if depth not in self.arch_settings:
             raise ValueError(f'depth of CifarVGG must be one of '
                              f'{sorted(self.arch_settings)}, but got {depth}')
-        stages = zip(self.arch_settings[depth], self.stage_channels)
-        for i, (num_convs, channels) in enumerate(stages):
-            layers: List[nn.Module] = []
-            for _ in range(num_convs):
-                layers += [
-                    _conv3x3(in_channels, channels),
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(inplace=True)
-                ]
+        for i, channels in enumerate((64, 128, 256, 512, 512)):
+            stage = nn.Sequential()
+            for _ in range(self.arch_settings[depth][i > 1]):
+                stage.append(_conv3x3(in_channels, channels))
+                stage.append(nn.BatchNorm2d(channels))
+                stage.append(nn.ReLU(inplace=True))
                 in_channels = channels
-            self.add_module(f'stage{i + 1}',
-                            nn.Sequential(*layers, nn.MaxPool2d(2)))
+            self.add_module(f'stage{i + 1}', stage.append(nn.MaxPool2d(2)))
 
 
 class CifarDenseLayer(nn.Sequential):
@@ -188,11 +171,8 @@ class CifarDenseNet(CifarBackbone):
         out_channels (int): What the head needs as ``in_channels``.
     """
 
-    def __init__(self,
-                 depth: int = 40,
-                 growth_rate: int = 12,
-                 drop_rate: float = 0.,
-                 in_channels: int = 3,
+    def __init__(self, depth: int = 40, growth_rate: int = 12,
+                 drop_rate: float = 0., in_channels: int = 3,
                  **kwargs) -> None:
         super().__init__(**kwargs)
         repeats = self._repeats(depth, 3, 4)

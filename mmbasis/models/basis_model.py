@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any, Iterable
 
 import torch
@@ -18,7 +18,7 @@ from ..factorization import orthogonality_penalty
 from ..planning import CompressionPlan
 from ..quirks import repair
 from ..registry import MODELS
-from .builder import init_configs, is_pretrained
+from .builder import pretrained_configs
 from .distillation import Distillation
 
 
@@ -64,18 +64,16 @@ class BasisModel(BaseModel):
                 architecture, 'train_step'):
             raise TypeError('architecture must be an MMEngine model, but got '
                             f'{type(architecture).__name__}')
-        #: set where the weights must not be initialised again
-        self.has_weights = False
+        self.has_weights = False  # True: they are not initialised again
         #: the file that the dense weights came from
         self.source: str | None = None
-        self.distillation = self._build_distillation(architecture)
+        self.distillation = self._teach(architecture)
         self._adopt(repair(architecture))
-        compression.guard(architecture)
+        compression.surgery.guard(architecture)
         self._start_from(checkpoint)
 
     def _adopt(self, architecture: nn.Module) -> None:
-        """Share the parameters, buffers and children of the architecture, and
-        the hooks around its state dict."""
+        """Share what the architecture holds, and its state dict's hooks."""
         for name in ('_parameters', '_buffers', '_modules',
                      '_non_persistent_buffers_set', '_state_dict_hooks',
                      '_state_dict_pre_hooks', '_load_state_dict_post_hooks'):
@@ -85,8 +83,7 @@ class BasisModel(BaseModel):
         for name in ('init_cfg', '_is_init'):  # the model has its own
             self.__dict__.pop(name, None)
 
-    def _build_distillation(
-            self, architecture: nn.Module) -> Distillation | None:
+    def _teach(self, architecture: nn.Module) -> Distillation | None:
         teaching = self.recipe.distillation
         if _trains_itself(architecture):
             if self.recipe.asks_for_teacher or self.recipe.orthogonality:
@@ -94,11 +91,9 @@ class BasisModel(BaseModel):
                     f'{type(architecture).__name__} has a train_step of its '
                     'own, so no losses can be added: drop distillation and '
                     'orthogonality from the recipe')
-            teaching = None
-        if teaching is None:
             return None
         try:
-            return Distillation(architecture, teaching)
+            return Distillation(architecture, teaching) if teaching else None
         except ValueError as error:
             if self.recipe.asks_for_teacher:
                 raise
@@ -108,19 +103,21 @@ class BasisModel(BaseModel):
     def _start_from(self, path: str | None) -> None:
         """Load a checkpoint, if there is one, and follow its plan or ours."""
         content = {} if path is None else compression.read_checkpoint(path)
-        source = None if path is None else Source.of(content)
-        if self.plan or source and source.plan:
-            start = compression.resolve(self.recipe, source, model=self.plan)
+        source = Source.of(content)
+        if self.plan or source.plan:
+            start = compression.resolve(
+                self.recipe, source if path else None, model=self.plan)
             if start.action is Action.FOLLOW and start.plan is not None:
-                compression.restructure(self.architecture, start.plan)
-        if path is not None and source is not None:
+                compression.surgery.restructure(self.architecture,
+                                                start.plan)
+        if path is not None:
             compression.load_weights(self, content, path)
             self.has_weights, self.source = True, path
             if self.distillation is not None:
                 self.distillation.source = (
                     self.distillation.source or source.teacher)
         if self.recipe.plan is not None and self.plan is None:
-            if not self.has_weights and self._pretrained():
+            if not self.has_weights and pretrained_configs(self.architecture):
                 self.init_weights()  # a compressed model could not take them
             self._take_teacher()
             compression.apply_plan(
@@ -152,8 +149,7 @@ class BasisModel(BaseModel):
         """The plan that this model follows; None while it is dense."""
         return compression.get_plan(self.architecture)
 
-    def compress(self,
-                 dataloader: Iterable,
+    def compress(self, dataloader: Iterable,
                  recipe: Recipe | None = None) -> CompressionPlan:
         """Compress the dense model, which becomes the teacher, by calibration
         batches and a recipe, by default its own."""
@@ -166,14 +162,13 @@ class BasisModel(BaseModel):
         same function; budgets are fractions of the dense model."""
         before = self.plan
         assert before is not None
-        model = compression.densified(self.architecture)
+        model = compression.surgery.densified(self.architecture)
         plan = _compress(model, recipe, dataloader).with_dense_costs(before)
-        compression.attach_plan(model, plan)
+        compression.surgery.attach_plan(model, plan)
         self._adopt(model)
         return plan
 
     def _take_teacher(self) -> None:
-        """Keep the dense model as teacher, before it is compressed."""
         if (self.distillation is not None and self.distillation.teacher is None
                 and self.plan is None and self.has_weights):
             self.distillation.take(self.architecture, self.source)
@@ -186,15 +181,8 @@ class BasisModel(BaseModel):
             return
         if hasattr(self.architecture, 'init_weights'):
             self.architecture.init_weights()
-        for config in self._pretrained():
+        for config in pretrained_configs(self.architecture):
             self.has_weights, self.source = True, config['checkpoint']
-
-    def _pretrained(self) -> list[dict]:
-        """What the whole model is initialised with, of trained weights."""
-        return [
-            x for x in init_configs(self.architecture)
-            if is_pretrained(x) and not x.get('prefix')
-        ]
 
     def train(self, mode: bool = True) -> BasisModel:
         self.architecture.train(mode)
@@ -212,13 +200,16 @@ class BasisModel(BaseModel):
             return self.architecture(*args, **kwargs)
         self._check_compressed()
         forward = partial(self.architecture, *args, **kwargs)
-        if self.distillation is None or (self.distillation.teacher is None
-                                         and not self.recipe.asks_for_teacher):
-            losses = dict(forward())
+        teaching = self.distillation
+        if teaching is not None and (teaching.teacher is not None
+                                     or self.recipe.asks_for_teacher):
+            losses = teaching.losses(self, args, kwargs, forward)
         else:
-            losses = self.distillation.losses(self, args, kwargs, forward)
-        if self.recipe.orthogonality and self.recipe.orthogonality.weight:
-            losses['loss_orthogonality'] = self.orthogonality_loss()
+            losses = dict(forward())
+        wanted = self.recipe.orthogonality
+        if wanted is not None and wanted.weight:
+            losses['loss_orthogonality'] = (
+                wanted.weight * self._orthogonality())
         return losses
 
     def _check_compressed(self) -> None:
@@ -228,22 +219,15 @@ class BasisModel(BaseModel):
                 "custom_hooks=[dict(type='mmbasis.BasisCompressionHook')], "
                 'which compresses before the first iteration, or give a plan')
 
-    def orthogonality_loss(self) -> torch.Tensor:
-        """``weight * sum_layers ||F F^T - I||_F^2``, a scalar."""
-        assert self.recipe.orthogonality is not None
+    def _orthogonality(self) -> torch.Tensor:
+        """``sum_layers ||F F^T - I||_F^2``, a scalar."""
         total = next(self.parameters()).new_zeros(())
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
             for _, layer in compression.basis_layers(self):
                 for basis in layer.bases:
                     total = total + orthogonality_penalty(basis)
-        return self.recipe.orthogonality.weight * total
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.architecture._load_from_state_dict(*args, **kwargs)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.architecture._save_to_state_dict(*args, **kwargs)
+        return total
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
         if _trains_itself(self.architecture):
@@ -251,14 +235,14 @@ class BasisModel(BaseModel):
             return self.architecture.train_step(data, optim_wrapper)
         return super().train_step(data, optim_wrapper)
 
-    def parse_losses(self, losses: dict[str, Any]) -> Any:
-        return self.architecture.parse_losses(losses)
+    def _hand_on(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.architecture, name)(*args, **kwargs)
 
-    def val_step(self, data: Any) -> Any:
-        return self.architecture.val_step(data)
-
-    def test_step(self, data: Any) -> Any:
-        return self.architecture.test_step(data)
+    parse_losses = partialmethod(_hand_on, 'parse_losses')
+    val_step = partialmethod(_hand_on, 'val_step')
+    test_step = partialmethod(_hand_on, 'test_step')
+    _load_from_state_dict = partialmethod(_hand_on, '_load_from_state_dict')
+    _save_to_state_dict = partialmethod(_hand_on, '_save_to_state_dict')
 
 
 def _trains_itself(model: nn.Module) -> bool:
@@ -280,9 +264,9 @@ def _mode(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def _compress(model: nn.Module, recipe: Recipe,
               dataloader: Iterable) -> CompressionPlan:
-    batches = compression.take_batches(dataloader,
-                                       recipe.calibration.num_batches)
-    return compression.run_recipe(model, recipe, *batches).plan
+    count = recipe.calibration.num_batches
+    batches = compression.take_batches(dataloader, count)
+    return compression.run_recipe(model, recipe, *batches)[0]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -20,25 +20,16 @@ from ..utils import as_text_config, load_config
 
 def build_compressed(architecture: dict,
                      plan: compression.PlanLike) -> nn.Module:
-    """Build a model and give it the structure that a plan describes.
-
-    Args:
-        architecture (dict): Config of the dense model.
-        plan (str | dict | CompressionPlan): The plan.
-
-    Returns:
-        nn.Module: Of the architecture's own class, with weights as before
-        training: load a checkpoint into it.
-    """
+    """Build a model from its dense config and give it the structure that a
+    plan describes; its weights are as before training."""
     model = repair(MMENGINE_MODELS.build(architecture))
     module: Any
     for module in model.modules():
         # those weights are dense, and the compressed ones come afterwards
-        configs = init_configs(module)
-        if any(map(is_pretrained, configs)):
-            module.init_cfg = [
-                x for x in configs if not is_pretrained(x)
-            ] or None
+        configs = _init_configs(module)
+        others = [x for x in configs if not _is_pretrained(x)]
+        if len(others) < len(configs):
+            module.init_cfg = others or None
     plan = compression.as_plan(plan)
     compression.apply_plan(model, plan, project=False)
     if plan.norm:  # MMDeploy calls it, which folds these
@@ -55,21 +46,26 @@ def build_dense(cfg: Config) -> nn.Module:
     return repair(MMENGINE_MODELS.build(dense_architecture(cfg)))
 
 
-def init_configs(module: nn.Module) -> list[dict]:
-    """The configs that a module is initialised by."""
+def pretrained_configs(module: nn.Module) -> list[dict]:
+    """The configs that initialise a whole module with trained weights."""
+    return [
+        x for x in _init_configs(module)
+        if _is_pretrained(x) and not x.get('prefix')
+    ]
+
+
+def _init_configs(module: nn.Module) -> list[dict]:
     configs = getattr(module, 'init_cfg', None) or []
     return [configs] if isinstance(configs, dict) else list(configs)
 
 
-def is_pretrained(config: Any) -> bool:
-    """Whether a config of an initialisation loads trained weights."""
+def _is_pretrained(config: Any) -> bool:
     return isinstance(config, dict) and _last_name(
         config.get('type')) in ('Pretrained', 'PretrainedInit')
 
 
 def _last_name(type_: Any) -> str:
-    """Name of a type that a config gives as a class, or as a string in
-    whichever scope."""
+    """Name of a type that a config gives as a class or as a string."""
     return getattr(type_, '__name__', str(type_)).rpartition('.')[2]
 
 
@@ -96,9 +92,9 @@ def standalone_config(cfg: Config, plan: CompressionPlan,
     given = cfg.get('custom_imports') or {}
     names = given.get('imports') or []
     names = [names] if isinstance(names, str) else names
+    imports = list(dict.fromkeys([*names, 'mmbasis']))
     cfg.custom_imports = {
-        'allow_failed_imports': False,
-        **given, 'imports': list(dict.fromkeys([*names, 'mmbasis']))
+        'allow_failed_imports': False, **given, 'imports': imports
     }
     hooks = [
         hook for hook in cfg.get('custom_hooks') or []
@@ -122,19 +118,15 @@ def dense_architecture(cfg: Config) -> ConfigDict:
     return model
 
 
-def load_compressed(config: str | Config,
-                    checkpoint: str,
+def load_compressed(config: str | Config, checkpoint: str,
                     device: str = 'cpu') -> nn.Module:
-    """Build a compressed model from a config and a checkpoint.
+    """Build a bare compressed model, in evaluation mode.
 
     Args:
         config (str | Config): The dense config that the checkpoint was
             compressed from, or the one that was written beside it.
         checkpoint (str): A checkpoint that mmbasis wrote.
         device (str): Defaults to ``'cpu'``.
-
-    Returns:
-        nn.Module: The bare model in evaluation mode.
 
     Raises:
         ValueError: If the checkpoint carries no plan.

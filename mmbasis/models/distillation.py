@@ -8,6 +8,7 @@ import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -16,10 +17,10 @@ from torch.utils._pytree import tree_map
 
 from .. import compression
 from ..compression import Teaching, Term
+from ..compression.recalibration import kl_divergence, normalized_mse
 from ..layers import BasisLayer, copy_module, kind_of
 from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
-from ..utils.divergence import kl_divergence, normalized_mse
 
 
 class Distillation:
@@ -50,11 +51,10 @@ class Distillation:
             names) if teaching.terms is None else teaching.terms
         #: names of the modules that each term compares
         self.modules = [_find(term.module, names) for term in self.terms]
-        task_weight = teaching.task_weight
-        if task_weight is None:
-            logits = any(term.type == 'kl' for term in self.terms)
-            task_weight = .3 if logits else 1.
-        self.task_weight = task_weight
+        logits = any(term.type == 'kl' for term in self.terms)
+        default = .3 if logits else 1.
+        self.task_weight = (
+            default if teaching.task_weight is None else teaching.task_weight)
         #: the dense model, None until it is known
         self.teacher: nn.Module | None = None
         #: the file that its weights are in, for resuming
@@ -63,8 +63,7 @@ class Distillation:
             self.load(architecture, teaching.checkpoint)
 
     def take(self, architecture: nn.Module, source: str | None) -> None:
-        """Take a copy of a dense model for the teacher, and note the file that
-        its weights came from."""
+        """Copy a dense model for the teacher; note the file of its weights."""
         self.teacher = copy_module(architecture)
         self.teacher.requires_grad_(False)
         # its outputs must be those of the student in training
@@ -74,13 +73,10 @@ class Distillation:
         self.source = source
 
     def load(self, architecture: nn.Module, path: str) -> None:
-        """Build the teacher from a model, dense or compressed, and a file.
-
-        Raises:
-            RuntimeError: If the weights do not fit.
-        """
+        """Build the teacher from a model, dense or compressed, and a file; a
+        RuntimeError is raised if its weights do not fit."""
         checkpoint = compression.read_checkpoint(path)
-        teacher = compression.densified(architecture)
+        teacher = compression.surgery.densified(architecture)
         for name, module in teacher.named_modules():
             # compression gives biases that the dense layer may not have
             if getattr(module, 'bias', None) is not None and (
@@ -97,16 +93,9 @@ class Distillation:
     def losses(self, model: nn.Module, args: Sequence[Any],
                kwargs: Mapping[str, Any],
                forward: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The model's losses, and those of distillation.
-
-        Args:
-            model (nn.Module): The student.
-            args (Sequence): What it is called with, preprocessed.
-            kwargs (Mapping): The same by keyword, among it ``mode='loss'``.
-            forward (Callable): Computes its own losses.
-
-        Returns:
-            dict: Own losses times ``task_weight``, and those of the terms.
+        """The losses of a student, which ``forward`` computes, times
+        ``task_weight``, and those of the terms. The teacher is called with the
+        same preprocessed arguments, in mode ``'loss'``.
 
         Raises:
             RuntimeError: If there is no teacher, or nothing to compare.
@@ -118,7 +107,8 @@ class Distillation:
                 'distillation=dict(checkpoint=…)')
         names = {name for found in self.modules for name in found}
         with _capture(self.teacher, names) as targets:
-            self._teach(next(model.parameters()).device, args, kwargs)
+            device = next(model.parameters()).device
+            self._teach(device, args, kwargs)
         with _capture(model, names) as outputs:
             losses = {
                 # those that count towards the total
@@ -177,8 +167,6 @@ def _default_terms(names: dict[str, nn.Module]) -> list[Term]:
 
 
 def _logit_layers(names: dict[str, nn.Module]) -> list[str]:
-    """The layers that return a classifier's logits: its ``head.fc``, or those
-    of its head that are as wide as there are classes."""
     if 'head.fc' in names:
         return ['head.fc']
     classes = getattr(names.get('head'), 'num_classes', None)
@@ -194,18 +182,14 @@ def _logit_layers(names: dict[str, nn.Module]) -> list[str]:
 @contextmanager
 def _capture(model: nn.Module,
              names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the outputs of named modules: for each a list of all tensors of
-    all calls. Detectors call the ``forward`` of a head directly, past its
-    hooks: so ``forward`` itself is wrapped."""
+    """Collect all tensors that named modules return. Detectors call a head's
+    ``forward`` past its hooks, so that itself is wrapped."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     with ExitStack() as stack:
         for name, found in outputs.items():
             module = model.get_submodule(name)
-            # activation checkpointing sets a forward of its own
-            own = {k: v for k, v in vars(module).items() if k == 'forward'}
-            stack.callback(vars(module).update, own)
-            stack.callback(delattr, module, 'forward')
-            module.forward = partial(_noting, module.forward, found)
+            noting = partial(_noting, module.forward, found)
+            stack.enter_context(mock.patch.object(module, 'forward', noting))
         yield outputs
 
 
@@ -218,18 +202,15 @@ def _noting(forward: Callable, found: list[Tensor], *args: Any,
 
 def _compare(term: Term, name: str, students: Sequence[Tensor],
              teachers: Sequence[Tensor]) -> Tensor:
-    """Mean distance of the outputs that pair: a detector in training may
+    """Mean distance of the outputs that pair: in training, a detector may
     return more than its teacher (queries for denoising, proposals)."""
     pairs = [(s.float(), t.float()) for s, t in zip(students, teachers)
              if s.shape == t.shape and s.is_floating_point()]
     if not pairs:
-        shapes = [[tuple(x.shape) for x in y[:3]]
-                  for y in (students, teachers)]
         raise RuntimeError(
-            f'distillation: {name} returns {shapes[0]} in the '
-            f'model and {shapes[1]} in the teacher: nothing to compare')
-    if term.type == 'kl':
-        losses = [kl_divergence(s, t, term.temperature) for s, t in pairs]
-    else:
-        losses = [normalized_mse(s, t) for s, t in pairs]
-    return torch.stack(losses).mean()
+            f'distillation: {name} returns {[x.shape for x in students[:3]]} '
+            f'in the model and {[x.shape for x in teachers[:3]]} in the '
+            'teacher: nothing to compare')
+    distance = normalized_mse if term.type == 'mse' else partial(
+        kl_divergence, temperature=term.temperature)
+    return torch.stack([distance(s, t) for s, t in pairs]).mean()

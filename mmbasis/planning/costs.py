@@ -266,13 +266,15 @@ class LatencyTable(Cost):
                 f'the latency table {self.target["path"]} is of another '
                 f'model: {"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
 
-    def of(self, costs: Costs, ranks: int | Ranks | None) -> float:
-        ranks = Ranks.of(ranks)
-        return self.cost(costs.layer.name, ranks and ranks.output)
+    def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
+        given = Ranks.of(ranks) or Ranks()
+        return self.cost(costs.layer.name, given.output)
 
-    def pays(self, costs: Costs, ranks: int | Ranks) -> bool:
-        return super().pays(costs, ranks) and self.is_faster(
-            costs.layer.name, Ranks.of(ranks).output)
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
+        given = Ranks.of(ranks) or Ranks()
+        return np.logical_and(
+            super().pays(costs, ranks),
+            self.is_faster(costs.layer.name, given.output))
 
     def why_not(self, costs: Costs, round_to: int) -> str:
         return (f'{super().why_not(costs, round_to)}, and none of them is '

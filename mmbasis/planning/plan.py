@@ -96,6 +96,12 @@ class CompressionPlan:
     norm: bool = False
     planner: Dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def structure(self) -> tuple:
+        """All that the parameters of a model depend on."""
+        layers = {k: (x.ranks, x.bias) for k, x in self.layers.items()}
+        return layers, self.norm, {k for k, x in self.dense.items() if x.bias}
+
     def with_dense_costs(self, dense: 'CompressionPlan') -> 'CompressionPlan':
         """The same for a model that was compressed before: what the dense
         model costs, and which layers got a bias, is in that plan."""

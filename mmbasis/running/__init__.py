@@ -1,15 +1,27 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """How a model is run, which nothing else in the package needs to know."""
-from .adapter import Adapter, UnknownLossError, adapter_of, fisher_loss
-from .batch import Batch, tensors
+from .adapter import (
+    Adapter,
+    Batch,
+    UnknownLossError,
+    adapter_of,
+    fisher_loss,
+    tensors,
+)
 from .engine import CannotRunError, MMEngineAdapter
 from .graph import Targets, model_complexity, trace_targets
-from .passes import Pass, Sum, SumWatch, current_pass
-from .states import evaluation, train_deterministically, undisturbed
+from .passes import (
+    Pass,
+    SumWatch,
+    current_pass,
+    evaluation,
+    train_deterministically,
+    undisturbed,
+)
 
 __all__ = [
     'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',
     'tensors', 'model_complexity', 'MMEngineAdapter', 'fisher_loss', 'Pass',
-    'Sum', 'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
+    'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
     'undisturbed', 'Targets', 'trace_targets'
 ]

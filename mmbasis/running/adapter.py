@@ -1,37 +1,75 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""The contract between mmbasis and a model that it runs."""
-from typing import Any, Dict, List, Optional, Union
+"""The contract between mmbasis and a model that it runs: batches as arguments
+of the model, and tensors in what it returns."""
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.dist import get_rank, get_world_size
 from mmengine.model import is_model_wrapper
+from mmengine.structures import BaseDataElement
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..registry import ADAPTERS
-from .batch import Batch, bind, count, tensors
 
 #: Labels are drawn from softened predictions: on its training images a
 #: network is so sure of itself that its gradients all but vanish.
 TEMPERATURE = 2.
+#: annotations of sequences, perhaps in quotes, or with a module's name
+SEQUENCE = re.compile(r"'?([\w.]+\.)?(list|tuple|sequence)\b", re.IGNORECASE)
 
 
 class UnknownLossError(ValueError):
     """The model has no loss that is known here."""
 
 
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, lists, tuples and dataclasses, in a
+    fixed order. Data samples and whatever else are skipped."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = tuple(getattr(value, x.name)
+                      for x in dataclasses.fields(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
+@dataclasses.dataclass
+class Batch:
+    """What the dataloader yielded (``raw``), prepared for a model's
+    ``forward``: its arguments, and entries that it does not take: targets."""
+    raw: Any
+    args: Tuple[Any, ...] = ()
+    kwargs: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    rest: List[Any] = dataclasses.field(default_factory=list)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> 'Batch':
+        """A copy with a function applied to each tensor of the arguments."""
+        args, kwargs = tree_map(
+            lambda x: function(x) if isinstance(x, Tensor) else x,
+            (self.args, self.kwargs))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+
 @ADAPTERS.register_module()
 class Adapter:
-    """How a model is run: this class calls it like any module.
+    """How a bare model is run: this class calls it like any module.
 
     For a model that is run in another way, register a subclass that says what
     it :meth:`handles` and what differs; CONTRIBUTING.md shows one. ``data`` is
     a batch as the dataloader yields it, or what :meth:`prepare` returned. The
     caller sets modes and gradients, see :func:`~mmbasis.running.evaluation`.
-
-    Args:
-        model (nn.Module): The bare model, without a distributed wrapper.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,10 +89,10 @@ class Adapter:
         return twin
 
     @property
-    def weight(self) -> Optional[Tensor]:
+    def weight(self) -> Tensor:
         """A weight, for device and precision of the model."""
         weights = filter(Tensor.is_floating_point, self.model.parameters())
-        return next(weights, None)
+        return next(weights, torch.empty(0))
 
     def prepare(self, data: Any, gradients: bool = False) -> Any:
         """A batch as the model takes it, see :meth:`move`; prepared data stays
@@ -65,15 +103,41 @@ class Adapter:
             lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
 
     def bind(self, data: Any) -> Batch:
-        """What :meth:`prepare` does with a batch as the dataloader yields it:
-        it becomes the arguments of ``forward``."""
-        return bind(self.model, data).map(self.move)
+        """Turn a batch of the dataloader into the arguments of ``forward``: of
+        a tuple or list as many entries as that requires, of a dict those that
+        it names; a :class:`TypeError` says what lacks. It passes whole what is
+        neither, a list where the only argument is annotated as a sequence, and
+        a dict where one argument of another name is required, or none."""
+        known = parameters_of(self.model)
+        named = [x for x in known if not x.kind.name.startswith('VAR_')]
+        required = [x.name for x in named if x.default is x.empty]
+        whole = True
+        if isinstance(data, Mapping):
+            lacks = not data.keys() >= set(required)
+            keywords = not known or known[-1].kind.name == 'VAR_KEYWORD'
+            whole = lacks and len(required) == 1 or not (named or keywords)
+            names = data.keys() if keywords else {x.name for x in named}
+            batch = Batch(data, (), {k: data[k] for k in data if k in names},
+                          [data[k] for k in data if k not in names])
+            found = ', '.join(map(str, data))
+        elif isinstance(data, (tuple, list)):
+            lacks = len(required) > len(data)
+            whole = len(required) == 1 and all(
+                isinstance(x, Tensor) for x in data) and bool(SEQUENCE.match(
+                    inspect.formatannotation(named[0].annotation)))
+            taken = max(len(required), 1)
+            batch = Batch(data, tuple(data[:taken]), rest=list(data[taken:]))
+            found = f'{len(data)} entries'
+        if whole:
+            batch = Batch(data, (data, ))
+        elif lacks:
+            raise TypeError(f'{type(self.model).__name__}.forward requires '
+                            f'{", ".join(required)}, but a batch has {found}')
+        return batch.map(self.move)
 
     def move(self, x: Tensor) -> Tensor:
         """Move a tensor to the model's device and precision."""
         weight = self.weight
-        if weight is None:
-            return x
         return x.to(weight if x.is_floating_point() else weight.device)
 
     def call(self, data: Any, **kwargs: Any) -> Any:
@@ -99,7 +163,7 @@ class Adapter:
     def logits(self, data: Any) -> Optional[Tensor]:
         """A classifier's logits with their graph, shape ``(N, classes)``;
         None of another model."""
-        return as_logits(self.raw(data))
+        return _logits(self.raw(data))
 
     def loss(self, data: Any) -> Tensor:
         """The training loss of a batch, a scalar, averaged over images as the
@@ -110,7 +174,7 @@ class Adapter:
         loss = _entry(outputs, 'loss')
         if isinstance(loss, Tensor) and loss.dim() == 0:
             return loss
-        logits = as_logits(outputs)
+        logits = _logits(outputs)
         for target in tensors(getattr(batch, 'rest', [])):
             if logits is not None and target.shape == logits.shape[:1] and (
                     not target.is_floating_point()):
@@ -122,11 +186,31 @@ class Adapter:
             'mmbasis.registry.ADAPTERS')
 
     def count_images(self, data: Any) -> int:
-        """Number of images in a batch."""
-        return count(data.raw if isinstance(data, Batch) else data)
+        """Number of images in a batch: of its data samples, else of its
+        inputs, which may be a list of batched tensors (views of them)."""
+        data = data.raw if isinstance(data, Batch) else data
+        if not isinstance(data, Mapping):
+            return len(data[0] if isinstance(data, (tuple, list)) else data)
+        samples = data.get('data_samples')
+        if isinstance(samples, (tuple, list)) and samples and isinstance(
+                samples[0], BaseDataElement):
+            return len(samples)
+        inputs = data.get('inputs', next(iter(data.values())))
+        if isinstance(inputs, (tuple, list)) and isinstance(
+                inputs[0], Tensor) and inputs[0].dim() == 4:
+            inputs = inputs[0]
+        nested = isinstance(inputs, Mapping)
+        return self.count_images(inputs) if nested else len(inputs)
 
 
-def as_logits(outputs: Any) -> Optional[Tensor]:
+def parameters_of(model: nn.Module) -> List[inspect.Parameter]:
+    """The parameters of ``forward``; none where Python cannot tell."""
+    with suppress(TypeError, ValueError):
+        return list(inspect.signature(model.forward).parameters.values())
+    return []
+
+
+def _logits(outputs: Any) -> Optional[Tensor]:
     """The logits among a classifier's outputs; None of other outputs."""
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
         outputs = outputs[0]
@@ -142,9 +226,8 @@ def _entry(outputs: Any, key: str, default: Any = None) -> Any:
 
 
 def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
-    """How a model, with or without a distributed wrapper, is run: by the
-    class in :data:`~mmbasis.registry.ADAPTERS` that was registered last and
-    handles it. An adapter is returned as it is."""
+    """The adapter of a model without its distributed wrapper, if any: of the
+    class that was registered last and handles it. Adapters stay."""
     if isinstance(model, Adapter):
         return model
     while is_model_wrapper(model):
@@ -156,10 +239,10 @@ def adapter_of(model: Union[nn.Module, Adapter]) -> Adapter:
 def fisher_loss(adapter: Adapter, data: Any, batch_index: int,
                 classifies: bool) -> Tensor:
     """The loss of a batch, summed over its images, whose gradients say what
-    the outputs of a layer are worth: the training loss, or, if the model
-    ``classifies``, that of labels drawn from its logits. Their seed is
-    ``batch_index``. That makes the gradients' second moment the Fisher
-    information. Raises an :class:`UnknownLossError` if there is no loss."""
+    outputs of layers are worth: that of training, or, if the model
+    ``classifies``, of labels drawn from its logits (seed ``batch_index``), so
+    that the gradients' second moment is the Fisher information. Raises an
+    :class:`UnknownLossError` if there is no loss."""
     logits = adapter.logits(data) if classifies else None
     if logits is None:
         return adapter.loss(data) * adapter.count_images(data)

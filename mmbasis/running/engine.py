@@ -2,7 +2,6 @@
 """MMEngine's models, in whichever of its modes they know."""
 import os.path as osp
 import re
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from traceback import walk_tb
@@ -15,10 +14,8 @@ from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ..registry import ADAPTERS
-from .adapter import Adapter, UnknownLossError, as_logits
-from .batch import Batch, bind, map_tensors, parameters_of, tensors
-from .passes import current_pass
-from .states import Unchanged, kept_random
+from .adapter import Adapter, Batch, UnknownLossError, parameters_of, tensors
+from .passes import Unchanged, current_pass, kept_random
 
 _TORCH = osp.dirname(torch.__file__)
 #: Ways to try, by what they are to return, the best one first.
@@ -38,11 +35,10 @@ class MMEngineAdapter(Adapter):
     ``loss``, by a ``test_step`` of their own, or as a plain module where
     ``forward`` has no mode.
 
-    A model may refuse a mode: by a ``NotImplementedError``, by a
-    ``RuntimeError`` or ``ValueError`` that names the mode, or by returning
-    None. Then the next way is tried; the one that works is remembered. A
-    self-supervised model predicts by computing its loss, each time with the
-    same random numbers, and without a change of its state.
+    A model that refuses a mode (see :func:`_refuses`) or returns None is run
+    in the next way; the one that works is remembered. A self-supervised model
+    predicts by computing its loss, each time with the same random numbers,
+    and without a change of its state.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,17 +60,16 @@ class MMEngineAdapter(Adapter):
         preprocessor = getattr(self.model, 'data_preprocessor', None)
         if preprocessor is None:
             return super().bind(data)
-        if isinstance(preprocessor, BaseDataPreprocessor) and (
-                self.weight is not None):
+        if isinstance(preprocessor, BaseDataPreprocessor):
             # the model may have been moved as a part of another one
             preprocessor.to(self.weight.device)
-        ready = map_tensors(preprocessor(data, False), self.move)
+        ready = preprocessor(data, False)
         if not self._has_mode:
-            return replace(bind(self.model, ready), raw=data)
+            return replace(super().bind(ready), raw=data)
         if isinstance(ready, dict):
-            return Batch(data, kwargs=ready)
+            return Batch(data, kwargs=ready).map(self.move)
         args = ready if isinstance(ready, (tuple, list)) else [ready]
-        return Batch(data, tuple(args))
+        return Batch(data, tuple(args)).map(self.move)
 
     def predict(self, data: Any) -> Any:
         return self._run('predict', data)
@@ -84,7 +79,7 @@ class MMEngineAdapter(Adapter):
 
     def logits(self, data: Any) -> Optional[Tensor]:
         batch = self.prepare(data)
-        logits = as_logits(self.raw(batch))
+        logits = super().logits(batch)
         # features of a self-supervised model look like logits
         if logits is not None and self._has_mode and (
                 self.ways['outputs'] != 'tensor'
@@ -95,14 +90,9 @@ class MMEngineAdapter(Adapter):
     def loss(self, data: Any) -> Tensor:
         if not self._has_mode:
             return super().loss(data)
-        try:
-            losses = self._run('loss', data)
-        except CannotRunError as error:
-            raise UnknownLossError(
-                f'{error}; or set loss_aware=False') from error
         parse = getattr(self.model, 'parse_losses',
                         partial(BaseModel.parse_losses, self.model))
-        return parse(losses)[0]
+        return parse(self._run('loss', data))[0]
 
     def _lacks_predict(self, data: Any) -> bool:
         if 'predict' not in self.ways:
@@ -131,11 +121,13 @@ class MMEngineAdapter(Adapter):
             else:
                 self.ways[purpose] = way
                 return result
-        raise CannotRunError(
+        is_loss = purpose == 'loss'
+        raise (UnknownLossError if is_loss else CannotRunError)(
             f'{type(self.model).__name__} has no way to get at its {purpose}, '
             f'tried {"; ".join(failed)}: make forward() accept the mode, or '
             f'register a subclass of mmbasis.running.Adapter with {purpose}() '
-            'in mmbasis.registry.ADAPTERS')
+            'in mmbasis.registry.ADAPTERS'
+            + '; or set loss_aware=False' * is_loss)
 
     def _in_way(self, purpose: str, way: str, data: Any) -> Any:
         if way == 'test_step':
@@ -148,10 +140,10 @@ class MMEngineAdapter(Adapter):
         # in a pass that stops, others write weights meanwhile
         whole = current_pass() is None and (
             purpose != 'loss' or self.ways.get('predict') == 'loss')
-        with self._unchanged.during(parameters=whole), ExitStack() as stack:
+        with self._unchanged.during(parameters=whole), kept_random() as stack:
             if purpose == 'loss':
+                stack.pop_all()  # random numbers go on
                 return run()
-            stack.enter_context(kept_random())
             set_random_seed(0)
             found: List[Tensor] = []
             if purpose == 'outputs':  # of the parts, rather than losses

@@ -19,9 +19,8 @@ from mmengine.analysis import FlopAnalyzer
 from torch import Tensor
 
 from ..quirks import OFFSET_LAYERS
-from .adapter import Adapter, adapter_of
-from .batch import Batch, tensors
-from .states import Unchanged, evaluation, requiring_gradients
+from .adapter import Adapter, adapter_of, tensors
+from .passes import Unchanged, evaluation, requiring_gradients
 
 #: Names of nodes that may multiply by a matrix of weights. Additions and
 #: products by element take parameters, too: positions, scales.
@@ -38,12 +37,9 @@ SAMPLERS = (
     ('MultiScaleDeformableAttnFunctionBackward', (3, 4)),  # mmcv, on a GPU
     ('GridSampler', (1, )),
 )
-#: The operators of MMCV that apply weights, by their names in a trace, and
-#: where these stand among the tensors that they take.
-WEIGHTED = {
-    'prim::PythonOp.DeformConv2dFunction': 2,
-    'prim::PythonOp.ModulatedDeformConv2dFunction': 3,
-}
+#: The operators of MMCV that apply weights, by their names in a trace.
+WEIGHTED = ('prim::PythonOp.DeformConv2dFunction',
+            'prim::PythonOp.ModulatedDeformConv2dFunction')
 
 
 class Targets(NamedTuple):
@@ -52,10 +48,10 @@ class Targets(NamedTuple):
     A layer makes predictions if its output reaches an output of the model
     without another product by a weight matrix in between, or reaches neither
     an output nor another layer (proposals are detached). A layer that feeds
-    another one of the same output does not count: in a backbone without a
-    head, that leaves the last residual branch. Only a loss, a single number,
-    counts all layers that it reaches. Offsets reach, in the same way, the
-    positions where one of :data:`SAMPLERS` samples, or its weights.
+    another one of the same output counts only for a loss, a single number: in
+    a backbone without a head, that leaves the last residual branch. Offsets
+    reach, in the same way, the positions where one of :data:`SAMPLERS`
+    samples, or its weights.
     """
     predictions: AbstractSet[str]
     offsets: AbstractSet[str]
@@ -63,14 +59,9 @@ class Targets(NamedTuple):
 
 def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
                   run: Callable[[], Any]) -> Targets:
-    """Find the layers that make predictions, and those that decide where
-    others sample. That takes as much memory as inference.
-
-    Args:
-        model (nn.Module): The model; without gradients, nothing is found.
-        layers (Mapping[str, nn.Module]): Its layers by name.
-        run (Callable): Runs it and returns its outputs or losses, nested.
-    """
+    """Find the :class:`Targets` among a model's layers, given by name: by what
+    ``run`` returns, nested outputs or losses, with gradients. That takes as
+    much memory as inference."""
     graph = _Graph(model, layers)
     # reentrant checkpoints and frozen layers would hide layers
     no_checkpoint = SimpleNamespace(
@@ -83,12 +74,12 @@ def trace_targets(model: nn.Module, layers: Mapping[str, nn.Module],
             hook = partial(graph.record, name)
             stack.callback(module.register_forward_hook(hook).remove)
         outputs = [x for x in tensors(run()) if x.grad_fn is not None]
-    offsets = graph.offsets(outputs)
-    for name, module in model.named_modules():
-        child = OFFSET_LAYERS.get(type(module).__name__)
-        if child is not None:
-            offsets |= {f'{name}.{child}'.lstrip('.')} & layers.keys()
-    return Targets(graph.predictions(outputs), offsets)
+    offsets = graph.offsets(outputs).union(
+        f'{name}.{OFFSET_LAYERS.get(type(module).__name__)}'.lstrip('.')
+        for name, module in model.named_modules())
+    # an empty name is that of weights outside of layers
+    known = layers.keys() - {''}
+    return Targets(graph.predictions(outputs) & known, offsets & known)
 
 
 def _fail(saved: None) -> Tensor:
@@ -120,29 +111,20 @@ class _Graph:
                 self.layers[x.grad_fn] = name
 
     def predictions(self, outputs: list[Tensor]) -> set[str]:
-        """Names of the layers that make predictions."""
         starts = [x.grad_fn for x in outputs]
         used = set(_walk(starts + _inputs(self.layers)))
-        names = set(self.layers.values()).difference(
-            name for node, name in self.layers.items() if node in used)
+        names = set(self.layers.values()) - set(map(self.layers.get, used))
         for output in outputs:
             found = self._last([output.grad_fn])
             if output.numel() > 1 and len(found) > 1:
-                feeding = set(_walk(_inputs(found, values=True), values=True))
+                feeding = set(_walk(_inputs(found, False), positions=False))
                 found = {k: v for k, v in found.items() if k not in feeding}
             names |= set(found.values())
-        return names - {''}
+        return names
 
     def offsets(self, outputs: list[Tensor]) -> set[str]:
-        """Names of the layers that decide where others sample."""
-        starts = [x.grad_fn for x in outputs]
-        operands = [
-            node.next_functions[index][0]
-            for node in _walk([*starts, *self.layers])
-            for index in _sampling_operands(node)
-            if index < len(node.next_functions)
-        ]
-        return set(self._last(operands).values()) - {''}
+        nodes = _walk([*(x.grad_fn for x in outputs), *self.layers])
+        return set(self._last(_inputs(nodes, positions=True)).values())
 
     def _last(self, starts: Iterable[Any]) -> dict[Any, str]:
         """Products by weights next to some nodes, and the layers of these
@@ -155,15 +137,12 @@ class _Graph:
         return found
 
     def _layer_of(self, node: Any) -> str | None:
-        """None where a node does not multiply by weights."""
-        if node in self.layers:
-            return self.layers[node]
-        if MATRIX_PRODUCT.search(node.name()):
-            for operand in reversed(_inputs([node])):
-                owners = self._owners(operand)
-                if owners:  # an empty name counts only if there is no other
-                    return max(owners)
-        return None
+        # None where a node does not multiply by weights
+        if node in self.layers or not MATRIX_PRODUCT.search(node.name()):
+            return self.layers.get(node)
+        owners = map(self._owners, reversed(_inputs([node])))
+        # an empty name counts only if there is no other
+        return max(next(filter(None, owners), ()), default=None)
 
     def _owners(self, operand: Any) -> set[str]:
         """Layers of the matrices that an operand is computed from; none where
@@ -180,17 +159,18 @@ class _Graph:
         return owners
 
 
-def _inputs(nodes: Iterable[Any], values: bool = False) -> list[Any]:
-    """What nodes are computed from; with ``values``, without the positions
-    where they sample."""
+def _inputs(nodes: Iterable[Any],
+            positions: bool | None = None) -> list[Any]:
+    """What nodes are computed from: only the positions where they sample, or
+    all but these, or by default both."""
     return [
         x for node in nodes for i, (x, _) in enumerate(node.next_functions)
-        if not (values and i in _sampling_operands(node))
+        if positions in (None, i in _sampling_operands(node))
     ]
 
 
 def _walk(starts: Iterable[Any], stop: Container[Any] = (),
-          values: bool = False) -> Iterator[Any]:
+          positions: bool | None = None) -> Iterator[Any]:
     """Nodes that some nodes are computed from, and these, each once; not
     beyond those in ``stop``, which may grow on the way."""
     seen, waiting = {None}, list(starts)
@@ -200,7 +180,7 @@ def _walk(starts: Iterable[Any], stop: Container[Any] = (),
             seen.add(node)
             yield node
             if node not in stop:
-                waiting += _inputs([node], values)
+                waiting += _inputs([node], positions)
 
 
 def _sampling_operands(node: Any) -> tuple[int, ...]:
@@ -208,10 +188,8 @@ def _sampling_operands(node: Any) -> tuple[int, ...]:
 
 
 def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
-    """MACs and parameters of a whole model, counted by MMEngine's analysis.
-
-    A fused multiply-add counts as one; a deformable convolution counts as a
-    plain one, without interpolation.
+    """MACs and parameters of a whole model, counted by MMEngine's analysis;
+    a deformable convolution counts as a plain one, without interpolation.
 
     Args:
         model (nn.Module | Adapter): The model; its raw outputs are traced.
@@ -226,10 +204,10 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         batch = adapter.prepare(data)
         # the search for a way to run the model would end the trace
         adapter.outputs(batch)
-        inputs = tuple(tensors((batch.args, batch.kwargs)))
-        analyzer = FlopAnalyzer(_Traced(adapter, batch), inputs)
-        analyzer.set_op_handle(**{
-            k: partial(_deform_conv_macs, x) for k, x in WEIGHTED.items()})
+        model = nn.ModuleList([adapter.model])
+        model.forward = lambda: tuple(adapter.outputs(batch))
+        analyzer = FlopAnalyzer(model, ())
+        analyzer.set_op_handle(**dict.fromkeys(WEIGHTED, _deform_conv_macs))
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
         analyzer.tracer_warnings('none')
@@ -240,20 +218,8 @@ def model_complexity(model: nn.Module | Adapter, data: Any) -> dict[str, Any]:
         uncounted={k: int(v) for k, v in uncounted.items()})
 
 
-class _Traced(nn.Module):
-    """A model as a function of the tensors of a batch."""
-
-    def __init__(self, adapter: Adapter, batch: Batch) -> None:
-        super().__init__()
-        self.model = adapter.model
-        self.adapter, self.batch = adapter, batch
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        remaining = iter(inputs)
-        batch = self.batch.map(lambda _: next(remaining))
-        return tuple(self.adapter.outputs(batch))
-
-
-def _deform_conv_macs(index: int, inputs: list, outputs: list) -> int:
+def _deform_conv_macs(inputs: list, outputs: list) -> int:
     batch, _, *positions = outputs[0].type().sizes()
-    return batch * prod(positions) * prod(inputs[index].type().sizes())
+    shapes = [x.type().sizes() for x in inputs]
+    weight = [x for x in shapes if len(x) == 4][-1]  # a bias may follow
+    return batch * prod(positions) * prod(weight)

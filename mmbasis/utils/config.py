@@ -16,8 +16,7 @@ from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
 
-def load_config(path: str,
-                cfg_options: Optional[dict] = None,
+def load_config(path: str, cfg_options: Optional[dict] = None,
                 work_dir: Optional[str] = None) -> Config:
     """Read a config of any OpenMMLab library and fill in what tools expect.
 
@@ -28,9 +27,7 @@ def load_config(path: str,
         work_dir (str, optional): Where the run writes. Defaults to the
             config's own, else ``work_dirs/<name of the config>``.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        KeyError: If the config describes no model.
+    Raises a :class:`FileNotFoundError`; a :class:`KeyError` without a model.
     """
     if '::' not in path and not osp.isfile(path):
         raise FileNotFoundError(
@@ -93,8 +90,8 @@ def _as_text(value: Any, key: str) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return _Special(value)
-    if value is None or isinstance(value, (bool, int, float, complex, str,
-                                           bytes, set, range, slice)):
+    if isinstance(value, (type(None), int, float, complex, str, bytes, set,
+                          range, slice)):
         return value
     if key.rpartition('.')[2] not in ('type', 'constructor'):
         raise TypeError(
@@ -112,16 +109,10 @@ def _as_text(value: Any, key: str) -> Any:
 
 def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
     """Join the processes over gloo where there is no GPU: MMEngine fails
-    without a CUDA device unless a process group is already there.
-
-    Args:
-        launcher (str): The tools' ``--launcher``; only ``'pytorch'`` counts.
-        cfg (Config, optional): Gets a model wrapper that names no CUDA device
-            unless it has one.
-
-    Raises:
-        RuntimeError: If the process was not started by ``torchrun``.
-    """
+    without a CUDA device unless a process group is already there. Of the
+    tools' launchers only ``'pytorch'`` counts, and raises a
+    :class:`RuntimeError` unless ``torchrun`` started the process. A config
+    gets a model wrapper that names no CUDA device unless it has one."""
     if launcher != 'pytorch' or torch.cuda.is_available():
         return
     if 'RANK' not in os.environ:

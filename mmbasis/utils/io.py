@@ -1,35 +1,43 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Text files, and values as plain types, which JSON and
-``torch.load(weights_only=True)`` read."""
+"""Text files, and values as types that JSON and safe loading can read."""
 import json
 import os
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Iterator
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write a text file through a temporary file beside it, so that it is
-    there whole or not at all."""
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """Name a temporary file beside a path, which takes its place at the end:
+    the file is there whole or as it was."""
     temporary = f'{path}.tmp{os.getpid()}'
-    with open(temporary, 'w', encoding='utf-8') as file:
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as temporary, open(
+            temporary, 'w', encoding='utf-8') as file:
         file.write(text)
-    os.replace(temporary, path)
 
 
 def to_plain(value: Any) -> Any:
     """Copy nested containers with plain types in place of NumPy's and of
-    MMEngine's log histories. Tensors stay, whatever else is unknown as well.
-
-    :func:`from_plain` is the inverse for the histories.
-    """
+    MMEngine's log histories, which :func:`from_plain` brings back. Tensors
+    stay, whatever else is unknown as well."""
     if isinstance(value, HistoryBuffer):
-        return {
-            '__history__': to_plain(list(value.data)),
-            'max_length': value.max_length
-        }
+        return dict(
+            __history__=to_plain(list(value.data)),
+            max_length=value.max_length)
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, dict):
@@ -52,9 +60,7 @@ def from_plain(value: Any) -> Any:
 def to_json(value: Any) -> Any:
     """Copy with the types of JSON: arrays and tensors become lists, and text
     what JSON has no type for."""
-
-    def encode(x: Any) -> Any:
-        is_array = isinstance(x, (np.generic, np.ndarray, torch.Tensor))
-        return x.tolist() if is_array else repr(x)
-
-    return json.loads(json.dumps(value, default=encode))
+    arrays = (np.generic, np.ndarray, torch.Tensor)
+    return json.loads(json.dumps(
+        value, default=lambda x: (
+            x.tolist() if isinstance(x, arrays) else repr(x))))

@@ -3,36 +3,29 @@
 import copy
 import itertools
 import os.path as osp
-from functools import partial
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Dict
 
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..datasets.annotations import single
+from ..datasets.calibration import single
 from ..quirks import repair
 
 _RUNS = itertools.count()
 
 
 def example_batch(cfg: Config, *splits: str) -> Any:
-    """A batch of one image, to count and time with, or of the first of its
-    augmentations: from the first of the splits (``'test'``, ``'val'`` or
-    ``'train'``) with a data loader, or a :class:`KeyError`."""
+    """A batch of one image, or of the first of its augmentations, from the
+    first of some splits that has a data loader; or a :class:`KeyError`."""
     for split in splits:
         config = cfg.get(f'{split}_dataloader')
         if config is not None:
-            loader = Runner.build_dataloader(
-                dict(config, batch_size=1), seed=0)
-            loader.collate_fn = partial(_collate, loader.collate_fn)
-            return next(iter(loader))
+            loader = Runner.build_dataloader(config, seed=0)
+            image = loader.dataset[next(iter(loader.sampler))]
+            return loader.collate_fn([single(image)])
     raise KeyError('the config needs one of ' +
                    ', '.join(f'{split}_dataloader' for split in splits))
-
-
-def _collate(collate: Callable, images: Sequence[Any]) -> Any:
-    return collate([single(image) for image in images])
 
 
 def check_evaluation(cfg: Config, split: str) -> None:

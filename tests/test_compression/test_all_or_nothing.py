@@ -15,7 +15,6 @@ from mmbasis.compression import (
     basis_layers,
     get_plan,
     pipeline,
-    restructure,
     surgery,
 )
 from mmbasis.compression.layer_regression import LayerRegression
@@ -162,9 +161,9 @@ def test_restructure(model, batches, step):
     compress(model, batches)
     before = Snapshot(model, batches[0])
     with failing(*step), pytest.raises(Interrupted):
-        restructure(model, plan)
+        surgery.restructure(model, plan)
     before.check()
-    restructure(model, plan)
+    surgery.restructure(model, plan)
     assert {x.rank for _, x in basis_layers(model)} == {2}
     assert get_plan(model) == plan
 
@@ -173,7 +172,7 @@ def test_plan_of_another_model(model, batches):
     other = Net()
     other.conv2 = other.alias = nn.Conv2d(12, 8, 3, padding=1, bias=False)
     plan = compress(copy.deepcopy(model), batches)
-    for change in (apply_plan, restructure):
+    for change in (apply_plan, surgery.restructure):
         state = copy.deepcopy(other.state_dict())
         with pytest.raises(ValueError, match='conv2: weights of shape'):
             change(other, plan)

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -375,3 +376,53 @@ def test_layer_of_two_inputs_is_left_as_it_was(batches):
     sequential = compressed(model, batches, 'sequential', ranks)
     torch.testing.assert_close(sequential.deform.weight, local.deform.weight)
     assert not torch.equal(sequential.stem.weight, local.stem.weight)
+
+
+class Sometimes(nn.Module):
+    """A residual layer and a plain one that run on bright images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.branch = nn.Conv2d(16, 16, 3, padding=1)
+        self.plain = nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        y = self.stem(x)
+        if x.mean() > 0:
+            y = self.plain((y + self.branch(y)).relu())
+        return self.last(y.relu()).mean((2, 3))
+
+
+def compress_sometimes(rank, world, path, bright=0):
+    """Compress with all batches, or as one of several processes."""
+    torch.manual_seed(0)
+    model = Sometimes().eval()
+    images = torch.rand(2, 32, 3, 12, 12) * torch.tensor(
+        [1., -1.]).view(2, 1, 1, 1, 1)
+    if world > 1:
+        torch.distributed.init_process_group(
+            'gloo', f'file://{path}.store', rank=rank, world_size=world,
+            timeout=timedelta(seconds=60))
+    ranks = dict(stem=9, branch=5, plain=5, last=8)
+    batches = [*images] if world == 1 else [images[rank ^ bright]]
+    small = compressed(model, batches, 'sequential', ranks)
+    torch.save(small.state_dict(), f'{path}.{world}.{rank}')
+
+
+@pytest.mark.parametrize('bright', [0, 1])
+def test_processes_fit_layers_that_only_one_of_them_runs(tmp_path, bright):
+    path = tmp_path / 'small'
+    compress_sometimes(0, 1, path)
+    torch.multiprocessing.spawn(
+        compress_sometimes, (2, path, bright), nprocs=2)
+    one, first, second = (
+        torch.load(f'{path}.{end}', weights_only=True)
+        for end in ('1.0', '2.0', '2.1'))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    for name in ('branch', 'plain'):
+        products = [state[f'{name}.coefficients.weight'].flatten(1)
+                    @ state[f'{name}.basis.weight'].flatten(1)
+                    for state in (one, first)]
+        torch.testing.assert_close(*products, rtol=1e-2, atol=1e-3)

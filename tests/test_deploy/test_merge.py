@@ -7,7 +7,7 @@ import torch
 
 from mmbasis.compression import plan_of, read_checkpoint
 from mmbasis.deploy import Deployment, merge_slow_layers
-from mmbasis.deploy.merge import merge_layers
+from mmbasis.deploy.export import merge_layers
 
 CLS = 'classification_onnxruntime_static-32x32'
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmbasis.deploy import Deployment, check_tensorrt, trtexec_command
+from mmbasis.deploy.tensorrt import MAX_OPSET
 
 onnx = pytest.importorskip('onnx')
 helper = onnx.helper
@@ -65,6 +66,28 @@ def test_versions_differ(tmp_path):
     found = problems(tmp_path, [node], opset=20)
     assert [x.split(':')[0] for x in found['8.5']] == ['opset 20', 'Gelu']
     assert found['10'] == []
+
+
+def test_what_the_tables_do_not_know_is_refused(tmp_path):
+    node = helper.make_node('Novelty', ['x'], ['y'])
+    for found in problems(tmp_path, [node]).values():
+        assert found == ['Novelty: not supported']
+
+
+def test_every_operator_of_onnx_is_judged(tmp_path):
+    """Those that came after a version's newest opset are refused, too."""
+    first = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if not schema.domain:
+            since = first.get(schema.name, schema.since_version)
+            first[schema.name] = min(since, schema.since_version)
+    refused = problems(
+        tmp_path, [helper.make_node(name, ['x'], ['y']) for name in first])
+    for version, newest in MAX_OPSET.items():
+        lines = set(refused[version])
+        assert lines.issuperset(
+            f'{name}: not supported' for name, since in first.items()
+            if since > newest)
 
 
 def test_axes_of_slices_only_matter_to_the_old_one(tmp_path):

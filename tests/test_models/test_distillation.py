@@ -10,10 +10,10 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.registry import MODELS as PRETRAIN_MODELS
 
 from mmbasis.compression import Term, compress
+from mmbasis.compression.recalibration import kl_divergence, normalized_mse
 from mmbasis.models import BasisModel
 from mmbasis.models.distillation import Distillation
 from mmbasis.planning import FixedPlanner
-from mmbasis.utils.divergence import kl_divergence, normalized_mse
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
 TERMS = [

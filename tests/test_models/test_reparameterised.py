@@ -18,8 +18,9 @@ from mmpretrain.models.backbones.tinyvit import ConvBN2d, TinyViT
 from mmpretrain.models.heads import LeViTClsHead
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmbasis.compression import apply_plan, basis_layers, densified, get_plan
+from mmbasis.compression import apply_plan, basis_layers, get_plan
 from mmbasis.compression.merging import keep_structure
+from mmbasis.compression.surgery import densified
 from mmbasis.layers import BasisLayer, kind_of, why_not
 from mmbasis.models import BasisModel, build_compressed
 from mmbasis.planning import CompressionPlan, LayerPlan

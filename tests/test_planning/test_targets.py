@@ -12,7 +12,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torchvision.models import resnet18
 
-from mmbasis.compression import Recipe, analyze, find_targets
+from mmbasis.compression import Recipe, analyze
+from mmbasis.compression.pipeline import find_targets
 from mmbasis.planning import Reason, Rules, find_layers
 from mmbasis.running import Targets, adapter_of, trace_targets
 

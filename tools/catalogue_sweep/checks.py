@@ -20,9 +20,7 @@ from mmbasis.compression import (
     Recipe,
     analyze,
     apply_plan,
-    bases_of,
     basis_layers,
-    find_targets,
     load_weights,
     make_plan,
     plan_of,
@@ -30,6 +28,7 @@ from mmbasis.compression import (
     run_recipe,
     save_checkpoint,
 )
+from mmbasis.compression.pipeline import bases_of, find_targets
 from mmbasis.models import build_compressed
 from mmbasis.models.distillation import Distillation
 from mmbasis.planning import (
@@ -324,7 +323,7 @@ class Checked:
             recipe = Recipe.of(
                 planner=BudgetPlanner(
                     macs=.5, loss_aware='loss' in self.facts['modes']))
-            plan = run_recipe(self.model, recipe, [self.data], []).plan
+            plan = run_recipe(self.model, recipe, [self.data], [])[0]
         else:
             plan = self._compress(analyzed)
         totals = plan.totals()['macs']
