@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any, Sequence
 
@@ -15,7 +14,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from ..factorization import orthonormalize
+from ..factorization import merge, orthonormalize
 from ..layers import BasisLayer, observe
 from ..planning import Analysis, Layer, Reason
 from ..planning.samples import output_samples
@@ -158,14 +157,8 @@ class Reconstruction:
 
     def _regression(self, layer: Layer, targets: Sequence[Tensor],
                     scale: Tensor | None = None) -> LayerRegression:
-        """The regression of a layer, or of what is behind its input basis."""
-        known = self.statistics[layer.name]
-        target = self.model.get_submodule(layer.name)
-        front = getattr(target, 'input_basis', None)
-        if isinstance(target, BasisLayer) and front is not None:
-            layer = replace(layer, module=target.behind_input_basis(
-                layer.module, known.inputs))
-        return LayerRegression(layer, known, targets, scale, front)
+        return LayerRegression(layer, self.statistics[layer.name], targets,
+                               scale, self.model.get_submodule(layer.name))
 
     def _fit_sum(self, layer: Layer,
                  pairs: Sequence[tuple[Pass, Pass]]) -> bool:
@@ -250,18 +243,17 @@ class Reconstruction:
                                     old_bias is not None)
         if solution is None:
             return False
-        basis, coefficients, bias = solution
+        factors, bias = solution
         if compressed:
-            factors = list(target.factors)
             if target.rank is None:
-                factors[-1:] = [coefficients @ basis]
-            else:
-                factors[-2:] = orthonormalize(basis, coefficients)
-            target.set_factors(*factors,
+                factors[-2:] = [merge(*factors[-2:])]
+            if len(factors) < len(target.factors):  # it was not fitted
+                factors.insert(0, target.factors[0])
+            target.set_factors(*orthonormalize(*factors),
                                bias=None if old_bias is None else bias)
         else:
             target.weight.copy_(
-                layer.known_kind.from_matrix(coefficients @ basis, target))
+                layer.known_kind.from_matrix(merge(*factors), target))
             if old_bias is not None:
                 old_bias.copy_(bias)
         return True
