@@ -23,7 +23,7 @@ SIDE = {
     'quirks': set(),
     'datasets': {'registry', 'quirks'},
     'optim': {'factorization', 'layers', 'registry'},
-    'visualization': {'factorization', 'layers', 'planning'},
+    'visualization': {'factorization', 'layers', 'planning', 'utils'},
     'deploy': SHARED.union(FLOORS) - {'hooks'},
 }
 # a file of a shared folder that stands above all: only tools import it

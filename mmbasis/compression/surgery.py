@@ -189,8 +189,9 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
 def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
     """Give merged layers the bias of the basis layer that they were."""
     for name, entry in plan.dense.items():
-        layer = model.get_submodule(name)
-        if entry.bias and layer.bias is None:
+        # offset branches of basis layers are elsewhere now
+        layer = model.get_submodule(name) if entry.bias else None
+        if layer is not None and layer.bias is None:
             channels = entry.params - layer.weight.numel()
             layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
 

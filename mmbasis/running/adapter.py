@@ -105,9 +105,8 @@ class Adapter:
     def bind(self, data: Any) -> Batch:
         """Turn a batch of the dataloader into the arguments of ``forward``: of
         a tuple or list as many entries as that requires, of a dict those that
-        it names; a :class:`TypeError` says what lacks. It passes whole what is
-        neither, a list where the only argument is annotated as a sequence, and
-        a dict where one argument of another name is required, or none."""
+        it names; a TypeError says what lacks. Others pass whole, as a list for
+        a sequence does, and a dict for one argument of another name."""
         known = parameters_of(self.model)
         named = [x for x in known if not x.kind.name.startswith('VAR_')]
         required = [x.name for x in named if x.default is x.empty]
