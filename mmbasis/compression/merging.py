@@ -104,7 +104,7 @@ def _repair_fuse_conv_bn() -> None:
                   if isinstance(child, BasisLayer)]
         for parent, name, layer in places:
             layer.fold_norm()
-            parent._modules[name] = layer.coefficients
+            parent._modules[name] = layer.last
         try:
             return original(module)
         finally:

@@ -95,7 +95,8 @@ def analyze(model: nn.Module, recipe: Recipe,
     adapter, layers = running.adapter_of(model), planning.find_layers(model)
     planning.check_finite(layers)
     selection = _select(adapter, recipe, layers, batches[0])
-    analysis = planning.measure(adapter, selection, batches, recipe.data_aware)
+    analysis = planning.measure(
+        adapter, selection, batches, recipe.data_aware, recipe.two_sided)
     if recipe.loss_aware is False:
         return analysis
     try:

@@ -88,7 +88,8 @@ class LayerRecorder(ExitStack):
 
     def __init__(self,
                  layers: Sequence[Layer],
-                 moments: Sequence[Layer] = ()) -> None:
+                 moments: Sequence[Layer] = (),
+                 inputs: Sequence[Layer] = ()) -> None:
         super().__init__()
         self.layers = layers
         self.images = self.passes = 0
@@ -101,8 +102,8 @@ class LayerRecorder(ExitStack):
             groups, rows, in_size = layer.matrix_shape
             size = in_size if sampling.is_expansion(layer) else rows
             self.moments[layer.name] = _no_moment(layer, size)
-            if layer.narrowable:
-                self.inputs[layer.name] = _no_moment(layer, layer.in_channels)
+        for layer in inputs:
+            self.inputs[layer.name] = _no_moment(layer, layer.in_channels)
         #: positions of weights, outputs and inputs, and calls, of each layer
         self._table = torch.zeros(len(layers), 4, dtype=torch.float64)
         for layer, row in zip(layers, self._table):
@@ -219,7 +220,8 @@ def weight_matrix(layer: Layer) -> Tensor:
 def measure(adapter: running.Adapter,
             selection: Selection,
             batches: Sequence[Any],
-            data_aware: bool = True) -> Analysis:
+            data_aware: bool = True,
+            two_sided: bool = True) -> Analysis:
     """Measure positions and spectra of layers.
 
     Args:
@@ -230,6 +232,8 @@ def measure(adapter: running.Adapter,
         data_aware (bool): Take spectra of the chosen layers from the
             covariance of their outputs, instead of from their weights. One
             batch is looked at without it. Defaults to True.
+        two_sided (bool): Measure the input channels of the chosen layers, too.
+            Defaults to True.
 
     Returns:
         Analysis: Layers that did not run are excluded.
@@ -238,9 +242,10 @@ def measure(adapter: running.Adapter,
         RuntimeError: If there are no batches.
         ValueError: If an output is not finite.
     """
-    moments = selection.chosen if data_aware else ()
+    moments = selection.chosen if data_aware else []
+    inputs = [x for x in moments if two_sided and x.narrowable]
     with running.evaluation(adapter.model), LayerRecorder(
-            selection.layers, moments) as recorder:
+            selection.layers, moments, inputs) as recorder:
         recorder.run(adapter, batches if data_aware else batches[:1])
     statistics = recorder.finish()
     selection = selection.without({
@@ -251,7 +256,7 @@ def measure(adapter: running.Adapter,
         known, matrix = statistics[layer.name], weight_matrix(layer)
         if not data_aware:
             known = replace(known, spectrum=spectrum_of_factor(matrix))
-        if layer.narrowable:
+        if two_sided and layer.narrowable:
             known = replace(known, inputs=spectrum_of_input(
                 matrix, layer.in_channels, known.input_covariance))
         statistics[layer.name] = known
@@ -270,13 +275,13 @@ class _Gradients:
         zeros = self.spectrum.values.new_zeros
         self.moment, self.count = zeros((groups, size, size)), zeros(())
         #: the same at the input
-        self.inputs = zeros((groups, layer.in_channels, layer.in_channels)
-                            if layer.narrowable else ())
+        self.inputs = None if known.inputs is None else zeros(
+            (groups, layer.in_channels, layer.in_channels))
 
     def watch_input(self, module: nn.Module, args: tuple) -> Optional[tuple]:
         """Called before the layer runs."""
-        if not (torch.is_grad_enabled() and self.layer.narrowable and args
-                and args[0].requires_grad):
+        if self.inputs is None or not (torch.is_grad_enabled() and args
+                                       and args[0].requires_grad):
             return None
         # the gradient of this use of the tensor alone
         x = args[0].view_as(args[0])
@@ -285,6 +290,7 @@ class _Gradients:
 
     def _add_input(self, gradient: Tensor) -> None:
         samples = sampling.output_samples(self.layer, gradient)
+        assert self.inputs is not None
         self.inputs += _products(samples)
 
     def watch(self, module: nn.Module, args: tuple, kwargs: dict,
@@ -310,7 +316,8 @@ class _Gradients:
         """Sum over processes: with a sensitivity if a gradient came."""
         all_reduce(self.moment)
         all_reduce(self.count)
-        all_reduce(self.inputs)
+        if self.inputs is not None:
+            all_reduce(self.inputs)
         # none came (no_grad, detach), or nothing but zeros or NaN
         if not (self.moment.any() and self.moment.isfinite().all()):
             return self.known
@@ -324,7 +331,8 @@ class _Gradients:
                        along).sum(0) * self.known.out_positions
         known = replace(
             self.known, gradient=gradient, sensitivity=sensitivity)
-        if self.inputs.any() and self.inputs.isfinite().all():
+        if self.inputs is not None and (self.inputs.any()
+                                        and self.inputs.isfinite().all()):
             known = replace(known, inputs=spectrum_of_input(
                 weight_matrix(self.layer), self.layer.in_channels,
                 known.input_covariance, self.inputs))
