@@ -286,25 +286,12 @@ def two_sided_regression(
     ridge: float = 1e-4,
     rounds: int = 1
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`reduced_rank_regression` of a layer that sees a basis ``V`` of
-    its input channels, which is fitted, too: by alternating least squares, a
-    Tucker-2 decomposition in the metric of the data.
-
-    Args:
-        cross (Tensor): As there.
-        second (Tensor): As there.
-        prior (Tensor): As there.
-        input_basis (Tensor): ``V`` to start from, shape ``(G, R, C)``.
-        rank (int, optional): As there.
-        weight (Tensor, optional): As there.
-        ridge (float): As there.
-        rounds (int): How often ``V`` is fitted. It takes linear systems with
-            ``C R`` unknowns.
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor, Tensor]: As there, for inputs behind
-        ``V``, and ``V`` with orthonormal rows.
-    """
+    """:func:`reduced_rank_regression` of a layer behind a basis of its input
+    channels, which is fitted, too: Tucker-2 in the metric of the data, by
+    alternating least squares. ``input_basis``, shape ``(G, R, C)``, is what it
+    starts from; it is fitted ``rounds`` times, each a linear system with
+    ``C R`` unknowns. The other arguments and what is returned are as there;
+    the input basis, with orthonormal rows, comes last."""
     root = _cholesky(second, ridge)
     change = torch.cholesky_solve(cross.mT, root).mT
     mapping, metric = prior + change, _metric(weight, prior)
@@ -322,7 +309,8 @@ def two_sided_regression(
 def _metric(weight: Optional[Tensor], mapping: Tensor) -> Tensor:
     """Upper triangular ``C^T`` with ``W = C C^T``."""
     if weight is None:
-        return torch.eye(mapping.shape[-2]).to(mapping)
+        return torch.eye(mapping.shape[-2]).to(mapping).expand(
+            len(mapping), -1, -1)
     # what the loss does not feel counts a little, too
     return _cholesky(weight.double(), 1e-3).mT
 

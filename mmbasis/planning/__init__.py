@@ -13,7 +13,8 @@ from .layers import (
 )
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .planners import BasePlanner, EnergyPlanner, FixedPlanner, RatioPlanner
-from .statistics import Analysis, LayerStatistics, measure, measure_sensitivity
+from .sensitivity import measure_sensitivity
+from .statistics import Analysis, LayerStatistics, measure
 
 __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',

@@ -154,7 +154,7 @@ def test_wide_layer(monkeypatch):
         nn.Linear(8, 5))
     images, found = torch.randn(64, 3, 6, 6), []
     for limit in (64, 32):
-        monkeypatch.setattr('mmbasis.planning.statistics.MAX_ROWS', limit)
+        monkeypatch.setattr('mmbasis.planning.sensitivity.MAX_ROWS', limit)
         layer = analyzed(model, [images])['2']
         compressed = copy.deepcopy(model)
         plan = compress(compressed, BudgetPlanner(macs=.5), [images])
