@@ -11,7 +11,6 @@ from torch import Tensor
 from .planning import Analysis, CompressionPlan
 from .utils.io import whole_file
 
-
 #: colours of the forms that a layer may have
 FORM_COLORS = dict(output='tab:blue', input='tab:green', both='tab:purple')
 
@@ -55,21 +54,20 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
 
 
 def plot_ranks(plan: CompressionPlan, path: str) -> None:
-    """Draw what is left of the output channels and of the input channels of
-    each layer, in a colour by its form, and its MACs before and after."""
+    """Draw the ranks of each layer in a colour by its form, against full rank,
+    and its MACs before and after."""
     entries = plan.layers.values()
     x = range(len(entries))
     with _axes(path, max(6, .18 * len(x)), 6, 2) as (top, bottom):
+        top.bar(x, [e.full_rank for e in entries], color='lightgray')
         for form, color in FORM_COLORS.items():
-            of = [(i, e) for i, e in enumerate(entries) if e.form == form]
-            places = [i for i, _ in of]
-            top.bar(places, [(e.rank or e.full_rank) / e.full_rank
-                             for _, e in of], color=color, label=form)
-            top.plot(places, [(e.input_rank or e.in_channels) / e.in_channels
-                              for _, e in of], 'k_')
-        top.set(ylabel='share kept', ylim=(0, 1.05),
-                title='Basis filters (bars) and input channels (lines)')
-        top.legend(title='form', ncols=3, fontsize=8)
+            ranks = {i: e.rank or e.full_rank
+                     for i, e in enumerate(entries) if e.form == form}
+            top.bar([*ranks], [*ranks.values()], color=color, label=form)
+        top.plot(x, [e.input_rank or np.nan for e in entries], 'k_',
+                 label='input channels of the basis')
+        top.set(ylabel='filters', title='Rank (colour) of full rank (gray)')
+        top.legend(title='form', fontsize=7)
         bottom.bar(x, [e.macs[0] / 1e6 for e in entries], color='lightgray')
         bottom.bar(x, [e.macs[1] / 1e6 for e in entries], color='tab:orange')
         bottom.set(ylabel='MACs / M', title='MACs before (gray) and after')

@@ -52,11 +52,6 @@ class LayerPlan:
             return 'output'
         return 'input' if self.rank is None else 'both'
 
-    @property
-    def in_channels(self) -> int:
-        """Input channels of the dense layer, of a group."""
-        return self.shape[0 if self.kind == 'BasisConvTranspose' else 1]
-
     @classmethod
     def of(cls, costs: Costs, ranks: Ranks) -> 'LayerPlan':
         """The entry of a layer that gets some ranks."""
