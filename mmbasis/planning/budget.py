@@ -13,6 +13,8 @@ from .planners import BasePlanner, Choice, Decided, check_fraction
 
 #: what a layer may become
 FORMS = ('output', 'input', 'both')
+#: what channels of layers of this width are multiples of by default
+ALIGNED, WIDE = 8, 64
 #: ranks of a side that are tried, beside those of the output form
 GRID = 64
 
@@ -84,7 +86,9 @@ class BudgetPlanner(BasePlanner):
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
-        **kwargs: See :class:`BasePlanner`.
+        **kwargs: See :class:`BasePlanner`. By default ranks are multiples of 8
+            in layers of 64 channels or more: others make tensor cores pad and
+            copy. The smallest multiple may be more than a budget allows.
     """
     why_dense = 'worth more dense than what it costs'
 
@@ -118,6 +122,9 @@ class BudgetPlanner(BasePlanner):
             raise ValueError('BudgetPlanner: forms is a list of '
                              f'{", ".join(FORMS)}, but got {forms!r}')
         self.forms = tuple(forms) if self.cost.knows_inputs else ('output', )
+
+    def step(self, size: int) -> int:
+        return self.round_to or (ALIGNED if size >= WIDE else 1)
 
     def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
@@ -177,8 +184,9 @@ class BudgetPlanner(BasePlanner):
 
     def _grid(self, size: int) -> np.ndarray:
         """Ranks up to a size, at most ``GRID`` of them, of which each is a
-        multiple of ``round_to``."""
-        step = self.round_to * -(-size // (GRID * self.round_to))
+        multiple of the :meth:`step`."""
+        step = self.step(size)
+        step *= -(-size // (GRID * step))
         return np.arange(step, size + 1, step)
 
 
