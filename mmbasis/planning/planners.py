@@ -164,8 +164,8 @@ class BasePlanner(ABC):
         decided: list[tuple[Costs, Ranks | None]] = []
         for layer in analysis.selection.chosen:
             costs = Costs(layer, analysis.statistics[layer.name], form)
-            ranks = self.cost.ranks(costs, self.step(layer.full_rank))
-            costs = replace(costs, ranks=ranks)
+            paying = self.cost.ranks(costs, self.step(layer.full_rank))
+            costs = replace(costs, ranks=paying)
             settled = self._settle(costs)
             if settled is None:
                 free.append(costs)
