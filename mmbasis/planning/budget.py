@@ -13,8 +13,6 @@ from .planners import BasePlanner, Choice, Decided, check_fraction
 
 #: what a layer may become
 FORMS = ('output', 'input', 'both')
-#: what channels of layers of this width are multiples of by default
-ALIGNED, WIDE = 8, 64
 #: ranks of a side that are tried, beside those of the output form
 GRID = 64
 
@@ -81,14 +79,13 @@ class BudgetPlanner(BasePlanner):
             layer that no measured rank makes faster stays dense.
         forms (Sequence[str]): What a layer may become: ``'output'`` (basis
             filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1 basis
-            of the input channels in front), ``'both'``. Defaults to all; a
-            latency table knows the output form only.
+            of the input channels in front), ``'both'``. Defaults to the first;
+            all of them lose less at the same MACs. A latency table knows the
+            first only.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
-        **kwargs: See :class:`BasePlanner`. By default ranks are multiples of 8
-            in layers of 64 channels or more: others make tensor cores pad and
-            copy. The smallest multiple may be more than a budget allows.
+        **kwargs: See :class:`BasePlanner`.
     """
     why_dense = 'worth more dense than what it costs'
 
@@ -97,7 +94,7 @@ class BudgetPlanner(BasePlanner):
                  params: float | None = None,
                  latency: float | None = None,
                  table: str | dict | None = None,
-                 forms: Sequence[str] = FORMS,
+                 forms: Sequence[str] = ('output', ),
                  loss_aware: bool | None = None,
                  **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -121,10 +118,10 @@ class BudgetPlanner(BasePlanner):
                 not forms):
             raise ValueError('BudgetPlanner: forms is a list of '
                              f'{", ".join(FORMS)}, but got {forms!r}')
-        self.forms = tuple(forms) if self.cost.knows_inputs else ('output', )
-
-    def step(self, size: int) -> int:
-        return self.round_to or (ALIGNED if size >= WIDE else 1)
+        self.forms = tuple(forms)
+        if self.forms != ('output', ) and not self.cost.knows_inputs:
+            raise ValueError('BudgetPlanner: a latency table knows the output '
+                             f'form only, but got forms={forms!r}')
 
     def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
@@ -184,9 +181,8 @@ class BudgetPlanner(BasePlanner):
 
     def _grid(self, size: int) -> np.ndarray:
         """Ranks up to a size, at most ``GRID`` of them, of which each is a
-        multiple of the :meth:`step`."""
-        step = self.step(size)
-        step *= -(-size // (GRID * step))
+        multiple of ``round_to``."""
+        step = self.round_to * -(-size // (GRID * self.round_to))
         return np.arange(step, size + 1, step)
 
 

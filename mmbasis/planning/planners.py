@@ -88,8 +88,7 @@ class BasePlanner(ABC):
             ranks are not rounded.
         prediction_layers (bool): Compress the layers whose outputs are
             predictions or sampling offsets, too. Defaults to False.
-        round_to (int, optional): Ranks are multiples of this. The default
-            depends on the planner: 1, or what suits devices.
+        round_to (int): Ranks are multiples of this. Defaults to 1.
         data_aware (bool, optional): Take the basis from the covariance of the
             layer's outputs on calibration images instead of from its weights
             alone. The default depends on the planner.
@@ -119,12 +118,12 @@ class BasePlanner(ABC):
                  exclude: Sequence[str] = (),
                  overrides: dict[str, int | str] | None = None,
                  prediction_layers: bool = False,
-                 round_to: int | None = None,
+                 round_to: int = 1,
                  data_aware: bool | None = None) -> None:
         if isinstance(include, str) or isinstance(exclude, str):
             raise ValueError('include and exclude are lists of patterns, but '
                              'one of them is a single string')
-        if round_to is not None and not is_rank(round_to):
+        if not is_rank(round_to):
             raise ValueError(f'round_to must be a positive integer, but got '
                              f'{round_to!r}')
         self.overrides = check_ranks('overrides', overrides or {}, 'dense')
@@ -133,10 +132,6 @@ class BasePlanner(ABC):
         self.rules = Rules(tuple(include), tuple(exclude), prediction_layers)
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
-
-    def step(self, size: int) -> int:
-        """What ranks of a layer are multiples of, given the largest."""
-        return self.round_to or 1
 
     def describe(self) -> dict[str, Any]:
         """What the plan records of its planner: what it was constructed with,
@@ -164,8 +159,8 @@ class BasePlanner(ABC):
         decided: list[tuple[Costs, Ranks | None]] = []
         for layer in analysis.selection.chosen:
             costs = Costs(layer, analysis.statistics[layer.name], form)
-            paying = self.cost.ranks(costs, self.step(layer.full_rank))
-            costs = replace(costs, ranks=paying)
+            costs = replace(
+                costs, ranks=self.cost.ranks(costs, self.round_to))
             settled = self._settle(costs)
             if settled is None:
                 free.append(costs)
@@ -199,8 +194,7 @@ class BasePlanner(ABC):
             pays = self.cost.pays(costs, rank)
             return (Ranks(rank), '') if pays else (None, past)
         if not costs.ranks and self.forms == ('output', ):
-            step = self.step(costs.layer.full_rank)
-            return None, self.cost.why_not(costs, step)
+            return None, self.cost.why_not(costs, self.round_to)
         return None
 
     def _chosen(self, free: Sequence[Costs],
@@ -323,7 +317,6 @@ class FixedPlanner(BasePlanner):
         for x in free:
             rank, full = x.layer.look_up(self.ranks), x.layer.full_rank
             rank = full if rank == 'full' else check_rank(x.layer, rank)
-            step = self.step(full)
-            rank = min(-(-rank // step) * step, full)
+            rank = min(-(-rank // self.round_to) * self.round_to, full)
             chosen.append(rank if self.cost.pays(x, rank) else None)
         return chosen
