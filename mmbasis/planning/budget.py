@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from ..registry import PLANNERS
-from .costs import Cost, Costs, LatencyTable, Ranks
+from .costs import Cost, Costs, DeviceCost, LatencyTable, Ranks
 from .planners import BasePlanner, Choice, Decided, check_fraction
 
 #: what a layer may become
@@ -72,11 +72,15 @@ class BudgetPlanner(BasePlanner):
         macs (float, optional): Fraction of the MACs of the compressible
             layers to keep, in ``(0, 1]``.
         params (float, optional): The same of their parameters.
-        latency (float, optional): Fraction of the whole model's latency, as
-            ``table`` has it. Exactly one of the three is given.
+        latency (float, optional): Fraction of the latency: of the whole
+            model, as ``table`` has it, or of the compressible layers, as
+            ``device`` predicts it. Exactly one of the three is given.
         table (str | dict, optional): Latency table: its file, or
             ``dict(path=…)`` with what :meth:`LatencyTable.check` requires. A
             layer that no measured rank makes faster stays dense.
+        device (str, optional): A model of a device instead of a table, such as
+            ``'xavier-fp16'``: see :mod:`mmbasis.planning.devices`. A layer
+            that would not be faster stays dense.
         forms (Sequence[str]): What a layer may become: ``'output'`` (basis
             filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1 basis
             of the input channels in front), ``'both'``. Defaults to the first;
@@ -94,6 +98,7 @@ class BudgetPlanner(BasePlanner):
                  params: float | None = None,
                  latency: float | None = None,
                  table: str | dict | None = None,
+                 device: str | None = None,
                  forms: Sequence[str] = ('output', ),
                  loss_aware: bool | None = None,
                  **kwargs: Any) -> None:
@@ -104,13 +109,17 @@ class BudgetPlanner(BasePlanner):
         self.loss_aware = loss_aware if self.data_aware else False
         given = dict(macs=macs, params=params, latency=latency)
         fractions = [(k, v) for k, v in given.items() if v is not None]
-        if len(fractions) != 1 or (latency is None) != (table is None):
+        sources = [x for x in (table, device) if x is not None]
+        if len(fractions) != 1 or len(sources) != (latency is not None):
             raise ValueError(
                 'BudgetPlanner takes exactly one of macs and params, or '
-                f'latency with its table, but got {given}, table={table!r}')
+                f'latency with its table or device, but got {given}, '
+                f'table={table!r}, device={device!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
         self.cost = Cost(self.metric)
+        if device is not None:
+            self.cost = DeviceCost(device)
         if table is not None:
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
@@ -175,6 +184,9 @@ class BudgetPlanner(BasePlanner):
             forms['input'] = (Ranks(None, inputs), narrow[inputs])
             outputs, inputs = (side.ravel() for side in np.meshgrid(
                 self._grid(x.layer.full_rank), inputs))
+            # more basis filters than they have weights add nothing
+            some = outputs <= inputs * x.layer.window
+            outputs, inputs = outputs[some], inputs[some]
             forms['both'] = (Ranks(outputs, inputs),
                              lost[outputs] + narrow[inputs])
         return forms

@@ -11,6 +11,7 @@ from typing import Any, Iterable, NamedTuple, Sequence
 import numpy as np
 
 from ..factorization import Spectrum
+from . import devices
 from .layers import Layer
 from .statistics import LayerStatistics
 
@@ -150,6 +151,42 @@ class Cost:
         """Why no rank of a layer pays."""
         return (f'no rank pays: break-even is at {costs.break_even + 1}'
                 f', ranks are multiples of {round_to}')
+
+
+class DeviceCost(Cost):
+    """Milliseconds of layers on a device, by its model: see
+    :mod:`mmbasis.planning.devices` for what it assumes. All else that the
+    network does is left out.
+
+    Args:
+        device (str): Name of a preset, such as ``'xavier-fp16'``; a ValueError
+            lists them.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__('latency')
+        self.device = devices.device(device)
+
+    def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
+        layer, known = costs.layer, costs.statistics
+        calls = max(known.calls, 1)
+        groups, rows, _ = layer.matrix_shape
+        convolution = devices.Convolution(
+            groups * layer.in_channels, groups * rows, layer.window,
+            known.in_positions / calls, known.out_positions / calls, groups,
+            transposed=known.weight_positions != known.out_positions)
+        output, inputs = Ranks.of(ranks) or Ranks()
+        kernels = convolution.kernels(output, inputs)
+        return 1e3 * calls * self.device.time(kernels)
+
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
+        return np.logical_and(
+            super().pays(costs, ranks),
+            self.of(costs, ranks) < self.of(costs, None))
+
+    def why_not(self, costs: Costs, round_to: int) -> str:
+        return (f'{super().why_not(costs, round_to)}, and none of them is '
+                f'faster than the dense layer on {self.device.name}')
 
 
 @dataclass

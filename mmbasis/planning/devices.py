@@ -55,9 +55,9 @@ class Kernel:
     Args:
         inputs (int | array): Input channels of a group.
         outputs (int | array): Output channels of a group.
-        read_positions (int): Positions of the tensor that it reads, of all
+        read_positions (float): Positions of the tensor that it reads, of all
             images.
-        write_positions (int): Positions of the tensor that it writes.
+        write_positions (float): Positions of the tensor that it writes.
         window (int): Weights for a pair of channels, 9 for 3x3; 0 for a
             kernel without weights (activation, pooling).
         groups (int): Groups of channels. Defaults to 1.
@@ -66,8 +66,8 @@ class Kernel:
     """
     inputs: Number
     outputs: Number
-    read_positions: int
-    write_positions: int
+    read_positions: float
+    write_positions: float
     window: int = 1
     groups: int = 1
     transposed: bool = False
@@ -102,8 +102,9 @@ class Convolution:
         in_channels (int): Input channels, of all groups.
         out_channels (int): Output channels, of all groups.
         window (int): Weights for a pair of channels; 1 for a linear layer.
-        in_positions (int): Positions of an image (or tokens) at its input.
-        out_positions (int): The same at its output.
+        in_positions (float): Positions of an image (or tokens) at its input;
+            images may differ.
+        out_positions (float): The same at its output.
         groups (int): Groups of channels. Defaults to 1.
         batch (int): Images at once. Defaults to 1.
         transposed (bool): A transposed convolution. Defaults to False.
@@ -111,16 +112,16 @@ class Convolution:
     in_channels: int
     out_channels: int
     window: int
-    in_positions: int
-    out_positions: int
+    in_positions: float
+    out_positions: float
     groups: int = 1
     batch: int = 1
     transposed: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != 'transposed' and value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
+            if name != 'transposed' and value <= 0:
+                raise ValueError(f'{name} must be positive, got {value}')
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
                 raise ValueError(

@@ -74,11 +74,16 @@ class Layer:
         return self.known_kind.in_channels(self.module)
 
     @property
+    def window(self) -> int:
+        """Places in the kernel."""
+        return self.matrix_shape[2] // self.in_channels
+
+    @property
     def narrowable(self) -> bool:
         """Whether an input basis can save anything: a pointwise layer has one
         side."""
         return (self.known_kind.takes_input_basis and self.in_channels > 1
-                and self.matrix_shape[2] > self.in_channels)
+                and self.window > 1)
 
     @property
     def full_rank(self) -> int:

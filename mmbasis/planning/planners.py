@@ -67,7 +67,8 @@ def check_choice(layer: Layer, choice: int | Ranks | None) -> Ranks | None:
             raise ValueError(f'{layer.name}, a {type(layer.module).__name__}, '
                              'can have no input basis')
     if output is not None or inputs is None:
-        output = check_rank(layer, output)
+        output = check_rank(layer, output, min(
+            layer.full_rank, (inputs or layer.in_channels) * layer.window))
     return Ranks(output, inputs)
 
 
