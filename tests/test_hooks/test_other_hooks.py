@@ -13,14 +13,24 @@ def dense(tmp_path):
     return dense_checkpoint(tmp_path / 'dense.pth')
 
 
+every_form = pytest.mark.parametrize('form', ['output', 'input', 'both'])
+
+
+def budget(form, **options):
+    planner = dict(type='BudgetPlanner', macs=.5, forms=[form])
+    return dict(planner=planner, **options)
+
+
 def largest_error(runner):
     return max(layer.orthogonality_error
                for _, layer in basis_layers(runner.model))
 
 
+@every_form
 @pytest.mark.parametrize('by_epoch', [True, False])
-def test_retraction_keeps_the_basis_orthonormal(tmp_path, dense, by_epoch):
-    cfg = toy_cfg(tmp_path / 'plain', dense)
+def test_retraction_keeps_the_basis_orthonormal(tmp_path, dense, by_epoch,
+                                                form):
+    cfg = toy_cfg(tmp_path / 'plain', dense, budget(form))
     drifted = run(cfg)
     cfg.work_dir = str(tmp_path / 'retracted')
     cfg.custom_hooks.append(
@@ -28,8 +38,9 @@ def test_retraction_keeps_the_basis_orthonormal(tmp_path, dense, by_epoch):
     assert largest_error(run(cfg)) < 1e-5 < 1e-3 < largest_error(drifted)
 
 
-def test_retraction_keeps_the_function(tmp_path, dense):
-    runner = run(toy_cfg(tmp_path / 'run', dense))
+@every_form
+def test_retraction_keeps_the_function(tmp_path, dense, form):
+    runner = run(toy_cfg(tmp_path / 'run', dense, budget(form)))
     model = runner.model.eval()
     x = torch.rand(4, 3, 8, 8)
     before = model(x)
@@ -38,22 +49,22 @@ def test_retraction_keeps_the_function(tmp_path, dense):
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
 
 
-def test_penalty_pulls_towards_orthonormality(tmp_path, dense):
+@every_form
+def test_penalty_pulls_towards_orthonormality(tmp_path, dense, form):
     errors = []
     for weight in (0., 1.):
         cfg = toy_cfg(
             tmp_path / f'run{weight}',
             dense,
-            dict(
-                planner=dict(type='BudgetPlanner', macs=.5),
-                orthogonality=dict(weight=weight)),
+            budget(form, orthogonality=dict(weight=weight)),
             epochs=4)
         errors.append(largest_error(run(cfg)))
     assert errors[1] < .5 * errors[0]
 
 
-def test_spectrum_goes_to_the_visualizer(tmp_path, dense):
-    cfg = toy_cfg(tmp_path / 'run', dense)
+@every_form
+def test_spectrum_goes_to_the_visualizer(tmp_path, dense, form):
+    cfg = toy_cfg(tmp_path / 'run', dense, budget(form))
     cfg.custom_hooks.append(dict(type='mmbasis.SpectrumHook'))
     cfg.visualizer = dict(
         type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
