@@ -67,6 +67,9 @@ def test_full_rank_of_a_plain_module():
 @pytest.mark.parametrize('planner', [
     dict(type='BudgetPlanner', macs=0.5),
     dict(type='BudgetPlanner', params=0.5),
+    dict(type='BudgetPlanner', macs=0.5, forms=['output']),
+    dict(type='BudgetPlanner', macs=0.5, forms=['input']),
+    dict(type='BudgetPlanner', macs=0.5, forms=['both']),
     dict(type='EnergyPlanner', threshold=0.6),
     dict(type='RatioPlanner', ratio=0.5),
 ])
@@ -80,8 +83,10 @@ def test_plan_says_what_was_done(planner, norm):
     for name, layer in basis_layers(model):
         entry = plan.layers[name]
         assert layer.rank == entry.rank
-        assert (layer.norm is not None) == norm
-        assert (layer.coefficients.bias is not None) == entry.bias
+        assert layer.input_rank == entry.input_rank
+        # it stands in front of coefficients
+        assert (layer.norm is not None) == (norm and entry.form != 'input')
+        assert (layer.last.bias is not None) == entry.bias
         assert entry.params[1] == sum(p.numel() for p in layer.parameters())
     totals = plan.totals()
     params = sum(p.numel() for p in model.parameters())
@@ -90,8 +95,8 @@ def test_plan_says_what_was_done(planner, norm):
     counted = FlopAnalyzer(model, torch.rand(1, 3, 11, 11)).by_module()
     for name, entry in plan.layers.items():
         layer = model.get_submodule(name)
-        macs = counted[f'{name}.basis'] + counted[f'{name}.coefficients']
-        assert macs == entry.macs[1], layer
+        parts = {x for x, _ in layer.named_children()} - {'norm'}
+        assert sum(counted[f'{name}.{x}'] for x in parts) == entry.macs[1]
 
 
 def test_data_aware_loses_less_of_the_outputs():
