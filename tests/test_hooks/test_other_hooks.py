@@ -1,10 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn as nn
 
 from mmbasis.compression import basis_layers
+from mmbasis.hooks import SpectrumHook
+from mmbasis.layers import BasisLayer
 from tests.toy import dense_checkpoint, run, toy_cfg
 
 
@@ -77,3 +81,18 @@ def test_spectrum_goes_to_the_visualizer(tmp_path, dense, form):
         largest_error(runner), rel=.01)
     for name, _ in basis_layers(runner.model):
         assert 0 < rows[0][f'spectrum/{name}'] <= 1
+
+
+def test_effective_rank_is_a_fraction_of_what_the_form_allows():
+    """A 1x1 layer with an input basis has no more rank than that."""
+    found = {}
+    conv = nn.Conv2d(16, 16, 1)
+    for name, ranks in dict(output=(4, None), input=(None, 4)).items():
+        layer = BasisLayer(conv, ranks[0], input_rank=ranks[1])
+        layer.set_factors(*(torch.eye(len(x[0]), x.shape[2])[None]
+                            for x in layer.factors))
+        runner = Mock(model=nn.ModuleDict(dict(conv=layer)))
+        SpectrumHook().act(runner, 1)
+        found[name] = runner.visualizer.add_scalars.call_args[0][0]
+    assert found['output']['spectrum/conv'] == pytest.approx(1)
+    assert found['input']['spectrum/conv'] == pytest.approx(1)
