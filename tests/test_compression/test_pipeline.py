@@ -159,9 +159,12 @@ def test_result_does_not_depend_on_the_run():
     assert torch.equal(models[0](x), models[1](x))
 
 
-def test_compressed_model_trains():
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_compressed_model_trains(form):
     model = network()
-    mmbasis.compress(model, BudgetPlanner(macs=0.5), batches(), norm=True)
+    planner = BudgetPlanner(macs=0.5, forms=[form])
+    plan = mmbasis.compress(model, planner, batches(), norm=True)
+    assert {x.form for x in plan.layers.values()} == {form}
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     x, = batches(1)
     target = torch.arange(len(x))
@@ -176,11 +179,14 @@ def test_compressed_model_trains():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_mode_is_kept():
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_mode_is_kept(form):
     for training in (True, False):
         model = network().train(training)
-        mmbasis.compress(model, BudgetPlanner(macs=0.5), batches(), norm=True)
+        planner = BudgetPlanner(macs=0.5, forms=[form])
+        mmbasis.compress(model, planner, batches(), norm=True)
         assert {m.training for m in model.modules()} == {training}
+        assert names(model)
 
 
 # ----------------------------------------------------- shared, tied, wrapped
@@ -302,9 +308,11 @@ def test_attention_is_left_alone():
     assert model(x).shape == (4, 33, 12)
 
 
-def test_deepcopy_of_a_compressed_model():
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_deepcopy_of_a_compressed_model(form):
     model = network()
-    mmbasis.compress(model, BudgetPlanner(macs=0.5), batches())
+    planner = BudgetPlanner(macs=0.5, forms=[form])
+    mmbasis.compress(model, planner, batches())
     clone = copy.deepcopy(model)
     x, = batches(1)
     expected = model(x)
@@ -458,9 +466,10 @@ class Parts(Momentum):
         return nn.Sequential(self.encoder, nn.Identity())
 
 
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
 @pytest.mark.parametrize('cls, prefix', [(Momentum, 'average.module.'),
                                          (Parts, 'average.module.0.')])
-def test_moving_average_inside_the_model_follows(cls, prefix):
+def test_moving_average_inside_the_model_follows(cls, prefix, form):
     model = network(cls)
     x, = batches(1, seed=1)
     for parameter in model.encoder.parameters():
@@ -472,12 +481,15 @@ def test_moving_average_inside_the_model_follows(cls, prefix):
     assert (full(x) - expected).norm() < 1e-4 * expected.norm()
     assert plan.dense[f'{prefix}conv1'].reason.startswith('moving')
 
-    plan = mmbasis.compress(model, BudgetPlanner(macs=.5, loss_aware=False),
-                            batches(1))
+    planner = BudgetPlanner(macs=.5, loss_aware=False, forms=[form])
+    plan = mmbasis.compress(model, planner, batches(1))
     layers = dict(basis_layers(model))
-    follower = layers[f'{prefix}conv1']
-    assert follower.rank == layers['encoder.conv1'].rank
-    assert not follower.basis.weight.requires_grad
+    name = next(x for x in plan.layers if x.startswith('encoder.'))
+    layer = layers[name]
+    follower = layers[name.replace('encoder.', prefix)]
+    assert (follower.rank, follower.input_rank) == (layer.rank,
+                                                    layer.input_rank)
+    assert not any(x.requires_grad for x in follower.weights)
     model.train()(x)  # the first update copies
     for name, value in model.encoder.named_parameters():
         assert torch.equal(value, model.get_parameter(f'{prefix}{name}'))
