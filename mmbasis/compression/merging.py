@@ -100,7 +100,7 @@ def _stand_in(layer: BasisLayer) -> nn.Conv2d:
     conv.out_channels = layer.out_channels
     conv.weight = nn.Parameter(
         layer.last.weight.new_ones((layer.out_channels, 1, 1, 1)))
-    conv.bias = layer.last.bias  # type: ignore[assignment]
+    conv.bias = layer.last.bias
     return conv
 
 
@@ -109,7 +109,7 @@ def _take_fused(layer: BasisLayer, conv: nn.Conv2d) -> None:
     """Scale a basis layer's output and set its bias as in its stand-in."""
     scale = conv.weight.reshape(layer.groups, -1, 1)
     layer.set_factors(*layer.factors[:-1], layer.factors[-1] * scale)
-    layer.last.bias = conv.bias
+    layer.last.bias = conv.bias  # type: ignore[assignment]
 
 
 def _repair_fuse_conv_bn() -> None:
