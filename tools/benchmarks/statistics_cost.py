@@ -3,7 +3,7 @@
 
 ResNet-50, 224x224, random weights and images. Times, in one run and
 interleaved: the bare forward passes; ours (moments of outputs or of
-pointwise inputs, eigendecompositions, bases and coefficients of all layers);
+pointwise inputs, and of input channels, eigendecompositions, and all bases);
 input-side second moments with a whitened SVD (unfolded inputs, Cholesky, SVD),
 as SVD-LLM and BALF do. Then, once, everything that ``mmbasis.compress`` does
 by default: statistics, gradients, plan and sequential reconstruction.
@@ -101,8 +101,13 @@ def ours(model, batches) -> None:
         if layer.name in plan.layers:
             entry = plan.layers[layer.name]
             known = analysis.statistics[layer.name]
-            basis = BasisLayer(layer.module, entry.rank, bias=True)
-            basis.project(layer.module, known.spectrum.vectors, known.mean)
+            basis = BasisLayer(
+                layer.module,
+                entry.rank,
+                bias=True,
+                input_rank=entry.input_rank)
+            basis.project(layer.module, known.spectrum.vectors, known.mean,
+                          known.inputs)
 
 
 def everything(model, batches) -> None:
@@ -113,9 +118,10 @@ def everything(model, batches) -> None:
 def our_bytes(model) -> int:
     """Memory of the moments alone."""
     layers = [x for x in find_layers(model) if x.obstacle is None]
-    with LayerRecorder(layers, layers) as recorder:
-        return sum(m.numel() * m.element_size()
-                   for m in recorder.moments.values())
+    narrowable = [x for x in layers if x.narrowable]
+    with LayerRecorder(layers, layers, narrowable) as recorder:
+        moments = *recorder.moments.values(), *recorder.inputs.values()
+        return sum(m.numel() * m.element_size() for m in moments)
 
 
 def timed(function, *args) -> float:
