@@ -79,8 +79,9 @@ class BudgetPlanner(BasePlanner):
             layer that no measured rank makes faster stays dense.
         forms (Sequence[str]): What a layer may become: ``'output'`` (basis
             filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1 basis
-            of the input channels in front), ``'both'``. Defaults to all; a
-            latency table knows the output form only.
+            of the input channels in front), ``'both'``. Defaults to the first;
+            all of them lose less at the same MACs. A latency table knows the
+            first only.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
@@ -93,7 +94,7 @@ class BudgetPlanner(BasePlanner):
                  params: float | None = None,
                  latency: float | None = None,
                  table: str | dict | None = None,
-                 forms: Sequence[str] = FORMS,
+                 forms: Sequence[str] = ('output', ),
                  loss_aware: bool | None = None,
                  **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -117,7 +118,10 @@ class BudgetPlanner(BasePlanner):
                 not forms):
             raise ValueError('BudgetPlanner: forms is a list of '
                              f'{", ".join(FORMS)}, but got {forms!r}')
-        self.forms = tuple(forms) if self.cost.knows_inputs else ('output', )
+        self.forms = tuple(forms)
+        if self.forms != ('output', ) and not self.cost.knows_inputs:
+            raise ValueError('BudgetPlanner: a latency table knows the output '
+                             f'form only, but got forms={forms!r}')
 
     def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
