@@ -17,8 +17,8 @@ def write_table(path, plan, slow, **changes):
     it has ranks of the output form."""
     rows = [dict(id='c', role='carrier', median_ms=0., noise_ms=0.)]
     for name, entry in plan.layers.items():
-        rank = entry.rank or entry.full_rank // 2
-        for rank, ms in ((None, 1.), (rank, 2. if name in slow else .5)):
+        own = entry.rank or entry.full_rank // 2
+        for rank, ms in ((None, 1.), (own, 2. if name in slow else .5)):
             rows.append(
                 dict(
                     id=f'{name}/{rank}',

@@ -354,7 +354,9 @@ class Checked:
             # some data is of another kind in training (Soft Teacher)
             recipe = Recipe.of(
                 planner=BudgetPlanner(
-                    macs=.5, loss_aware='loss' in self.facts['modes']))
+                    macs=.5,
+                    forms=FORMS,
+                    loss_aware='loss' in self.facts['modes']))
             plan = run_recipe(self.model, recipe, [self.data], [])[0]
         else:
             plan = self._compress(analyzed)
@@ -377,7 +379,7 @@ class Checked:
 
     def _compress(self, analyzed: Analysis) -> CompressionPlan:
         """To half, by the analysis that was made for full rank."""
-        planner = BudgetPlanner(macs=.5, loss_aware=False)
+        planner = BudgetPlanner(macs=.5, forms=FORMS, loss_aware=False)
         layers = analyzed.layers
         targets = find_targets(adapter_of(self.model), layers, self.data)
         selection = planner.select(layers, targets).without(
