@@ -62,20 +62,26 @@ class Costs:
         """Multiply-accumulates for one image at some ranks; None for the dense
         layer. A bias costs nothing, as in MMEngine's analysis."""
         known = self.statistics
+        if ranks is None:  # of any layer, also one of no known kind
+            return self.layer.module.weight.numel() * known.weight_positions
         return self._sum(ranks, known.in_positions, known.weight_positions,
                          known.out_positions)
 
     def params(self, ranks: int | Ranks | None = None) -> Any:
         """Number of parameters at some ranks; None for the dense layer."""
         ranks, layer = Ranks.of(ranks), self.layer
+        if ranks is None:
+            module = layer.module
+            return module.weight.numel() + (
+                module.bias.numel() if layer.has_bias else 0)
         groups, rows, _ = layer.matrix_shape
-        has_bias = layer.has_bias or ranks is not None and self.form.bias
+        has_bias = layer.has_bias or self.form.bias
         params = self._sum(ranks, 1, 1, 1) + groups * rows * has_bias
-        if ranks is not None and ranks.output is not None:
+        if ranks.output is not None:
             params = params + 2 * groups * ranks.output * self.form.norm
         return params
 
-    def _sum(self, ranks: int | Ranks | None, before: float, at_weights: float,
+    def _sum(self, ranks: int | Ranks, before: float, at_weights: float,
              behind: float) -> Any:
         """Weights of input basis, basis and coefficients times numbers."""
         groups, rows, in_size = self.layer.matrix_shape
