@@ -136,10 +136,12 @@ def test_following_the_plan(workplace, compressed, tmp_path):
 
 
 def test_parameters_in_multiples(workplace, tmp_path):
-    result = workplace.run('--params', 0.4, '--round-to', 4, '--calib-batches',
+    result = workplace.run('--params', 0.4, '--round-to', 4, '--forms',
+                           'output', 'input', 'both', '--calib-batches',
                            1, '--work-dir', tmp_path, '--cfg-options',
                            'train_dataloader.batch_size=2')
     assert result.returncode == 0, result.stderr
+    assert any(inputs for _, inputs in ranks(tmp_path).values())
     given = [x for pair in ranks(tmp_path).values() for x in pair if x]
     assert given and all(rank % 4 == 0 for rank in given)
     totals = read(tmp_path / 'report.json')['compressible']['params']
@@ -300,6 +302,9 @@ def given(**kwargs):
         (given(args=['--macs', 1.5]), 'macs must be in (0, 1], but got 1.5'),
         (given(args=['--macs', 0.01]), 'macs=0.01 cannot be met'),
         (given(args=['--macs', 0.5, '--round-to', 0]), 'round_to must be'),
+        (given(args=['--latency', 0.5]), 'and --table (or --device) belong'),
+        (given(args=['--latency', 0.5, '--device', 'toaster']),
+         "no device model is named 'toaster'"),
         (given(args=['--plan', 'absent.json']), 'absent.json'),
         (newer_plan, 'newer.json: the plan has version 99'),
         (truncated_plan, 'truncated.json is not JSON'),
