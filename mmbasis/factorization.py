@@ -6,13 +6,14 @@ per output channel is a stack of matrices, a tensor ``H`` of shape
 ``(G, P, D)``. All but orthogonality is computed in float64.
 """
 from dataclasses import dataclass
+from functools import reduce
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
-def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
+def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, ...]:
     """Project the weights ``H``, shape ``(G, P, D)``, of a layer on a subspace
     of its outputs, given by orthonormal columns ``U`` of shape ``(G, P, Q)``
     with ``Q <= min(P, D)``, as in Tayyab et al., ICIP 2021.
@@ -26,24 +27,36 @@ def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
     return orthonormalize(vectors.mT @ matrix.double(), vectors)
 
 
-def orthonormalize(basis: Tensor,
-                   coefficients: Tensor) -> Tuple[Tensor, Tensor]:
-    """Make the rows of a basis ``F``, shape ``(G, Q, D)`` with ``Q <= D``,
-    orthonormal without changing the product with coefficients ``w``, shape
-    ``(G, P, Q)``: for ``F^T = Q R`` it is that of ``(Q^T, w R^T)``, float64.
-    """
-    columns, upper = torch.linalg.qr(basis.double().mT)
-    # QR is unique up to signs; positive diagonals move the basis the least
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    signs = torch.copysign(torch.ones_like(diagonal), diagonal).unsqueeze(-2)
-    return ((columns * signs).mT.contiguous(),
-            coefficients.double() @ upper.mT * signs)
+def orthonormalize(*factors: Tensor) -> Tuple[Tensor, ...]:
+    """Make the rows of all factors of a layer but the last orthonormal,
+    without changing their product: for ``F^T = Q R`` that of ``(F, w)`` is
+    that of ``(Q^T, w R^T)``. Factors as in :func:`merge`, float64."""
+    found, last = [], factors[0].double()
+    for following in factors[1:]:
+        columns, upper = torch.linalg.qr(last.mT)
+        # QR is unique up to signs; positive diagonals move the least
+        diagonal = upper.diagonal(dim1=-2, dim2=-1)
+        signs = torch.copysign(torch.ones_like(diagonal), diagonal)
+        signs = signs.unsqueeze(-2)
+        found.append((columns * signs).mT.contiguous())
+        last = widen(following.double(), upper.mT * signs)
+    return (*found, last)
 
 
-def merge(basis: Tensor, coefficients: Tensor) -> Tensor:
-    """The dense weights ``w F``, shape ``(G, P, D)``, that a basis of shape
-    ``(G, Q, D)`` and coefficients of shape ``(G, P, Q)`` stand for."""
-    return coefficients @ basis
+def merge(*factors: Tensor) -> Tensor:
+    """The dense weights, shape ``(G, P, D)``, that factors stand for, in the
+    order in which they are applied: an input basis ``V``, shape
+    ``(G, R, C)``, if any, a basis ``F``, shape ``(G, Q, R k)``, and
+    coefficients ``w``, shape ``(G, P, Q)``, if any."""
+    return reduce(widen, reversed(factors))
+
+
+def widen(layer: Tensor, basis: Tensor) -> Tensor:
+    """The weights, shape ``(G, P, C k)``, of a layer with weights of shape
+    ``(G, P, R k)`` (the ``k`` places in the kernel innermost) that sees a
+    basis, shape ``(G, R, C)``, of its input channels."""
+    blocks = layer.unflatten(-1, (basis.shape[-2], -1))
+    return torch.einsum('gprk,grc->gpck', blocks, basis).flatten(-2)
 
 
 def _deviation(basis: Tensor) -> Tensor:
@@ -149,6 +162,85 @@ def _spectrum(moment: Tensor, columns: Optional[Tensor] = None) -> Spectrum:
         vectors * vectors.gather(-2, largest).sign())
 
 
+@dataclass
+class InputSpectrum:
+    """Directions of a layer's input channels, the most important first, and
+    what dropping each of them costs.
+
+    Args:
+        values (Tensor): Increase of the loss, or energy of the output that is
+            lost, by each direction, float64, shape ``(G, C)``.
+        narrow (Tensor): Columns ``B``, float64, shape ``(G, C, C)``: the
+            first ``R`` coordinates of an input ``x`` are ``B_R^T x``.
+        widen (Tensor): Columns ``A`` of the same shape: ``A_R B_R^T x`` is
+            the best that these say of ``x``.
+    """
+    values: Tensor
+    narrow: Tensor
+    widen: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """Of all that can be lost, by direction, shape ``(C, )``."""
+        losses = self.values.sum(0)
+        return losses / losses.sum().clamp_min(1e-300)
+
+
+def spectrum_of_input(matrix: Tensor,
+                      channels: int,
+                      covariance: Optional[Tensor] = None,
+                      gradient: Optional[Tensor] = None) -> InputSpectrum:
+    """The directions that matter most of a layer's input.
+
+    With ``C = S S`` and eigenvectors ``v`` of ``S G S``, dropping the
+    coordinate ``v^T S^-1 x`` of a centred input ``x`` costs the eigenvalue,
+    ``E[(v^T S^-1 x)^2] (S v)^T G (S v)``.
+
+    Args:
+        matrix (Tensor): The weights ``H``, shape ``(G, P, C k)``.
+        channels (int): ``C``, input channels of a group.
+        covariance (Tensor, optional): Of the input channels, shape
+            ``(G, C, C)``. Defaults to the identity.
+        gradient (Tensor, optional): ``G``, second moment of the loss'
+            gradients at the input, shape ``(G, C, C)``. By default the energy
+            of the output counts, ``sum_k H_k^T H_k``.
+    """
+    if gradient is None:
+        blocks = matrix.double().unflatten(-1, (channels, -1))
+        gradient = torch.einsum('gpck,gpdk->gcd', blocks, blocks)
+    if covariance is None:
+        covariance = torch.eye(channels).expand(len(matrix), -1, -1)
+    covariance = covariance.to(gradient)
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(1e-10 * values.amax(-1, True)).clamp_min(1e-300)
+    root = values.sqrt().unsqueeze(-2)
+    forth, back = vectors * root @ vectors.mT, vectors / root @ vectors.mT
+    values, vectors = torch.linalg.eigh(forth @ gradient @ forth)
+    vectors = vectors.flip(-1)
+    return InputSpectrum(
+        values.flip(-1).clamp_min(0), back @ vectors, forth @ vectors)
+
+
+def narrow(matrix: Tensor, spectrum: InputSpectrum,
+           rank: int) -> Tuple[Tensor, Tensor]:
+    """Let a layer see the first directions of its input channels only.
+
+    Args:
+        matrix (Tensor): ``H``, shape ``(G, P, C k)``, the ``k`` places in
+            the kernel innermost.
+        spectrum (InputSpectrum): The directions.
+        rank (int): ``R``, how many of them, in ``[1, C]``.
+
+    Returns:
+        tuple[Tensor, Tensor]: An input basis ``V`` with orthonormal rows,
+        shape ``(G, R, C)``, and the layer behind it, shape ``(G, P, R k)``,
+        both float64.
+    """
+    columns, upper = torch.linalg.qr(spectrum.narrow[..., :rank])
+    mapping = spectrum.widen[..., :rank] @ upper.mT
+    return columns.mT, widen(matrix.double(), mapping)
+
+
 def reduced_rank_regression(
     cross: Tensor,
     second: Tensor,
@@ -180,15 +272,88 @@ def reduced_rank_regression(
     root = _cholesky(second, ridge)
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
-    mapping = prior + change
-    # with W = C C^T: left singular vectors of C^T M L, by predicted energy
-    metric = torch.eye(mapping.shape[-2]).to(mapping)
-    if weight is not None:  # what the loss does not feel counts a little, too
-        metric = _cholesky(weight.double(), 1e-3).mT
+    return (*_truncate(prior + change, root, _metric(weight, prior), rank),
+            (cross * change).sum())
+
+
+def two_sided_regression(
+    cross: Tensor,
+    second: Tensor,
+    prior: Tensor,
+    input_basis: Tensor,
+    rank: Optional[int] = None,
+    weight: Optional[Tensor] = None,
+    ridge: float = 1e-4,
+    rounds: int = 1
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`reduced_rank_regression` of a layer behind a basis of its input
+    channels, which is fitted, too: Tucker-2 in the metric of the data, by
+    alternating least squares. ``input_basis``, shape ``(G, R, C)``, is what it
+    starts from; it is fitted ``rounds`` times, each a linear system with
+    ``C R`` unknowns. The other arguments and what is returned are as there;
+    the input basis, with orthonormal rows, comes last."""
+    root = _cholesky(second, ridge)
+    change = torch.cholesky_solve(cross.mT, root).mT
+    mapping, metric = prior + change, _metric(weight, prior)
+    second = root @ root.mT
+    for left in range(rounds, -1, -1):
+        behind, inner = _behind(mapping, second, input_basis)
+        coefficients, basis = _truncate(behind, inner, metric, rank)
+        if left:
+            input_basis = _fit_input_basis(mapping, second, metric,
+                                           coefficients @ basis,
+                                           input_basis.shape[-2])
+    return coefficients, basis, (cross * change).sum(), input_basis
+
+
+def _metric(weight: Optional[Tensor], mapping: Tensor) -> Tensor:
+    """Upper triangular ``C^T`` with ``W = C C^T``."""
+    if weight is None:
+        return torch.eye(mapping.shape[-2]).to(mapping).expand(
+            len(mapping), -1, -1)
+    # what the loss does not feel counts a little, too
+    return _cholesky(weight.double(), 1e-3).mT
+
+
+def _truncate(mapping: Tensor, root: Tensor, metric: Tensor,
+              rank: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """The left singular vectors of ``C^T M L`` with most energy."""
     weighted = metric @ mapping
     vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]
     coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
-    return coefficients, vectors.mT @ weighted, (cross * change).sum()
+    return coefficients, vectors.mT @ weighted
+
+
+def _behind(mapping: Tensor, second: Tensor,
+            basis: Tensor) -> Tuple[Tensor, Tensor]:
+    """The best mapping from what an input basis lets through, and the Cholesky
+    factor of its second moment."""
+    half = _see(second, basis)
+    root = _cholesky(_see(half.mT, basis), 1e-8)
+    return torch.cholesky_solve((mapping @ half).mT, root).mT, root
+
+
+def _see(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Columns ``C k`` of a matrix, as an input basis lets them through."""
+    blocks = matrix.unflatten(-1, (basis.shape[-1], -1))
+    return torch.einsum('gnck,grc->gnrk', blocks, basis).flatten(-2)
+
+
+def _fit_input_basis(mapping: Tensor, second: Tensor, metric: Tensor,
+                     layer: Tensor, rank: int) -> Tensor:
+    """The input basis with which a layer is closest to a mapping: linear least
+    squares; with orthonormal rows."""
+    blocks = layer.unflatten(-1, (rank, -1))
+    weighted = torch.einsum('gpq,gqrk->gprk', metric.mT @ metric, blocks)
+    places = blocks.shape[-1]
+    moments = second.unflatten(-1, (-1, places)).unflatten(1, (-1, places))
+    pairs = torch.einsum('gprk,gpsl->grskl', blocks, weighted)
+    normal = torch.einsum('grskl,gckdl->gcrds', pairs, moments)
+    normal = normal.flatten(1, 2).flatten(2, 3)
+    wanted = (mapping @ second).unflatten(-1, (-1, places))
+    right = torch.einsum('gprk,gpck->gcr', weighted, wanted).flatten(1)
+    found = torch.cholesky_solve(right.unsqueeze(-1), _cholesky(normal, 1e-10))
+    return torch.linalg.qr(found.view(len(found), -1, rank))[0].mT
 
 
 def _cholesky(moment: Tensor, ridge: float) -> Tensor:

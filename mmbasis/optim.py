@@ -4,7 +4,7 @@ import copy
 from collections import defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
 
+from .factorization import merge, widen
 from .layers import BasisLayer
 from .registry import OPTIM_WRAPPERS
 
@@ -162,8 +163,8 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
             new.optimizer.state[parameter] = state[same]
     modules = dict(old_model.named_modules())
     for name, layer in new_model.named_modules():
-        if (isinstance(layer, BasisLayer)
-                and layer.basis.weight not in new.optimizer.state):
+        if isinstance(layer, BasisLayer) and not _is_same(
+                modules[name], layer):
             new.optimizer.state.update(_mapped(modules[name], layer, state))
     # how far the schedule has taken the learning rates of all groups
     first = old.optimizer.param_groups[0]
@@ -174,43 +175,65 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
         new.loss_scaler.load_state_dict(old.loss_scaler.state_dict())
 
 
+def _is_same(old: nn.Module, new: BasisLayer) -> bool:
+    """Whether the factors are those of before: of the same ranks, they may
+    still be rotated."""
+    return isinstance(old, BasisLayer) and len(old.parts) == len(
+        new.parts) and all(map(torch.equal, old.weights, new.weights))
+
+
 def _mapped(old: nn.Module, new: BasisLayer,
             state: Mapping[nn.Parameter, Dict]) -> Dict[nn.Parameter, Dict]:
     """State of a layer's new factors."""
-    sources = [old.basis.weight, old.coefficients.weight] if isinstance(
-        old, BasisLayer) else [old.weight] * 2
+    weights = new.weights
+    sources = old.weights if isinstance(old, BasisLayer) else [old.weight]
     if not all(state.get(source) for source in sources):
         return {}
     # copies, as optimizers count steps in place
-    weights = (new.basis.weight, new.coefficients.weight)
-    found = {weight: copy.deepcopy(state[source])
-             for weight, source in zip(weights, sources)}
+    found = {weight: copy.deepcopy(state[sources[0]]) for weight in weights}
     for key, value in state[sources[0]].items():
         if getattr(value, 'shape', None) != sources[0].shape:
             continue
         values = [state[source][key] for source in sources]
         if key in ('momentum_buffer', 'exp_avg'):  # averages of gradients
-            values = [*_gradients(old, new, *values)]
+            values = _gradients(old, new, values)
         else:
-            values = [x.mean().expand_as(w) for x, w in zip(values, weights)]
+            mean = torch.cat([x.flatten() for x in values]).mean()
+            values = [mean.expand_as(weight) for weight in weights]
         for weight, x in zip(weights, values):
             found[weight][key] = x.reshape_as(weight).to(weight).clone()
     return found
 
 
-def _gradients(old: nn.Module, new: BasisLayer, basis: Tensor,
-               coefficients: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gradients of a layer's new factors, from those of the old factors or
-    twice that of the dense weights. Between them is the gradient ``M`` of the
-    product ``H = w F`` that is of least norm among those with the old
-    gradients ``w^T M`` and ``M F^T``; its shape is ``(G, P / G, D)``."""
-    dense: Any = SimpleNamespace(weight=basis, groups=new.groups)
-    product = new.kind.to_matrix(dense).double()
+def _gradients(old: nn.Module, new: BasisLayer,
+               values: List[Tensor]) -> List[Tensor]:
+    """Gradients of a layer's new factors, from those of the old factors or of
+    the dense weights. Between them is the gradient ``M`` of the product
+    ``H = w F``, of least norm among those with the old gradients ``w^T M`` and
+    ``M F^T``; its shape is ``(G, P / G, D)``."""
     if isinstance(old, BasisLayer):
-        found, w = (factor.double() for factor in old.factors)
-        inside = coefficients.double().reshape(w.shape) @ found.mT.pinverse()
-        rest = w.mT.pinverse() @ product
-        product = inside + rest - rest @ found.pinverse() @ found
-    found, w = (factor.double() for factor in new.factors)
-    return (new.kind.from_matrix(w.mT @ product, new.basis),
-            product @ found.mT)
+        product = _of_product([x.double() for x in old.factors],
+                              [x.double() for x in old.matrices(values)],
+                              old.rank is not None)
+    else:
+        dense = SimpleNamespace(weight=values[0], groups=new.groups)
+        product = new.kind.to_matrix(dense).double()
+    with torch.enable_grad():
+        factors = [x.detach().double().requires_grad_() for x in new.factors]
+        found = torch.autograd.grad(merge(*factors), factors, product)
+    return [new.kind.from_matrix(x, part) if part is new.basis else x
+            for part, x in zip(new.parts, found)]
+
+
+def _of_product(factors: List[Tensor], gradients: List[Tensor],
+                has_coefficients: bool) -> Tensor:
+    """The gradient of the product of factors; that of the input basis follows
+    from it."""
+    product = gradients[-1]
+    if has_coefficients:
+        (basis, w), (by_basis, by_w) = factors[-2:], gradients[-2:]
+        inside = by_w @ basis.mT.pinverse()
+        rest = w.mT.pinverse() @ by_basis
+        product = inside + rest - rest @ basis.pinverse() @ basis
+    front = factors[:len(factors) - 1 - has_coefficients]
+    return widen(product, front[0].mT.pinverse()) if front else product

@@ -11,6 +11,9 @@ from torch import Tensor
 from .planning import Analysis, CompressionPlan
 from .utils.io import whole_file
 
+#: colours of the forms that a layer may have
+FORM_COLORS = dict(output='tab:blue', input='tab:green', both='tab:purple')
+
 
 @contextmanager
 def _axes(path: str, width: float, height: float, rows: int = 1,
@@ -35,6 +38,7 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
         name: known.spectrum
         for name, known in analysis.statistics.items()
         if known.spectrum is not None and name in plan.layers
+        and plan.layers[name].rank is not None
     }
     colors = matplotlib.colormaps['viridis'](np.linspace(0, 1, len(spectra)))
     title = 'Spectra (dark: first layers, bright: last) and chosen ranks'
@@ -50,13 +54,20 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
 
 
 def plot_ranks(plan: CompressionPlan, path: str) -> None:
-    """Draw rank and full rank of each layer, and its MACs before and after."""
+    """Draw the ranks of each layer in a colour by its form, against full rank,
+    and its MACs before and after."""
     entries = plan.layers.values()
     x = range(len(entries))
     with _axes(path, max(6, .18 * len(x)), 6, 2) as (top, bottom):
         top.bar(x, [e.full_rank for e in entries], color='lightgray')
-        top.bar(x, [e.rank for e in entries], color='tab:blue')
-        top.set(ylabel='filters', title='Rank (blue) of full rank (gray)')
+        for form, color in FORM_COLORS.items():
+            ranks = {i: e.rank or e.full_rank
+                     for i, e in enumerate(entries) if e.form == form}
+            top.bar([*ranks], [*ranks.values()], color=color, label=form)
+        top.plot(x, [e.input_rank or np.nan for e in entries], 'k_',
+                 label='input channels of the basis')
+        top.set(ylabel='filters', title='Rank (colour) of full rank (gray)')
+        top.legend(title='form', fontsize=7)
         bottom.bar(x, [e.macs[0] / 1e6 for e in entries], color='lightgray')
         bottom.bar(x, [e.macs[1] / 1e6 for e in entries], color='tab:orange')
         bottom.set(ylabel='MACs / M', title='MACs before (gray) and after')
@@ -79,7 +90,7 @@ def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
                title='Loss by rank, and the ranks of the plan') as axes:
         for column, (name, lost) in enumerate(losses.items()):
             grid[:len(lost), column] = np.log10(np.maximum(lost, 1e-6))
-            if name in plan.layers:
+            if name in plan.layers and plan.layers[name].rank is not None:
                 axes.plot(column, plan.layers[name].rank, 'r_')
         image = axes.imshow(
             grid, aspect='auto', origin='lower', cmap='viridis')

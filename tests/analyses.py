@@ -61,8 +61,11 @@ def make_plan(planner, model, positions=None, **form):
 
 
 def ranks(plan):
-    """Rank by layer name."""
-    return {name: entry.rank for name, entry in plan.layers.items()}
+    """Rank by layer name; of another form than the output's, both ranks."""
+    return {
+        name: entry.rank if entry.form == 'output' else entry.ranks
+        for name, entry in plan.layers.items()
+    }
 
 
 def random_layers(rng, count):

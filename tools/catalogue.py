@@ -10,7 +10,8 @@ in a process of its own:
 - full rank: every layer is replaced at full rank, prediction layers included,
   and the outputs are compared, before post-processing where the model has such
   a mode; in float64 where they differ by more than 1e-4 in float32, since
-  rounding changes which boxes survive;
+  rounding changes which boxes survive; then once more with a basis of the
+  inputs, too, where a layer can have one;
 - half: half the MACs of the compressible layers are taken away, by a plan
   from the images, and counted by MMEngine's analysis where it knows the model;
   one model in thirty gets all that users get by default, which takes twice as

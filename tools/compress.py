@@ -56,10 +56,18 @@ def parse_args() -> argparse.Namespace:
     how.add_argument(
         '--latency',
         type=float,
-        help='fraction of the latency to keep, by --table')
+        help='fraction of the latency to keep, by --table or --device')
     how.add_argument('--plan', help='a plan.json to follow')
     parser.add_argument(
         '--table', help='latency table of the device: latency_table.py')
+    parser.add_argument(
+        '--device', help='model of a device instead, such as xavier-fp16')
+    parser.add_argument(
+        '--forms',
+        nargs='+',
+        default=['output'],
+        choices=['output', 'input', 'both'],
+        help='what layers may become (default: output); not with --energy')
     parser.add_argument(
         '--calib-batches',
         type=int,
@@ -90,8 +98,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.calib_batches < 1:
         parser.error('--calib-batches must be at least 1')
-    if (args.latency is None) != (args.table is None):
-        parser.error('--latency and --table belong together')
+    sources = [x for x in (args.table, args.device) if x is not None]
+    if len(sources) != (args.latency is not None):
+        parser.error('--latency and --table (or --device) belong together')
     return args
 
 
@@ -111,7 +120,9 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
             macs=args.macs,
             params=args.params,
             latency=args.latency,
-            table=args.table)
+            table=args.table,
+            device=args.device,
+            forms=args.forms)
     return Recipe.of(planner=dict(config, round_to=args.round_to), **how)
 
 

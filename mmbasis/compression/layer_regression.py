@@ -2,14 +2,21 @@
 """One layer fitted to the outputs of the dense network."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Sequence
 
 import torch
+import torch.nn as nn
 from mmengine.dist import all_reduce
 from torch import Tensor
 
-from ..factorization import reduced_rank_regression
+from ..factorization import (
+    merge,
+    reduced_rank_regression,
+    two_sided_regression,
+)
+from ..layers import BasisLayer
 from ..planning import Layer, LayerStatistics
 from ..planning import samples as sampling
 from ..planning.statistics import weight_matrix
@@ -22,6 +29,9 @@ MIN_EXPLAINED = 0.5
 #: of an output channel; otherwise only combinations of the dense layer's
 #: outputs are.
 SAMPLES_PER_WEIGHT = 4
+#: Input bases with more numbers than this stay as their spectrum has them: to
+#: fit them takes linear systems of this size.
+MAX_UNKNOWNS = 4096
 #: Scales below this fraction of the largest count as it.
 MIN_SCALE = 1e-3
 
@@ -37,21 +47,30 @@ class LayerRegression:
         targets (Sequence[Tensor]): Samples that will be added.
         scale (Tensor, optional): Factor of the output, ``(P, )``, before it is
             added to something; errors are those of the product.
+        target (nn.Module, optional): The layer of the compressed model.
     """
 
     def __init__(self, layer: Layer, statistics: LayerStatistics,
-                 targets: Sequence[Tensor],
-                 scale: Tensor | None = None) -> None:
-        self.layer, self.statistics = layer, statistics
+                 targets: Sequence[Tensor], scale: Tensor | None = None,
+                 target: nn.Module | None = None) -> None:
+        self.statistics = statistics
+        #: the input basis in front of the layer, and one that is fitted, too
+        self.front: nn.Module | None = None
+        self.input_basis: Tensor | None = None
+        if isinstance(target, BasisLayer) and target.input_basis is not None:
+            if self._sees_all(layer, targets) and layer.in_channels * (
+                    target.input_rank or 0) <= MAX_UNKNOWNS:
+                self.input_basis = target.factors[0].double()
+            else:
+                self.front = target.input_basis
+                layer = replace(layer, module=target.behind_input_basis(
+                    layer.module, statistics.inputs))
+        self.layer = layer
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight
         #: whether it corrects errors of something else, too
         self.in_sum = scale is not None
-        total = torch.tensor(float(sum(y.shape[-1] for y in targets)))
-        all_reduce(total)
-        self.of_input = sampling.is_expansion(layer) or (
-            layer.known_kind.sees_patches(layer.module)
-            and total >= SAMPLES_PER_WEIGHT * in_size)
+        self.of_input = self._sees_all(layer, targets)
         if scale is None:
             scale = weight.new_ones(groups * self.rows)
         least = (MIN_SCALE * scale.abs().max()).clamp_min(1e-12)
@@ -64,6 +83,15 @@ class LayerRegression:
         self.joint = zeros((groups, self.rows + size + 1, size + 1))
         # of the change and of wanted outputs, sums and sums of squares
         self.sums = zeros((2, 2, groups, self.rows))
+
+    @staticmethod
+    def _sees_all(layer: Layer, targets: Sequence[Tensor]) -> bool:
+        """Whether all weights of a layer are fitted."""
+        total = torch.tensor(float(sum(y.shape[-1] for y in targets)))
+        all_reduce(total)
+        return sampling.is_expansion(layer) or (
+            layer.known_kind.sees_patches(layer.module)
+            and bool(total >= SAMPLES_PER_WEIGHT * layer.matrix_shape[2]))
 
     def add(self, x: Tensor, target: Tensor, error: Tensor | None = None,
             wanted: Tensor | None = None) -> None:
@@ -79,6 +107,8 @@ class LayerRegression:
                 network. Without a sum it is the target.
         """
         layer = self.layer
+        if self.front is not None:
+            x = self.front(x)
         y = type(layer.module).forward(layer.module, x)  # no hooks
         unchanged = sampling.output_samples(layer, y)
         if target.shape != unchanged.shape:
@@ -101,11 +131,12 @@ class LayerRegression:
             sums += torch.stack([samples.sum(-1), samples.square().sum(-1)])
 
     def solve(self, rank: int | None,
-              centred: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+              centred: bool) -> tuple[list[Tensor], Tensor] | None:
         """The best layer of a rank (None: of full rank), with a bias to give
-        if it is centred: basis ``(G, Q, D)``, coefficients ``(G, P / G, Q)``
-        and bias ``(P, )``; None where the regressors do not vary, or say too
-        little of the target."""
+        if it is centred: the input basis, if it was fitted, basis and
+        coefficients as in :func:`mmbasis.factorization.merge`, and the bias
+        ``(P, )``; None where the regressors do not vary, or say too little of
+        the target."""
         all_reduce(self.joint)
         all_reduce(self.sums)
         moments = self._moments(centred)
@@ -115,20 +146,20 @@ class LayerRegression:
         matrix, scale = weight_matrix(self.layer), self.scale.double()
         prior = scale * (
             matrix if self.of_input else torch.eye(self.rows).to(matrix))
-        coefficients, basis, explained = self._regress(cross, second, prior,
-                                                       rank)
+        factors, explained = self._regress(cross, second, prior, rank)
         means, squares = (self.sums / self.joint[0, -1, -1]).unbind(1)
         change, wanted = (squares - (means * centred).square()).sum((1, 2))
         if change - explained > (1 - MIN_EXPLAINED) * wanted:
             return None
 
-        bias = mean_change + prior @ mean_r - coefficients @ (basis @ mean_r)
+        bias = mean_change + (prior - merge(*factors)) @ mean_r
         bias = (bias / scale).flatten()
         if self.layer.has_bias:
             bias = bias + self.layer.module.bias
         if not self.of_input:
-            basis = basis @ matrix
-        return basis, coefficients / scale, bias
+            factors[-2] = factors[-2] @ matrix
+        factors[-1] = factors[-1] / scale
+        return factors, bias
 
     def _moments(self, centred: bool) -> tuple[Tensor, ...] | None:
         """Means of change and regressors, and their joint moments; None where
@@ -149,17 +180,27 @@ class LayerRegression:
         return mean_change, mean_r, cross, second
 
     def _regress(self, cross: Tensor, second: Tensor, prior: Tensor,
-                 rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Regression in the metric of the loss' gradients, if it is known."""
+                 rank: int | None) -> tuple[list[Tensor], Tensor]:
+        """Regression in the metric of the loss' gradients, if it is known:
+        factors, and how much full rank explains."""
         weight, spectrum = self.statistics.gradient, self.statistics.spectrum
         if weight is not None and weight.shape[-1] == self.rows:
             scale = self.scale.double()
             weight = weight / (scale @ scale.mT)
-        elif weight is None or spectrum is None or self.in_sum:
+        elif weight is None or spectrum is None or self.in_sum or (
+                self.input_basis is not None):
             weight = None  # a sum has errors in directions that it lacks
         else:
             vectors = spectrum.vectors
             coefficients, basis, explained = reduced_rank_regression(
                 vectors.mT @ cross, second, vectors.mT @ prior, rank, weight)
-            return vectors @ coefficients, basis, explained
-        return reduced_rank_regression(cross, second, prior, rank, weight)
+            return [basis, vectors @ coefficients], explained
+        front = []
+        if self.input_basis is None:
+            coefficients, basis, explained = reduced_rank_regression(
+                cross, second, prior, rank, weight)
+        else:
+            coefficients, basis, explained, fitted = two_sided_regression(
+                cross, second, prior, self.input_basis, rank, weight)
+            front = [fitted]
+        return [*front, basis, coefficients], explained

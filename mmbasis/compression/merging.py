@@ -14,6 +14,7 @@ from functools import partial, wraps
 from typing import Any
 
 import mmcv.cnn
+import torch
 import torch.nn as nn
 
 from ..layers import BasisLayer
@@ -92,6 +93,25 @@ def _basis_layers(module: nn.Module) -> list[BasisLayer]:
     return [x for x in module.modules() if isinstance(x, BasisLayer)]
 
 
+def _stand_in(layer: BasisLayer) -> nn.Conv2d:
+    """What MMCV takes for a convolution with the outputs of a basis layer:
+    whatever kind its last part is, a normalization behind fuses into this."""
+    conv = nn.Conv2d(1, 1, 1, device='meta')
+    conv.out_channels = layer.out_channels
+    conv.weight = nn.Parameter(
+        layer.last.weight.new_ones((layer.out_channels, 1, 1, 1)))
+    conv.bias = layer.last.bias
+    return conv
+
+
+@torch.no_grad()
+def _take_fused(layer: BasisLayer, conv: nn.Conv2d) -> None:
+    """Scale a basis layer's output and set its bias as in its stand-in."""
+    scale = conv.weight.reshape(layer.groups, -1, 1)
+    layer.set_factors(*layer.factors[:-1], layer.factors[-1] * scale)
+    layer.last.bias = conv.bias  # type: ignore[assignment]
+
+
 def _repair_fuse_conv_bn() -> None:
     """Let MMCV fuse normalizations into basis layers: it would take the
     layer in front of a basis layer for the one to fuse into."""
@@ -102,14 +122,17 @@ def _repair_fuse_conv_bn() -> None:
         places = [(parent, name, child) for parent in module.modules()
                   for name, child in parent._modules.items()
                   if isinstance(child, BasisLayer)]
+        layers = {layer for _, _, layer in places}
+        stand_ins = {x: _stand_in(x.fold_norm()) for x in layers}
         for parent, name, layer in places:
-            layer.fold_norm()
-            parent._modules[name] = layer.coefficients
+            parent._modules[name] = stand_ins[layer]
         try:
             return original(module)
         finally:
             for parent, name, layer in places:
                 parent._modules[name] = layer
+            for layer, conv in stand_ins.items():
+                _take_fused(layer, conv)
 
     for module in list(sys.modules.values()):
         if vars(module).get('fuse_conv_bn') is original:

@@ -95,7 +95,8 @@ def analyze(model: nn.Module, recipe: Recipe,
     adapter, layers = running.adapter_of(model), planning.find_layers(model)
     planning.check_finite(layers)
     selection = _select(adapter, recipe, layers, batches[0])
-    analysis = planning.measure(adapter, selection, batches, recipe.data_aware)
+    analysis = planning.measure(
+        adapter, selection, batches, recipe.data_aware, recipe.two_sided)
     if recipe.loss_aware is False:
         return analysis
     try:
@@ -215,8 +216,9 @@ def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:
 
 
 def bases_of(analysis: Analysis) -> dict:
-    """Directions and mean of each layer's output for :func:`apply_plan`."""
-    return {name: (known.spectrum.vectors, known.mean)
+    """Directions and mean of each layer's output, and directions of its input,
+    for :func:`apply_plan`."""
+    return {name: (known.spectrum.vectors, known.mean, known.inputs)
             for name, known in analysis.statistics.items()
             if known.spectrum is not None}
 

@@ -251,6 +251,14 @@ class Recipe(_Checked):
             'loss_aware', False)
 
     @property
+    def two_sided(self) -> bool:
+        """Whether layers may get input bases."""
+        if self.planner is not None:
+            return self.planner.forms != ('output', )
+        return self.plan is not None and any(
+            x.input_rank is not None for x in self.plan.layers.values())
+
+    @property
     def is_sequential(self) -> bool:
         """Whether layers are fitted one after the other."""
         if self.reconstruction is None:

@@ -14,7 +14,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from ..factorization import orthonormalize
+from ..factorization import merge, orthonormalize
 from ..layers import BasisLayer, observe
 from ..planning import Analysis, Layer, Reason
 from ..planning.samples import output_samples
@@ -150,11 +150,15 @@ class Reconstruction:
     def _regress(self, layer: Layer, samples: Sequence[tuple],
                  scale: Tensor | None = None) -> bool:
         """Fit a layer to what :meth:`LayerRegression.add` takes."""
-        regression = LayerRegression(layer, self.statistics[layer.name],
-                                     [x[1] for x in samples], scale)
+        regression = self._regression(layer, [x[1] for x in samples], scale)
         for sample in samples:
             regression.add(*sample)
         return self._set(regression)
+
+    def _regression(self, layer: Layer, targets: Sequence[Tensor],
+                    scale: Tensor | None = None) -> LayerRegression:
+        return LayerRegression(layer, self.statistics[layer.name], targets,
+                               scale, self.model.get_submodule(layer.name))
 
     def _fit_sum(self, layer: Layer,
                  pairs: Sequence[tuple[Pass, Pass]]) -> bool:
@@ -197,8 +201,8 @@ class Reconstruction:
 
     def _fit_calls(self, name: str, batches: Sequence[Any],
                    targets: Sequence[Sequence[Tensor]]) -> bool:
-        regression = LayerRegression(self.todo[name], self.statistics[name],
-                                     [*itertools.chain(*targets)])
+        regression = self._regression(self.todo[name],
+                                      [*itertools.chain(*targets)])
 
         def add(module: nn.Module, args: tuple) -> None:
             # the dense layer may have been called less often
@@ -234,18 +238,22 @@ class Reconstruction:
         layer = regression.layer
         target = self.model.get_submodule(layer.name)
         compressed = isinstance(target, BasisLayer)
-        old_bias = target.coefficients.bias if compressed else target.bias
+        old_bias = target.last.bias if compressed else target.bias
         solution = regression.solve(target.rank if compressed else None,
                                     old_bias is not None)
         if solution is None:
             return False
-        basis, coefficients, bias = solution
+        factors, bias = solution
         if compressed:
-            target.set_factors(*orthonormalize(basis, coefficients),
-                               None if old_bias is None else bias)
+            if target.rank is None:
+                factors[-2:] = [merge(*factors[-2:])]
+            if len(factors) < len(target.factors):  # it was not fitted
+                factors.insert(0, target.factors[0])
+            target.set_factors(*orthonormalize(*factors),
+                               bias=None if old_bias is None else bias)
         else:
             target.weight.copy_(
-                layer.known_kind.from_matrix(coefficients @ basis, target))
+                layer.known_kind.from_matrix(merge(*factors), target))
             if old_bias is not None:
                 old_bias.copy_(bias)
         return True

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping, Tuple
 
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseAveragedModel
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
@@ -20,9 +19,11 @@ from .merging import keep_structure
 
 #: where a model keeps its plan: None for a dense one whose loading is guarded
 _PLAN = '_mmbasis'
+#: of a basis layer, each in some forms only
+_PARTS = ('input_basis', 'coefficients')
 
 #: where the basis of a layer comes from: see :meth:`BasisLayer.project`
-Bases = Mapping[str, Tuple[Optional[Tensor], Optional[Tensor]]]
+Bases = Mapping[str, Tuple[Any, ...]]
 
 
 def basis_layers(model: nn.Module) -> Iterator[tuple[str, BasisLayer]]:
@@ -179,7 +180,8 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
         for dense in (module, *followers.get(module, ())):
             # new layers draw random numbers that nobody keeps
             with torch.random.fork_rng():
-                layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm)
+                layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm,
+                                   entry.input_rank)
             if project:
                 layer.project(dense, *bases.get(name, ()))
             new[dense] = layer
@@ -246,14 +248,14 @@ def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
 
     Raises:
         RuntimeError: If a layer is dense here and compressed there, or the
-            reverse, or of another rank.
+            reverse, or of another rank or form.
     """
     # a shared layer has a key for each of its names
     modules = dict(model.named_modules(remove_duplicate=False))
-    expected = {name: module.basis.weight.shape
-                for name, module in modules.items()
-                if isinstance(module, BasisLayer)}
-    found = _basis_shapes(modules, state_dict, prefix)
+    expected = {
+        name: _structure(module.basis.weight, module._modules)
+        for name, module in modules.items() if isinstance(module, BasisLayer)}
+    found = _structures(modules, state_dict, prefix)
     if expected and not found:
         raise RuntimeError(
             'these weights are dense, but the model is compressed '
@@ -270,25 +272,33 @@ def check_state_dict(model: nn.Module, state_dict: dict, prefix: str = '',
         raise RuntimeError(
             f'{other}layers {names[:3]} ({len(names)} in all) are compressed '
             'in only one of weights and model')
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise RuntimeError(f'{other}{name} has basis filters of shape '
-                               f'{list(found[name])}, the model {list(shape)}')
+    for name, words in expected.items():
+        if found[name] != words:
+            raise RuntimeError(f'{other}{name} has {found[name]}, that of the '
+                               f'model {words}')
 
 
-def _basis_shapes(modules: dict[str, nn.Module], state_dict: dict,
-                  prefix: str) -> dict[str, torch.Size]:
-    """Shapes of the basis filters in weights; not of modules of the model that
-    have parts of the same names themselves."""
-    shapes = {}
+def _structure(basis: torch.Tensor, parts: Mapping[str, Any]) -> str:
+    """What tells the structure of a basis layer, in words."""
+    others = ' and '.join(x for x in _PARTS if parts.get(x) is not None)
+    return f'basis filters of shape {list(basis.shape)}, {others}'
+
+
+def _structures(modules: dict[str, nn.Module], state_dict: dict,
+                prefix: str) -> dict[str, str]:
+    """Structures of the basis layers in weights; not of modules of the model
+    that have parts of the same names themselves."""
+    found = {}
     for key, value in state_dict.items():
         name, basis, rest = key[len(prefix):].rpartition('.basis.weight')
+        parts = {part: state_dict.get(f'{prefix}{name}.{part}.weight')
+                 for part in _PARTS}
         if (basis and not rest and key.startswith(prefix)
-                and f'{prefix}{name}.coefficients.weight' in state_dict
+                and any(x is not None for x in parts.values())
                 and (isinstance(modules.get(name), BasisLayer)
                      or f'{name}.basis' not in modules)):
-            shapes[name] = value.shape
-    return shapes
+            found[name] = _structure(value, parts)
+    return found
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any],

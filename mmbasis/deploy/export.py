@@ -288,5 +288,5 @@ def _slow_layers(plan: CompressionPlan,
         name: dict(rank=x.rank, basis_ms=latencies.cost(name, x.rank),
                    dense_ms=latencies.cost(name, None))
         for name, x in plan.layers.items() if name in latencies.curves
-        and not latencies.is_faster(name, x.rank)
+        and x.form == 'output' and not latencies.is_faster(name, x.rank)
     }

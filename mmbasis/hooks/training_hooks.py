@@ -79,10 +79,12 @@ class SpectrumHook(PeriodicHook):
         for name, layer in basis_layers(runner.model):
             errors.append(layer.orthogonality_error)
             weights = merge(*(factor.double() for factor in layer.factors))
-            energy = spectrum_of_factor(weights).energy[:layer.rank]
+            # of an input form, the basis decides what rank there can be
+            basis = layer.factors[layer.parts.index(layer.basis)]
+            energy = spectrum_of_factor(weights).energy[:min(basis.shape[1:])]
             # the exponential of the entropy (Roy and Vetterli, 2007)
             entropy = torch.special.entr(energy / energy.sum()).sum()
-            scalars[f'spectrum/{name}'] = float(entropy.exp()) / layer.rank
+            scalars[f'spectrum/{name}'] = float(entropy.exp()) / len(energy)
         if not errors:
             return
         mean, largest = sum(errors) / len(errors), max(errors)

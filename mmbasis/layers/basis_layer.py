@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
-from typing import Iterator, Optional, Tuple, Type
+from types import SimpleNamespace
+from typing import Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -12,64 +13,96 @@ from .kinds import DenseKind, kind_of
 
 
 class BasisLayer(nn.Module):
-    """A dense layer as basis filters and 1x1 coefficients.
+    """A dense layer as basis filters and pointwise layers around them.
 
-    ``basis`` is the same kind of layer as the dense one, with ``rank`` output
-    channels per group and no bias; ``coefficients`` is a pointwise layer that
-    rebuilds the output channels: the weights ``H`` of :class:`DenseKind` are
-    ``H ~ w F`` (Tayyab et al., ICIP 2021).
+    ``basis`` is the same kind of layer as the dense one. By the form of the
+    layer there are, too:
+
+    - *output*: ``coefficients``, which rebuild the output channels from
+      ``rank`` basis filters per group: the weights ``H`` of
+      :class:`DenseKind` are ``H ~ w F`` (Tayyab et al., ICIP 2021).
+    - *input*: ``input_basis`` in front, of which the basis sees
+      ``input_rank`` channels per group.
+    - *both*: Tucker-2.
 
     A new layer has the structure and the plain attributes of the dense one
     (``kernel_size``, …), but its basis is zero, and it has no hooks.
 
     Args:
         dense (nn.Module): The layer to represent. It is not changed.
-        rank (int): Basis filters per group, in ``[1, min(P / G, D)]``.
-        bias (bool): Give the coefficients a bias even where the dense layer
-            has none. Defaults to False.
+        rank (int, optional): Basis filters per group, at most the output
+            channels and the weights of each; None for no coefficients.
+        bias (bool): Give the layer a bias even where the dense one has none.
+            Defaults to False.
         norm (bool): Put a batch normalization between basis and coefficients.
             Defaults to False.
+        input_rank (int, optional): Input channels of the basis per group, in
+            ``[1, C / G]``; None for no input basis.
 
     TypeError if the layer is of no kind, ValueError for a rank out of range.
     """
 
     def __init__(self,
                  dense: nn.Module,
-                 rank: int,
+                 rank: Optional[int],
                  bias: bool = False,
-                 norm: bool = False) -> None:
+                 norm: bool = False,
+                 input_rank: Optional[int] = None) -> None:
         super().__init__()
         kind = kind_of(dense)
         if kind is None:
             raise TypeError(f'a {type(dense).__name__} cannot be represented '
                             'by a basis')
         groups, out_per_group, in_size = kind.matrix_shape(dense)
-        full_rank = min(out_per_group, in_size)
-        if not 1 <= rank <= full_rank:
-            raise ValueError(
-                f'the rank of a {type(dense).__name__} of matrix shape '
-                f'{(groups, out_per_group, in_size)} must be in '
-                f'[1, {full_rank}], but got {rank}')
+        in_channels = kind.in_channels(dense)
+        if input_rank is not None:
+            _check_rank('input rank', input_rank, dense, in_channels
+                        if kind.takes_input_basis else 0)
+            in_size = in_size // in_channels * input_rank
+        if rank is not None or input_rank is None:
+            _check_rank('rank', rank, dense, min(out_per_group, in_size))
         self.kind = kind
-        self.rank = rank
+        self.rank, self.input_rank = rank, input_rank
         self.groups = groups
         self.out_channels = groups * out_per_group
         for name, value in inheritance.own_attributes(dense).items():
             if not hasattr(type(self), name):
                 vars(self).setdefault(name, value)
-        weight = dense.weight
-        self.basis = _clone(dense, kind,
-                            weight.new_zeros((groups, rank, in_size)))
-        self.norm = kind.build_norm(dense, groups * rank) if norm else None
-        self.coefficients = kind.build_coefficients(
-            dense, groups * rank, bias or dense.bias is not None)
+        self._build(dense, in_size, bias or dense.bias is not None, norm)
+
+    def _build(self, dense: nn.Module, in_size: int, bias: bool,
+               norm: bool) -> None:
+        """The parts, like the dense layer in mode, device, type and in what is
+        trained."""
+        kind, weight, groups = self.kind, dense.weight, self.groups
+        rows = self.rank or self.out_channels // groups
+        self.input_basis = None if self.input_rank is None else (
+            kind.build_input_basis(dense, groups * self.input_rank))
+        self.basis = _clone(
+            dense, kind, weight.new_zeros((groups, rows, in_size)))
+        self.norm = self.coefficients = None
+        if self.rank is not None:
+            if norm:
+                self.norm = kind.build_norm(dense, groups * rows)
+            self.coefficients = kind.build_coefficients(
+                dense, groups * rows, bias)
+        elif bias:
+            self.basis.bias = nn.Parameter(
+                weight.new_zeros(self.out_channels))
         self.train(dense.training)
         self.to(device=weight.device, dtype=weight.dtype)
-        for part in filter(None, (self.norm, self.coefficients)):
+        parts = self.input_basis, self.norm, self.coefficients
+        for part in filter(None, parts):
             part.requires_grad_(weight.requires_grad)
-        _liken(self.coefficients.weight, weight)
+            if part is not self.norm:
+                _liken(part.weight, weight)
         if dense.bias is not None:
-            _liken(self.coefficients.bias, dense.bias)
+            _liken(self.last.bias, dense.bias)
+
+    @property
+    def last(self) -> nn.Module:
+        """The part that returns the output, with the bias if there is one."""
+        return self.basis if self.coefficients is None else self.coefficients
 
     def take_over(self, dense: nn.Module) -> None:
         """Take the hooks and the own ``forward``, if any, of the dense layer
@@ -96,26 +129,51 @@ class BasisLayer(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Compute the output from the arguments of the dense layer."""
+        if self.input_basis is not None:
+            args = tuple(args) + tuple(kwargs.values())
+            args, kwargs = (self.input_basis(args[0]), *args[1:]), {}
         x = self.basis(*args, **kwargs)
         if self.norm is not None:
             x = self.norm(x)
-        return self.coefficients(x)
+        return x if self.coefficients is None else self.coefficients(x)
 
     @property
-    def factors(self) -> Tuple[Tensor, Tensor]:
-        """Basis ``F`` of shape ``(G, Q, D)`` and coefficients ``w`` of shape
-        ``(G, P / G, Q)``; gradients flow through both."""
-        weight = self.coefficients.weight
-        return self.kind.to_matrix(self.basis), weight.reshape(
-            self.groups, -1, self.rank)
+    def factors(self) -> Tuple[Tensor, ...]:
+        """Input basis ``V`` of shape ``(G, R, C / G)``, if any, basis ``F``
+        and coefficients ``w``, if any, as in
+        :func:`mmbasis.factorization.merge`; gradients flow through all."""
+        return self.matrices(self.weights)
+
+    @property
+    def parts(self) -> List[nn.Module]:
+        """Input basis, basis and coefficients, as far as there are any."""
+        parts = self.input_basis, self.basis, self.coefficients
+        return [part for part in parts if part is not None]
+
+    @property
+    def weights(self) -> List[nn.Parameter]:
+        """Of the :attr:`parts`."""
+        return [part.weight for part in self.parts]
+
+    def matrices(self, weights: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+        """What has the shapes of :attr:`weights`, as matrices."""
+        return tuple(
+            self.kind.to_matrix(SimpleNamespace(weight=x, groups=self.groups))
+            if part is self.basis else x.reshape(self.groups, -1, x.shape[1])
+            for part, x in zip(self.parts, weights))
+
+    @property
+    def bases(self) -> Tuple[Tensor, ...]:
+        """Those of the :attr:`factors` whose rows are to be orthonormal: all
+        but the last."""
+        return self.factors[:-1]
 
     @property
     def weight(self) -> Tensor:
         """The weights of the equivalent dense layer, in evaluation mode: some
         models read the weights of their layers."""
-        coefficients = self._folded()[0].to(self.basis.weight)
-        matrix = factorization.merge(self.factors[0], coefficients)
-        return self.kind.from_matrix(matrix, self.basis)
+        factors = [x.to(self.basis.weight) for x in self._folded()[0]]
+        return self.kind.from_matrix(factorization.merge(*factors), self.basis)
 
     @property
     def bias(self) -> Optional[Tensor]:
@@ -123,41 +181,42 @@ class BasisLayer(nn.Module):
         bias = self._folded()[1]
         return bias if bias is None else bias.to(self.basis.weight.dtype)
 
-    def _folded(self) -> Tuple[Tensor, Optional[Tensor]]:
-        """Coefficients ``(G, P / G, Q)`` and bias ``(P, )`` that make up for
-        the normalization in evaluation mode."""
-        weight, bias = self.factors[1], self.coefficients.bias
+    def _folded(self) -> Tuple[Tuple[Tensor, ...], Optional[Tensor]]:
+        """The factors, and the bias ``(P, )``, that make up for the
+        normalization in evaluation mode."""
+        factors, bias = self.factors, self.last.bias
         if self.norm is None:
-            return weight, bias
-        norm, weight = self.norm, weight.double()
+            return factors, bias
+        norm, weight = self.norm, factors[-1].double()
         scale = norm.weight.double() / (norm.running_var.double() +
                                         norm.eps).sqrt()
         shift = norm.bias.double() - norm.running_mean.double() * scale
         extra = (weight @ shift.view(self.groups, self.rank, 1)).flatten()
-        return (weight * scale.view(self.groups, 1, self.rank),
+        weight = weight * scale.view(self.groups, 1, self.rank)
+        return ((*factors[:-1], weight),
                 extra if bias is None else bias.double() + extra)
 
     @torch.no_grad()
-    def set_factors(self,
-                    basis: Tensor,
-                    coefficients: Tensor,
+    def set_factors(self, *factors: Tensor,
                     bias: Optional[Tensor] = None) -> None:
         """Overwrite the :attr:`factors` and, if given, the bias of shape
         ``(P, )`` in place; ValueError if the layer has no bias."""
-        self.basis.weight.copy_(self.kind.from_matrix(basis, self.basis))
-        self.coefficients.weight.copy_(
-            coefficients.reshape(self.coefficients.weight.shape))
+        for part, matrix in zip(self.parts, factors):
+            if part is self.basis:
+                matrix = self.kind.from_matrix(matrix, part)
+            part.weight.copy_(matrix.reshape(part.weight.shape))
         if bias is not None:
-            if self.coefficients.bias is None:
+            if self.last.bias is None:
                 raise ValueError('this basis layer has no bias: build it with '
                                  'bias=True')
-            self.coefficients.bias.copy_(bias)
+            self.last.bias.copy_(bias)
 
     def project(self,
                 dense: nn.Module,
                 vectors: Optional[Tensor] = None,
-                mean: Optional[Tensor] = None) -> None:
-        """Project the dense layer on a subspace of its outputs.
+                mean: Optional[Tensor] = None,
+                inputs: Optional[factorization.InputSpectrum] = None) -> None:
+        """Project the dense layer on subspaces of its inputs and outputs.
 
         Args:
             dense (nn.Module): The layer to represent.
@@ -167,29 +226,58 @@ class BasisLayer(nn.Module):
             mean (Tensor, optional): Mean output before the bias, shape
                 ``(G, P / G)``. What the subspace loses of it goes into the
                 bias, if the layer has one. Defaults to zero.
+            inputs (InputSpectrum, optional): Directions of the input, the
+                most important first. Defaults to those of the weights.
         """
-        matrix = self.kind.to_matrix(dense).detach().double()
-        if vectors is None:
-            vectors = factorization.spectrum_of_factor(matrix).vectors
-        vectors = vectors[..., :self.rank]
-        bias = self.coefficients.bias
+        factors, matrix = self._narrow(dense, inputs)
+        bias = self.last.bias
         if bias is not None:
             bias = torch.zeros_like(bias) if dense.bias is None else dense.bias
-            if mean is not None:
+        if self.rank is None:
+            factors = (*factors, matrix)
+        else:
+            if vectors is None:
+                vectors = factorization.spectrum_of_factor(matrix).vectors
+            vectors = vectors[..., :self.rank]
+            if bias is not None and mean is not None:
                 mean = mean.unsqueeze(-1).to(vectors)
                 lost = mean - vectors @ (vectors.mT @ mean)
                 bias = bias + lost.flatten().to(bias)
-        self.set_factors(*factorization.factorize(matrix, vectors), bias)
+            factors = (*factors, *factorization.factorize(matrix, vectors))
+        self.set_factors(*factors, bias=bias)
+
+    def behind_input_basis(
+            self, dense: nn.Module,
+            inputs: Optional[factorization.InputSpectrum]) -> nn.Module:
+        """The dense layer as it sees what :meth:`project` gives it of the
+        input: a dense layer of ``input_rank`` input channels per group."""
+        _, matrix = self._narrow(dense, inputs)
+        core = _clone(dense, self.kind, matrix)
+        core.bias = dense.bias
+        return core
+
+    def _narrow(self, dense: nn.Module,
+                inputs: Optional[factorization.InputSpectrum]
+                ) -> Tuple[Tuple[Tensor, ...], Tensor]:
+        """Input basis, if any, and the weights of the layer behind it."""
+        matrix = self.kind.to_matrix(dense).detach().double()
+        if self.input_rank is None:
+            return (), matrix
+        inputs = inputs or factorization.spectrum_of_input(
+            matrix, self.kind.in_channels(dense))
+        basis, matrix = factorization.narrow(matrix, inputs, self.input_rank)
+        return (basis, ), matrix
 
     @property
     def orthogonality_error(self) -> float:
-        """Largest entry of ``|F F^T - I|``."""
-        return float(
-            factorization.orthogonality_error(self.factors[0].detach().float()))
+        """Largest entry of ``|F F^T - I|``, over all bases."""
+        return max(
+            float(factorization.orthogonality_error(x.detach().float()))
+            for x in self.bases)
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Make the basis orthonormal; the function of the layer stays.
+        """Make the bases orthonormal; the function of the layer stays.
         RuntimeError if a normalization stands between the factors."""
         if self.norm is not None:
             raise RuntimeError('a layer with a normalization between basis '
@@ -203,12 +291,13 @@ class BasisLayer(nn.Module):
         returns the layer, which is the same function in evaluation mode."""
         if self.norm is None:
             return self
-        coefficients, (weight, bias) = self.coefficients, self._folded()
-        if coefficients.bias is None:
-            coefficients.bias = nn.Parameter(
-                coefficients.weight.new_zeros(self.out_channels),
-                requires_grad=coefficients.weight.requires_grad)
-        self.set_factors(self.factors[0], weight, bias)
+        factors, bias = self._folded()
+        if self.last.bias is None:
+            weight = self.last.weight
+            self.last.bias = nn.Parameter(
+                weight.new_zeros(self.out_channels),
+                requires_grad=weight.requires_grad)
+        self.set_factors(*factors, bias=bias)
         self.norm = None
         return self
 
@@ -217,28 +306,38 @@ class BasisLayer(nn.Module):
         """The equivalent dense layer in evaluation mode, of the class that was
         represented, with the hooks and the own ``forward`` of this one;
         ValueError if this layer has a bias, and the dense one cannot."""
-        coefficients, bias = self._folded()
+        factors, bias = self._folded()
         if bias is not None and 'bias' not in self.basis._parameters:
             raise ValueError(
                 f'a {type(self.basis).__name__} has no bias, so this basis '
                 'layer, which has one, cannot be merged: keep it as it is, '
                 'or compress with data_aware=False')
-        matrix = factorization.merge(self.factors[0].double(),
-                                     coefficients.double())
+        matrix = factorization.merge(*(x.double() for x in factors))
         dense = _clone(self.basis, self.kind, matrix)
-        dense.weight.requires_grad |= self.coefficients.weight.requires_grad
+        dense.weight.requires_grad |= self.last.weight.requires_grad
         if bias is not None:
             dense.bias = nn.Parameter(
                 bias.to(dense.weight).clone(), dense.weight.requires_grad)
-            if self.coefficients.bias is not None:
-                _liken(dense.bias, self.coefficients.bias)
+            if self.last.bias is not None:
+                _liken(dense.bias, self.last.bias)
         for layer, other in self._counterparts(dense):
             inheritance.share_hooks(layer, other)
         vars(dense).update(inheritance.rebound_attributes(self, dense))
         return dense
 
     def extra_repr(self) -> str:
-        return f'rank={self.rank}, groups={self.groups}'
+        ranks = dict(rank=self.rank, input_rank=self.input_rank)
+        given = [f'{k}={v}' for k, v in ranks.items() if v is not None]
+        return ', '.join([*given, f'groups={self.groups}'])
+
+
+def _check_rank(name: str, rank: Optional[int], dense: nn.Module,
+                largest: int) -> None:
+    if rank is None or not 1 <= rank <= largest:
+        raise ValueError(
+            f'the {name} of a {type(dense).__name__} with weights of shape '
+            f'{tuple(dense.weight.shape)} must be in [1, {largest}], but got '
+            f'{rank}')
 
 
 def _liken(parameter: nn.Parameter, model: nn.Parameter) -> None:
@@ -265,6 +364,8 @@ def _clone(module: nn.Module, kind: Type[DenseKind],
     if module.bias is not None:
         clone.register_parameter('bias', None)
     linear = hasattr(module, 'out_features')
-    setattr(clone, 'out_features' if linear else 'out_channels',
-            matrix.shape[:2].numel())
+    vars(clone)['out_features' if linear else 'out_channels'] = (
+        matrix.shape[:2].numel())
+    if not linear:
+        vars(clone)['in_channels'] = len(matrix) * kind.in_channels(clone)
     return clone

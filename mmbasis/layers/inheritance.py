@@ -106,8 +106,8 @@ class observe:
     of whatever hooks and own ``forward`` change it for others.
 
     ``behind(module, args, kwargs, output)`` is called as a forward hook: what
-    it returns, if anything, is the output. ``before(module, args)`` is called
-    before, if given.
+    it returns, if anything, is the output. ``before(module, args)``, if given,
+    is called before: what it returns, if anything, are the arguments.
     """
 
     def __init__(self,
@@ -117,8 +117,7 @@ class observe:
         inner = MethodType(type(module).forward, module)
 
         def forward(*args, **kwargs) -> Any:
-            if before is not None:
-                before(module, args)
+            args = before and before(module, args) or args
             y = inner(*args, **kwargs)
             changed = behind and behind(module, args, kwargs, y)
             return y if changed is None else changed

@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Which layers can be represented by a basis, and what is known of them."""
-from typing import Optional, Sequence, Tuple, Type
+from typing import Any, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch.nn as nn
@@ -52,6 +52,8 @@ class DenseKind:
     dense_types: Tuple[type, ...] = ()
     #: those that :meth:`patches` knows; a subclass may pad in its own way
     patch_types: Tuple[type, ...] = ()
+    #: whether a pointwise layer in front commutes with how the input is read
+    takes_input_basis: bool = False
 
     @classmethod
     def matrix_shape(cls, dense: nn.Module) -> Tuple[int, int, int]:
@@ -59,7 +61,7 @@ class DenseKind:
         return tuple(cls.to_matrix(dense).shape)  # type: ignore[return-value]
 
     @staticmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
+    def to_matrix(dense: Any) -> Tensor:
         """The weights ``H``, shape ``(G, P / G, D)``, of a dense layer, or of
         anything that has its ``weight`` and ``groups``."""
         return dense.weight.flatten(1).unflatten(
@@ -67,8 +69,9 @@ class DenseKind:
 
     @staticmethod
     def from_matrix(matrix: Tensor, like: nn.Module) -> Tensor:
-        """The inverse of :meth:`to_matrix`, for any number of rows."""
-        return matrix.reshape(-1, *like.weight.shape[1:])
+        """The inverse of :meth:`to_matrix`, for any number of rows and of
+        input channels."""
+        return matrix.flatten(0, 1).unflatten(1, (-1, *like.weight.shape[2:]))
 
     @staticmethod
     def channel_axis(dense: nn.Module) -> int:
@@ -122,6 +125,20 @@ class DenseKind:
         return _NORMS[dense.weight.dim() - 2](channels)
 
     @classmethod
+    def in_channels(cls, dense: nn.Module) -> int:
+        """Input channels of a group."""
+        window = dense.weight.shape[2:].numel()
+        return cls.matrix_shape(dense)[2] // window
+
+    @classmethod
+    def build_input_basis(cls, dense: nn.Module, channels: int) -> nn.Module:
+        """The pointwise layer from the input channels to ``channels``."""
+        groups = getattr(dense, 'groups', 1)
+        conv = _CONVS[dense.weight.dim() - 3]
+        return conv(groups * cls.in_channels(dense), channels, 1,
+                    groups=groups, bias=False)
+
+    @classmethod
     def build_coefficients(cls, dense: nn.Module, channels: int,
                            bias: bool) -> nn.Module:
         """The pointwise layer from ``channels`` to the output channels."""
@@ -144,6 +161,7 @@ class ConvKind(DenseKind):
     """Convolutions (1d, 2d or 3d, grouped or not), of which the basis keeps
     the geometry; the coefficients are a 1x1 convolution."""
     name = 'BasisConv'
+    takes_input_basis = True
     patch_types = (*_CONVS, wrappers.Conv2d, wrappers.Conv3d)
     dense_types: Tuple[type, ...] = (*patch_types, Conv2dAdaptivePadding)
 
@@ -158,7 +176,7 @@ class ConvTransposeKind(ConvKind):
 
     # weights are (C, P / G, *kernel), the groups being blocks of C
     @staticmethod
-    def to_matrix(dense: nn.Module) -> Tensor:
+    def to_matrix(dense: Any) -> Tensor:
         blocks = dense.weight.unflatten(0, (dense.groups, -1))
         return blocks.transpose(1, 2).flatten(2)
 
@@ -177,6 +195,7 @@ class DeformConvKind(ConvKind):
     """Deformable convolutions of MMCV (v1 or v2, grouped or not), of which the
     basis gets the offsets (and masks), or has a copy of the offset branch."""
     name = 'BasisDeformConv'
+    takes_input_basis = False
     dense_types = DEFORM_TYPES
 
 

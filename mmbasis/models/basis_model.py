@@ -225,7 +225,8 @@ class BasisModel(BaseModel):
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
             for _, layer in compression.basis_layers(self):
-                total = total + orthogonality_penalty(layer.factors[0])
+                for basis in layer.bases:
+                    total = total + orthogonality_penalty(basis)
         return total
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:

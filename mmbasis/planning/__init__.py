@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .costs import Costs, Form, LatencyTable
+from .costs import Costs, Form, LatencyTable, Ranks
 from .layers import (
     Exclusion,
     Layer,
@@ -13,12 +13,13 @@ from .layers import (
 )
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .planners import BasePlanner, EnergyPlanner, FixedPlanner, RatioPlanner
-from .statistics import Analysis, LayerStatistics, measure, measure_sensitivity
+from .sensitivity import measure_sensitivity
+from .statistics import Analysis, LayerStatistics, measure
 
 __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',
     'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'EnergyPlanner', 'FixedPlanner',
-    'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
+    'Ranks', 'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
     'Analysis', 'LayerStatistics', 'measure'
 ]

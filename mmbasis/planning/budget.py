@@ -8,8 +8,13 @@ from typing import Any, Sequence
 import numpy as np
 
 from ..registry import PLANNERS
-from .costs import Cost, Costs, LatencyTable
-from .planners import BasePlanner, Decided, Ranks, check_fraction
+from .costs import Cost, Costs, DeviceCost, LatencyTable, Ranks
+from .planners import BasePlanner, Choice, Decided, check_fraction
+
+#: what a layer may become
+FORMS = ('output', 'input', 'both')
+#: ranks of a side that are tried, beside those of the output form
+GRID = 64
 
 
 def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -67,11 +72,20 @@ class BudgetPlanner(BasePlanner):
         macs (float, optional): Fraction of the MACs of the compressible
             layers to keep, in ``(0, 1]``.
         params (float, optional): The same of their parameters.
-        latency (float, optional): Fraction of the whole model's latency, as
-            ``table`` has it. Exactly one of the three is given.
+        latency (float, optional): Fraction of the latency: of the whole
+            model, as ``table`` has it, or of the compressible layers, as
+            ``device`` predicts it. Exactly one of the three is given.
         table (str | dict, optional): Latency table: its file, or
             ``dict(path=…)`` with what :meth:`LatencyTable.check` requires. A
             layer that no measured rank makes faster stays dense.
+        device (str, optional): A model of a device instead of a table, such as
+            ``'xavier-fp16'``: see :mod:`mmbasis.planning.devices`. A layer
+            that would not be faster stays dense.
+        forms (Sequence[str]): What a layer may become: ``'output'`` (basis
+            filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1 basis
+            of the input channels in front), ``'both'``. Defaults to the first;
+            all of them lose less at the same MACs. A latency table knows the
+            first only.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
@@ -84,6 +98,8 @@ class BudgetPlanner(BasePlanner):
                  params: float | None = None,
                  latency: float | None = None,
                  table: str | dict | None = None,
+                 device: str | None = None,
+                 forms: Sequence[str] = ('output', ),
                  loss_aware: bool | None = None,
                  **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -93,39 +109,111 @@ class BudgetPlanner(BasePlanner):
         self.loss_aware = loss_aware if self.data_aware else False
         given = dict(macs=macs, params=params, latency=latency)
         fractions = [(k, v) for k, v in given.items() if v is not None]
-        if len(fractions) != 1 or (latency is None) != (table is None):
+        sources = [x for x in (table, device) if x is not None]
+        if len(fractions) != 1 or len(sources) != (latency is not None):
             raise ValueError(
                 'BudgetPlanner takes exactly one of macs and params, or '
-                f'latency with its table, but got {given}, table={table!r}')
+                f'latency with its table or device, but got {given}, '
+                f'table={table!r}, device={device!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
         self.cost = Cost(self.metric)
+        if device is not None:
+            self.cost = DeviceCost(device)
         if table is not None:
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
+        if isinstance(forms, str) or not set(forms) <= set(FORMS) or (
+                not forms):
+            raise ValueError('BudgetPlanner: forms is a list of '
+                             f'{", ".join(FORMS)}, but got {forms!r}')
+        self.forms = tuple(forms)
+        if self.forms != ('output', ) and not self.cost.knows_inputs:
+            raise ValueError('BudgetPlanner: a latency table knows the output '
+                             f'form only, but got forms={forms!r}')
 
-    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
         budget = self.cost.budget(self.budget, counted)
-        budget -= sum(of(x, rank) for x, rank in decided)
-        # None, the dense layer, comes last
-        table = [(*x.ranks, None) for x in free]
-        options = [(np.array([of(x, rank) for rank in ranks]),
-                    np.append(losses[list(x.ranks)], 0.))
-                   for x, ranks, losses in zip(free, table, _losses(free))]
+        budget -= sum(of(x, ranks) for x, ranks in decided)
+        tables = [self._options(x, lost) for x, lost in zip(free, _lost(free))]
         try:
-            chosen = allocate(options, budget)
+            chosen = allocate([x[:2] for x in tables], budget)
         except ValueError as error:
             raise ValueError(f'BudgetPlanner: {self.metric}={self.budget:g} '
                              f'cannot be met: {error}') from None
-        return [ranks[index] for ranks, index in zip(table, chosen)]
+        return [ranks[index] for (*_, ranks), index in zip(tables, chosen)]
+
+    def _options(
+        self, x: Costs, sensitivity: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[Ranks | None]]:
+        """Costs, losses and ranks of what a layer may become, given what
+        dropping each direction of its output loses; the dense layer last."""
+        cost, loss, found = [], [], []
+        forms = self._forms(x, _behind(sensitivity))
+        for form, (ranks, lost) in forms.items():
+            if form in self.forms and len(lost):
+                pays = self.cost.pays(x, ranks)
+                cost.append(self.cost.of(x, ranks)[pays])
+                loss.append(lost[pays])
+                sides = (0 * lost if side is None else side for side in ranks)
+                found.append(np.stack([*sides])[:, pays].astype(int))
+        cost.append([self.cost.of(x, None)])
+        loss.append([0.])
+        found.append(np.zeros((2, 1), int))
+        costs, losses = np.concatenate(cost), np.concatenate(loss)
+        front = _front(costs, losses)
+        options: list[Ranks | None] = [
+            Ranks(output or None, inputs or None) if output or inputs else None
+            for output, inputs in np.concatenate(found, 1)[:, front].T.tolist()
+        ]
+        return costs[front], losses[front], options
+
+    def _forms(self, x: Costs,
+               lost: np.ndarray) -> dict[str, tuple[Ranks, np.ndarray]]:
+        """Ranks in each form, and what they lose, given what ranks of the
+        output from 0 on lose."""
+        outputs = np.array(x.ranks, int)
+        forms = dict(output=(Ranks(outputs), lost[outputs]))
+        if x.statistics.inputs is not None:
+            # in one unit: without any input there is no output
+            shares = x.statistics.inputs.shares.cpu().numpy()
+            narrow = lost[0] * _behind(shares)
+            inputs = self._grid(x.layer.in_channels)
+            forms['input'] = (Ranks(None, inputs), narrow[inputs])
+            outputs, inputs = (side.ravel() for side in np.meshgrid(
+                self._grid(x.layer.full_rank), inputs))
+            # more basis filters than they have weights add nothing
+            some = outputs <= inputs * x.layer.window
+            outputs, inputs = outputs[some], inputs[some]
+            forms['both'] = (Ranks(outputs, inputs),
+                             lost[outputs] + narrow[inputs])
+        return forms
+
+    def _grid(self, size: int) -> np.ndarray:
+        """Ranks up to a size, at most ``GRID`` of them, of which each is a
+        multiple of ``round_to``."""
+        step = self.round_to * -(-size // (GRID * self.round_to))
+        return np.arange(step, size + 1, step)
 
 
-def _losses(free: Sequence[Costs]) -> list[np.ndarray]:
-    """What each rank from 0 to full loses, in one unit for all layers: where
-    the sensitivity is unknown, the share of energy times what layers of known
-    sensitivity typically lose in all."""
+def _behind(values: np.ndarray) -> np.ndarray:
+    """Sums of all values from an index on, for each index and the end."""
+    return np.append(values[::-1].cumsum()[::-1], 0.)
+
+
+def _front(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Indices of the options that no other one beats, by rising cost."""
+    order = np.lexsort((losses, costs))
+    best = np.minimum.accumulate(losses[order])
+    return order[np.append(True, best[1:] < best[:-1])]
+
+
+def _lost(free: Sequence[Costs]) -> list[np.ndarray]:
+    """What dropping each direction of the output loses, in one unit for all
+    layers: where the sensitivity is unknown, the share of energy times what
+    layers of known sensitivity typically lose in all."""
     known = [x.statistics.sensitivity for x in free]
     totals = [float(x.sum()) for x in known if x is not None and x.any()]
     unit = np.median(totals) if totals else 1.
@@ -134,7 +222,5 @@ def _losses(free: Sequence[Costs]) -> list[np.ndarray]:
         if sensitivity is None:
             energy = x.spectrum.energy
             sensitivity = unit * energy / energy.sum().clamp_min(1e-300)
-        # of all the directions that are dropped
-        lost = sensitivity.cpu().numpy()[::-1].cumsum()[::-1]
-        losses.append(np.append(lost, 0.))
+        losses.append(sensitivity.cpu().numpy())
     return losses

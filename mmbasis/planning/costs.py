@@ -6,11 +6,12 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import numpy as np
 
 from ..factorization import Spectrum
+from . import devices
 from .layers import Layer
 from .statistics import LayerStatistics
 
@@ -19,11 +20,24 @@ SCHEMA, VERSION = 'mmbasis.latency_table', 1
 MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
 
 
+class Ranks(NamedTuple):
+    """How a layer is represented: basis filters per group, and input channels
+    per group of an input basis; None for no basis on that side. For costs,
+    arrays of both, which broadcast."""
+    output: Any = None
+    input: Any = None
+
+    @classmethod
+    def of(cls, ranks: int | Ranks | None) -> Ranks | None:
+        """A planner's choice; a number is a rank of the output form."""
+        return ranks if ranks is None or isinstance(ranks, cls) else cls(ranks)
+
+
 @dataclass(frozen=True)
 class Form:
-    """How a basis layer is built, apart from its rank: with a bias of the
-    coefficients even where the dense layer has none, and with a batch
-    normalisation between basis and coefficients."""
+    """How a basis layer is built, apart from its ranks: with a bias even where
+    the dense layer has none, and with a batch normalisation between basis and
+    coefficients."""
     bias: bool = False
     norm: bool = False
 
@@ -31,8 +45,8 @@ class Form:
 @dataclass(frozen=True, eq=False)
 class Costs:
     """MACs and parameters of one layer, given how often it is applied and how
-    its basis layer is built; and the ranks that a planner may choose from,
-    those that pay, rising."""
+    its basis layer is built; and the ranks of the output form that a planner
+    may choose from, those that pay, rising."""
     layer: Layer
     statistics: LayerStatistics
     form: Form = Form()
@@ -44,35 +58,67 @@ class Costs:
         assert self.statistics.spectrum is not None
         return self.statistics.spectrum
 
-    def macs(self, rank: int | None = None) -> float:
-        """Multiply-accumulates for one image at a rank (basis filters per
-        group); None for the dense layer. A bias costs nothing, as in
-        MMEngine's analysis."""
+    def macs(self, ranks: int | Ranks | None = None) -> Any:
+        """Multiply-accumulates for one image at some ranks; None for the dense
+        layer. A bias costs nothing, as in MMEngine's analysis."""
         known = self.statistics
-        if rank is None:
+        if ranks is None:  # of any layer, also one of no known kind
             return self.layer.module.weight.numel() * known.weight_positions
-        groups, rows, in_size = self.layer.matrix_shape
-        return groups * rank * (
-            in_size * known.weight_positions + rows * known.out_positions)
+        return self._sum(ranks, known.in_positions, known.weight_positions,
+                         known.out_positions)
 
-    def params(self, rank: int | None = None) -> int:
-        """Number of parameters at a rank; None for the dense layer."""
-        module, has_bias = self.layer.module, self.layer.has_bias
-        if rank is None:
+    def params(self, ranks: int | Ranks | None = None) -> Any:
+        """Number of parameters at some ranks; None for the dense layer."""
+        ranks, layer = Ranks.of(ranks), self.layer
+        if ranks is None:
+            module = layer.module
             return module.weight.numel() + (
-                module.bias.numel() if has_bias else 0)
+                module.bias.numel() if layer.has_bias else 0)
+        groups, rows, _ = layer.matrix_shape
+        has_bias = layer.has_bias or self.form.bias
+        params = self._sum(ranks, 1, 1, 1) + groups * rows * has_bias
+        if ranks.output is not None:
+            params = params + 2 * groups * ranks.output * self.form.norm
+        return params
+
+    def _sum(self, ranks: int | Ranks, before: float, at_weights: float,
+             behind: float) -> Any:
+        """Weights of input basis, basis and coefficients times numbers."""
         groups, rows, in_size = self.layer.matrix_shape
-        params = groups * rank * (in_size + rows + 2 * self.form.norm)
-        return params + groups * rows * (self.form.bias or has_bias)
+        output, inputs = Ranks.of(ranks) or Ranks()
+        total: Any = 0
+        if inputs is not None:
+            channels = self.layer.in_channels
+            total = channels * inputs * before
+            in_size = in_size // channels * inputs
+        if output is None:
+            return groups * (total + rows * in_size * at_weights)
+        return groups * (
+            total + output * (in_size * at_weights + rows * behind))
+
+    def is_smaller(self, ranks: Any) -> Any:
+        """Whether the layer costs less than it does dense, in MACs and in
+        parameters."""
+        return np.logical_and(self.macs(ranks) < self.macs(),
+                              self.params(ranks) < self.params())
+
+    def energy_kept(self, ranks: Ranks) -> float:
+        """Fraction of the energy that the directions of the output and of the
+        input keep, rounded to six digits."""
+        kept = 1.
+        if ranks.output is not None:
+            kept = self.spectrum.energy_kept(ranks.output)
+        if ranks.input is not None:
+            assert self.statistics.inputs is not None
+            kept -= float(self.statistics.inputs.shares[ranks.input:].sum())
+        return round(max(kept, 0.), 6)
 
     @cached_property
     def break_even(self) -> int:
-        """The largest rank at which the layer costs less than it does dense,
-        in MACs and in parameters; 0 where there is none."""
-        macs, params = self.macs(), self.params()
-        return sum(
-            self.macs(rank) < macs and self.params(rank) < params
-            for rank in range(1, self.layer.full_rank + 1))
+        """The largest rank of the output form at which the layer
+        :meth:`is_smaller`; 0 where there is none."""
+        return int(
+            self.is_smaller(np.arange(1, self.layer.full_rank + 1)).sum())
 
 
 class Cost:
@@ -80,17 +126,19 @@ class Cost:
     Others derive from it."""
     #: what a plan's record says of it
     record: dict[str, Any] = {}
+    #: whether it knows all forms, or the output form alone
+    knows_inputs = True
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
 
-    def of(self, costs: Costs, rank: int | None) -> float:
-        """Cost of a layer at a rank; None for the dense layer."""
-        return getattr(costs, self.metric)(rank)
+    def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
+        """Cost of a layer at some ranks; None for the dense layer."""
+        return getattr(costs, self.metric)(ranks)
 
-    def pays(self, costs: Costs, rank: int) -> bool:
-        """Whether a layer is cheaper at a rank than dense."""
-        return rank <= costs.break_even
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
+        """Whether a layer is cheaper at some ranks than dense."""
+        return costs.is_smaller(ranks)
 
     def ranks(self, costs: Costs, round_to: int) -> tuple[int, ...]:
         """The multiples of ``round_to`` that pay, rising."""
@@ -111,6 +159,42 @@ class Cost:
                 f', ranks are multiples of {round_to}')
 
 
+class DeviceCost(Cost):
+    """Milliseconds of layers on a device, by its model: see
+    :mod:`mmbasis.planning.devices` for what it assumes. All else that the
+    network does is left out.
+
+    Args:
+        device (str): Name of a preset, such as ``'xavier-fp16'``; a ValueError
+            lists them.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__('latency')
+        self.device = devices.device(device)
+
+    def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
+        layer, known = costs.layer, costs.statistics
+        calls = max(known.calls, 1)
+        groups, rows, _ = layer.matrix_shape
+        convolution = devices.Convolution(
+            groups * layer.in_channels, groups * rows, layer.window,
+            known.in_positions / calls, known.out_positions / calls, groups,
+            transposed=known.weight_positions != known.out_positions)
+        output, inputs = Ranks.of(ranks) or Ranks()
+        kernels = convolution.kernels(output, inputs)
+        return 1e3 * calls * self.device.time(kernels)
+
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
+        return np.logical_and(
+            super().pays(costs, ranks),
+            self.of(costs, ranks) < self.of(costs, None))
+
+    def why_not(self, costs: Costs, round_to: int) -> str:
+        return (f'{super().why_not(costs, round_to)}, and none of them is '
+                f'faster than the dense layer on {self.device.name}')
+
+
 @dataclass
 class Curve:
     """Latency of a layer in one forward pass of the model, ms: dense, at the
@@ -127,6 +211,8 @@ class LatencyTable(Cost):
     ``tools/latency_table.py measure`` wrote them to a file. Where a lower rank
     was measured slower than a higher one, its latency counts for the higher
     one too."""
+
+    knows_inputs = False
 
     def __init__(self, path: str, data: dict[str, Any]) -> None:
         super().__init__('latency')
@@ -223,12 +309,15 @@ class LatencyTable(Cost):
                 f'the latency table {self.target["path"]} is of another '
                 f'model: {"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
 
-    def of(self, costs: Costs, rank: int | None) -> float:
-        return self.cost(costs.layer.name, rank)
+    def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
+        given = Ranks.of(ranks) or Ranks()
+        return self.cost(costs.layer.name, given.output)
 
-    def pays(self, costs: Costs, rank: int) -> bool:
-        return super().pays(costs, rank) and self.is_faster(
-            costs.layer.name, rank)
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
+        given = Ranks.of(ranks) or Ranks()
+        return np.logical_and(
+            super().pays(costs, ranks),
+            self.is_faster(costs.layer.name, given.output))
 
     def why_not(self, costs: Costs, round_to: int) -> str:
         return (f'{super().why_not(costs, round_to)}, and none of them is '
@@ -240,7 +329,7 @@ class LatencyTable(Cost):
         dense = self.predict({})
         return fraction * dense - (dense - super().budget(1, layers))
 
-    def cost(self, name: str, rank: int | None) -> float:
+    def cost(self, name: str, rank: Any) -> Any:
         """Milliseconds that a layer takes in one forward pass of the model,
         None for the dense layer; between two measured ranks it is that of the
         higher one, and past the last not less than dense."""
@@ -248,13 +337,13 @@ class LatencyTable(Cost):
         if rank is None:
             return self._dense_scale * curve.dense
         at = np.searchsorted(curve.ranks, rank)
-        return self._basis_scale * float(curve.latencies[at])
+        return self._basis_scale * curve.latencies[at]
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""
         return self._basis_scale * self.curves[name].noise
 
-    def is_faster(self, name: str, rank: int) -> bool:
+    def is_faster(self, name: str, rank: Any) -> Any:
         """Whether a layer is faster at a rank than dense, beyond noise."""
         return self.cost(name, rank) + self.noise(name) < self.cost(name, None)
 

@@ -69,6 +69,23 @@ class Layer:
         return self.known_kind.matrix_shape(self.module)
 
     @property
+    def in_channels(self) -> int:
+        """Input channels of a group."""
+        return self.known_kind.in_channels(self.module)
+
+    @property
+    def window(self) -> int:
+        """Places in the kernel."""
+        return self.matrix_shape[2] // self.in_channels
+
+    @property
+    def narrowable(self) -> bool:
+        """Whether an input basis can save anything: a pointwise layer has one
+        side."""
+        return (self.known_kind.takes_input_basis and self.in_channels > 1
+                and self.window > 1)
+
+    @property
     def full_rank(self) -> int:
         """The rank at which nothing is lost, per group."""
         return min(self.matrix_shape[1:])

@@ -2,24 +2,25 @@
 """What becomes of each layer of a model."""
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from ..utils.io import write_atomically
 from ..version import __version__
-from .costs import Costs
+from .costs import Costs, Ranks
 
 #: Raised when a reader of an older version could misread a plan.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is represented: basis filters per group, as many of them
-    as lose nothing, name of the kind of layer, shape of the dense weights,
-    whether the coefficients have a bias, fraction of the layer's energy that
-    is kept, and multiply-accumulates of one image and parameters, each before
-    and after."""
-    rank: int
+    """How one layer is represented: basis filters per group (None for no
+    coefficients), as many of them as lose nothing, name of the kind of layer,
+    shape of the dense weights, whether it has a bias, fraction of its energy
+    that is kept, multiply-accumulates of one image and parameters, each before
+    and after, and input channels of the basis per group (None for no input
+    basis)."""
+    rank: Optional[int]
     full_rank: int
     kind: str
     shape: List[int]
@@ -27,25 +28,39 @@ class LayerPlan:
     energy: float
     macs: List[float]
     params: List[int]
+    input_rank: Optional[int] = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError('the plan has a layer whose rank is no positive '
-                             f'integer: {self.rank!r}')
+        given = [x for x in self.ranks if x is not None] or [self.rank]
+        for rank in given:
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError('the plan has a layer whose rank is no '
+                                 f'positive integer: {rank!r}')
         for key in ('shape', 'macs', 'params'):
             if not isinstance(getattr(self, key), (list, tuple)):
                 raise ValueError(f'the plan has a layer whose {key} is no '
                                  f'list: {getattr(self, key)!r}')
 
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.rank, self.input_rank)
+
+    @property
+    def form(self) -> str:
+        """``'output'``, ``'input'`` or ``'both'``: where it has a basis."""
+        if self.input_rank is None:
+            return 'output'
+        return 'input' if self.rank is None else 'both'
+
     @classmethod
-    def of(cls, costs: Costs, rank: int) -> 'LayerPlan':
-        """The entry of a layer that gets a rank."""
+    def of(cls, costs: Costs, ranks: Ranks) -> 'LayerPlan':
+        """The entry of a layer that gets some ranks."""
         layer = costs.layer
-        return cls(rank, layer.full_rank, layer.known_kind.name,
+        return cls(ranks.output, layer.full_rank, layer.known_kind.name,
                    list(layer.module.weight.shape), costs.form.bias
-                   or layer.has_bias, costs.spectrum.energy_kept(rank),
-                   [costs.macs(), costs.macs(rank)],
-                   [costs.params(), costs.params(rank)])
+                   or layer.has_bias, costs.energy_kept(ranks),
+                   [costs.macs(), costs.macs(ranks)],
+                   [costs.params(), costs.params(ranks)], ranks.input)
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class CompressionPlan:
     @property
     def structure(self) -> tuple:
         """All that the parameters of a model depend on."""
-        layers = {k: (x.rank, x.bias) for k, x in self.layers.items()}
+        layers = {k: (x.ranks, x.bias) for k, x in self.layers.items()}
         return layers, self.norm, {k for k, x in self.dense.items() if x.bias}
 
     def with_dense_costs(self, dense: 'CompressionPlan') -> 'CompressionPlan':

@@ -6,19 +6,20 @@ import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, Mapping, Optional, Sequence, Tuple
+from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.io import to_json
-from .costs import Cost, Costs, Form
+from .costs import Cost, Costs, Form, Ranks
 from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .statistics import Analysis
 
 #: layers that are decided already, with their rank or None for dense
-Decided = Sequence[Tuple[Costs, Optional[int]]]
-Ranks = Sequence[Optional[int]]
+Decided = Sequence[Tuple[Costs, Optional[Ranks]]]
+#: what :meth:`BasePlanner.choose` returns
+Choice = Sequence[Union[None, int, Ranks]]
 
 
 def check_fraction(key: str, value: float) -> float:
@@ -45,12 +46,30 @@ def check_ranks(key: str, ranks: Mapping[str, int | str],
     return dict(ranks)
 
 
-def check_rank(layer: Layer, rank: Any) -> int:
+def check_rank(layer: Layer, rank: Any, largest: int | None = None) -> int:
     """Require a rank that a layer can have; the ValueError names it."""
-    if not is_rank(rank) or rank > layer.full_rank:
+    largest = largest or layer.full_rank
+    if not is_rank(rank) or rank > largest:
         raise ValueError(f'rank {rank} given for {layer.name}: it must be in '
-                         f'[1, {layer.full_rank}]')
+                         f'[1, {largest}]')
     return int(rank)
+
+
+def check_choice(layer: Layer, choice: int | Ranks | None) -> Ranks | None:
+    """Require ranks that a layer can have; the ValueError names it."""
+    ranks = Ranks.of(choice)
+    if ranks is None:
+        return None
+    inputs, output = ranks.input, ranks.output
+    if inputs is not None:
+        inputs = check_rank(layer, inputs, layer.in_channels)
+        if not layer.known_kind.takes_input_basis:
+            raise ValueError(f'{layer.name}, a {type(layer.module).__name__}, '
+                             'can have no input basis')
+    if output is not None or inputs is None:
+        output = check_rank(layer, output, min(
+            layer.full_rank, (inputs or layer.in_channels) * layer.window))
+    return Ranks(output, inputs)
 
 
 class BasePlanner(ABC):
@@ -81,6 +100,8 @@ class BasePlanner(ABC):
     loss_aware: bool | None = False
     #: what makes a rank pay, and what a budget counts
     cost: Cost = Cost('macs')
+    #: what a layer may become, see :class:`BudgetPlanner`
+    forms: tuple[str, ...] = ('output', )
     #: why :meth:`choose` kept a layer dense
     why_dense = 'the rank it needs is past break-even ({})'
     #: the type and the arguments of the constructor, as plain data
@@ -136,7 +157,7 @@ class BasePlanner(ABC):
         asked for cannot be had."""
         reasons = {k: x.words for k, x in analysis.selection.excluded.items()}
         free: list[Costs] = []
-        decided: list[tuple[Costs, int | None]] = []
+        decided: list[tuple[Costs, Ranks | None]] = []
         for layer in analysis.selection.chosen:
             costs = Costs(layer, analysis.statistics[layer.name], form)
             costs = replace(
@@ -163,7 +184,7 @@ class BasePlanner(ABC):
                                                 name in ranks)
         return plan
 
-    def _settle(self, costs: Costs) -> tuple[int | None, str] | None:
+    def _settle(self, costs: Costs) -> tuple[Ranks | None, str] | None:
         """Rank or None, and reason, where there is nothing to choose."""
         override = costs.layer.look_up(self.overrides)
         if override == 'dense':
@@ -171,35 +192,33 @@ class BasePlanner(ABC):
         if override is not None:
             rank = check_rank(costs.layer, override)
             past = BasePlanner.why_dense.format(costs.break_even + 1)
-            return (rank, '') if self.cost.pays(costs, rank) else (None, past)
-        if not costs.ranks:
+            pays = self.cost.pays(costs, rank)
+            return (Ranks(rank), '') if pays else (None, past)
+        if not costs.ranks and self.forms == ('output', ):
             return None, self.cost.why_not(costs, self.round_to)
         return None
 
     def _chosen(self, free: Sequence[Costs],
-                decided: Decided) -> list[int | None]:
+                decided: Decided) -> list[Ranks | None]:
         """The ranks of :meth:`choose`, checked."""
         ranks = list(self.choose(free, decided))
         if len(ranks) != len(free):
             raise ValueError(f'{type(self).__name__}.choose() returned '
                              f'{len(ranks)} ranks for {len(free)} layers')
-        return [
-            rank if rank is None else check_rank(x.layer, rank)
-            for x, rank in zip(free, ranks)
-        ]
+        return [check_choice(x.layer, rank) for x, rank in zip(free, ranks)]
 
     @abstractmethod
-    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         """Choose the rank of each layer.
 
         Args:
             free (Sequence[Costs]): The layers to choose for; each has at
                 least one rank that pays, see ``ranks``.
-            decided (Sequence[tuple[Costs, int | None]]): The others.
+            decided (Sequence[tuple[Costs, Ranks | None]]): The others.
 
         Returns:
-            Sequence[int | None]: A rank for each layer of ``free``; None
-            keeps it dense.
+            Sequence[int | Ranks | None]: Ranks for each layer of ``free``: a
+            number is that of the output form; None keeps it dense.
         """
 
 
@@ -219,7 +238,7 @@ class EnergyPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.threshold = check_fraction('EnergyPlanner: threshold', threshold)
 
-    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         needed = [x.spectrum.rank_for_energy(self.threshold) for x in free]
         return [
             next((rank for rank in x.ranks if rank >= least), None)
@@ -241,7 +260,7 @@ class RatioPlanner(BasePlanner):
         super().__init__(**kwargs)
         self.ratio = check_fraction('RatioPlanner: ratio', ratio)
 
-    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         if self.ratio == 1:
             return [None] * len(free)
         return [
@@ -254,7 +273,7 @@ class RatioPlanner(BasePlanner):
 class AnyCost(Cost):
     """Lets every rank pay."""
 
-    def pays(self, costs: Costs, rank: int) -> bool:
+    def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
         return True
 
     def ranks(self, costs: Costs, round_to: int) -> tuple[int, ...]:
@@ -294,7 +313,7 @@ class FixedPlanner(BasePlanner):
             for layer in layers if layer.look_up(self.ranks) is None
         })
 
-    def choose(self, free: Sequence[Costs], decided: Decided) -> Ranks:
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         chosen = []
         for x in free:
             rank, full = x.layer.look_up(self.ranks), x.layer.full_rank

@@ -52,8 +52,8 @@ def is_expansion(layer: Layer) -> bool:
 
 
 def output_samples(layer: Layer, y: Tensor) -> Tensor:
-    """Channels of a layer's output at the chosen positions of each image,
-    shape ``(G, P / G, positions)``, float32."""
+    """Channels of a layer's output (or input) at the chosen positions of each
+    image, shape ``(G, P / G, positions)``, float32."""
     axis = layer.known_kind.channel_axis(layer.module) % y.dim()
     if axis == 0:
         y, axis = y.unsqueeze(0), 1

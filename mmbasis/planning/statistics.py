@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,15 +12,16 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from .. import running
-from ..factorization import Spectrum, spectrum_of_factor, spectrum_of_moment
+from ..factorization import (
+    InputSpectrum,
+    Spectrum,
+    spectrum_of_factor,
+    spectrum_of_input,
+    spectrum_of_moment,
+)
 from ..layers import observe
 from . import samples as sampling
 from .layers import UNUSED, Layer, Selection, freeze
-
-#: Of layers with more output channels than this, and fewer inputs, gradients
-#: are looked at along the directions of the spectrum only, in which all
-#: outputs lie: a moment of 32768 channels takes 8 GB.
-MAX_ROWS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class LayerStatistics:
         sensitivity (Tensor, optional): Increase of the loss by dropping each
             direction of the spectrum, shape ``(R, )``. None is unknown: no
             gradient was taken, or none reached the layer.
+        in_positions (float): Input positions for one image.
+        input_covariance (Tensor, optional): Of the input channels,
+            ``(G, C / G, C / G)``.
+        inputs (InputSpectrum, optional): Directions of its input; None where
+            it can have no input basis.
     """
     weight_positions: float = 0
     out_positions: float = 0
@@ -49,6 +55,9 @@ class LayerStatistics:
     mean: Optional[Tensor] = None
     gradient: Optional[Tensor] = None
     sensitivity: Optional[Tensor] = None
+    in_positions: float = 0
+    input_covariance: Optional[Tensor] = None
+    inputs: Optional[InputSpectrum] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +83,24 @@ class LayerRecorder(ExitStack):
 
     def __init__(self,
                  layers: Sequence[Layer],
-                 moments: Sequence[Layer] = ()) -> None:
+                 moments: Sequence[Layer] = (),
+                 inputs: Sequence[Layer] = ()) -> None:
         super().__init__()
         self.layers = layers
         self.images = self.passes = 0
         #: sums of outer products of outputs, or of inputs where these are
         #: fewer, with a 1 behind them, so that sum and count are in there
         self.moments: Dict[str, Tensor] = {}
+        #: the same of input channels, where they can have a basis
+        self.inputs: Dict[str, Tensor] = {}
         for layer in moments:
             groups, rows, in_size = layer.matrix_shape
-            size = 1 + (in_size if sampling.is_expansion(layer) else rows)
-            self.moments[layer.name] = layer.module.weight.new_zeros(
-                (groups, size, size), dtype=torch.float64)
-        #: positions of weights and outputs, and calls, of each layer
-        self._table = torch.zeros(len(layers), 3, dtype=torch.float64)
+            size = in_size if sampling.is_expansion(layer) else rows
+            self.moments[layer.name] = _no_moment(layer, size)
+        for layer in inputs:
+            self.inputs[layer.name] = _no_moment(layer, layer.in_channels)
+        #: positions of weights, outputs and inputs, and calls, of each layer
+        self._table = torch.zeros(len(layers), 4, dtype=torch.float64)
         for layer, row in zip(layers, self._table):
             hook = partial(self._record, layer, row)
             self.callback(observe(layer.module, hook).remove)
@@ -109,15 +122,19 @@ class LayerRecorder(ExitStack):
         positions = y.numel() // channels
         at_weights = positions if layer.kind is None else (
             layer.kind.weight_positions(module, x, y))
-        row += torch.tensor([at_weights, positions, 1], dtype=torch.float64)
+        in_channels = getattr(module, 'in_channels', None) or x.shape[-1]
+        row += torch.tensor(
+            [at_weights, positions, x.numel() // in_channels, 1],
+            dtype=torch.float64)
         if layer.name in self.moments:
             if sampling.is_expansion(layer):
                 samples = sampling.input_samples(layer, x, y)
             else:
                 samples = sampling.output_samples(layer, y)
-            samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
-            self.moments[layer.name] += sampling.sum_of_products(
-                samples, samples)
+            _add_moment(self.moments[layer.name], samples)
+        if layer.name in self.inputs:
+            _add_moment(self.inputs[layer.name],
+                        sampling.output_samples(layer, x))
 
     def finish(self) -> Dict[str, LayerStatistics]:
         """Sum over processes: statistics by layer name, with spectra where
@@ -136,22 +153,46 @@ class LayerRecorder(ExitStack):
                                'empty')
         found = {}
         for layer, row in zip(self.layers, self._table.tolist()):
-            known = LayerStatistics(row[0] / images, row[1] / images,
-                                    row[2] / passes)
+            known = LayerStatistics(
+                row[0] / images,
+                row[1] / images,
+                row[3] / passes,
+                in_positions=row[2] / images)
             moment = self.moments.pop(layer.name, None)
+            inputs = self.inputs.pop(layer.name, None)
             if moment is not None:
                 all_reduce(moment)
                 if known.weight_positions:
                     known = _with_spectrum(layer, known, moment)
+            if inputs is not None:
+                all_reduce(inputs)
+                if known.weight_positions:
+                    covariance = _mean_and_covariance(inputs)[1]
+                    known = replace(known, input_covariance=covariance)
             found[layer.name] = known
         return found
 
 
-def _with_spectrum(layer: Layer, statistics: LayerStatistics,
-                   moment: Tensor) -> LayerStatistics:
+def _no_moment(layer: Layer, size: int) -> Tensor:
+    return layer.module.weight.new_zeros(
+        (layer.matrix_shape[0], size + 1, size + 1), dtype=torch.float64)
+
+
+def _add_moment(moment: Tensor, samples: Tensor) -> None:
+    samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
+    moment += sampling.sum_of_products(samples, samples)
+
+
+def _mean_and_covariance(moment: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of the samples in a moment, ``(G, N, 1)`` and ``(G, N, N)``."""
     moment = moment / moment[0, -1, -1]
     mean = moment[:, :-1, -1:]
-    covariance = moment[:, :-1, :-1] - mean @ mean.mT
+    return mean, moment[:, :-1, :-1] - mean @ mean.mT
+
+
+def _with_spectrum(layer: Layer, statistics: LayerStatistics,
+                   moment: Tensor) -> LayerStatistics:
+    mean, covariance = _mean_and_covariance(moment)
     if not torch.isfinite(covariance).all():
         raise ValueError(f'{layer.name} returns NaN or infinite values on '
                          'the calibration images')
@@ -174,7 +215,8 @@ def weight_matrix(layer: Layer) -> Tensor:
 def measure(adapter: running.Adapter,
             selection: Selection,
             batches: Sequence[Any],
-            data_aware: bool = True) -> Analysis:
+            data_aware: bool = True,
+            two_sided: bool = True) -> Analysis:
     """Measure positions and spectra of layers.
 
     Args:
@@ -185,6 +227,8 @@ def measure(adapter: running.Adapter,
         data_aware (bool): Take spectra of the chosen layers from the
             covariance of their outputs, instead of from their weights. One
             batch is looked at without it. Defaults to True.
+        two_sided (bool): Measure the input channels of the chosen layers, too.
+            Defaults to True.
 
     Returns:
         Analysis: Layers that did not run are excluded.
@@ -193,129 +237,29 @@ def measure(adapter: running.Adapter,
         RuntimeError: If there are no batches.
         ValueError: If an output is not finite.
     """
-    moments = selection.chosen if data_aware else ()
+    moments = selection.chosen if data_aware else []
+    inputs = [x for x in moments if two_sided and x.narrowable]
     with running.evaluation(adapter.model), LayerRecorder(
-            selection.layers, moments) as recorder:
+            selection.layers, moments, inputs) as recorder:
         recorder.run(adapter, batches if data_aware else batches[:1])
     statistics = recorder.finish()
     selection = selection.without({
         name: UNUSED
         for name, known in statistics.items() if not known.weight_positions
     })
-    for layer in selection.chosen if not data_aware else ():
-        spectrum = spectrum_of_factor(weight_matrix(layer))
-        statistics[layer.name] = replace(
-            statistics[layer.name], spectrum=spectrum)
+    for layer in selection.chosen:
+        statistics[layer.name] = _with_defaults(
+            layer, statistics[layer.name], two_sided)
     return Analysis(selection, statistics)
 
 
-class _Gradients:
-    """Second moment ``G = E[g g^T]`` of the loss' gradients at an output."""
-
-    def __init__(self, layer: Layer, known: LayerStatistics) -> None:
-        assert known.spectrum is not None
-        self.layer, self.known, self.spectrum = layer, known, known.spectrum
-        groups, rows, in_size = layer.matrix_shape
-        self.is_wide = rows > max(MAX_ROWS, in_size)
-        size = in_size if self.is_wide else rows
-        zeros = self.spectrum.values.new_zeros
-        self.moment, self.count = zeros((groups, size, size)), zeros(())
-
-    def watch(self, module: nn.Module, args: tuple, kwargs: dict,
-              output: Tensor) -> Optional[Tensor]:
-        """Hook on the forward pass of the layer."""
-        if not torch.is_grad_enabled():
-            return None  # checkpointing runs it again with gradients
-        if not output.requires_grad:
-            # of a constant, queries for example; in-place layers may not
-            # change a leaf
-            output = output.requires_grad_() + 0
-        output.register_hook(self._add)
-        return output
-
-    def _add(self, gradient: Tensor) -> None:
-        samples = sampling.output_samples(self.layer, gradient)
-        if self.is_wide:
-            samples = self.spectrum.vectors.to(samples).mT @ samples
-        # squares of vanishing gradients are too small for float32
-        size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        samples = samples / size
-        self.moment += (samples @ samples.mT).double() * size.double()**2
-        self.count += samples.shape[-1]
-
-    def finish(self) -> LayerStatistics:
-        """Sum over processes: with a sensitivity if a gradient came."""
-        all_reduce(self.moment)
-        all_reduce(self.count)
-        # none came (no_grad, detach), or nothing but zeros or NaN
-        if not (self.moment.any() and self.moment.isfinite().all()):
-            return self.known
-        gradient, vectors = self.moment.div_(self.count), self.spectrum.vectors
-        if self.is_wide:
-            along = gradient.diagonal(dim1=-2, dim2=-1)
-        else:
-            along = (vectors * (gradient @ vectors)).sum(-2)
-        # positions add up: an error stands at each of them
-        sensitivity = (self.spectrum.values *
-                       along).sum(0) * self.known.out_positions
-        return replace(self.known, gradient=gradient, sensitivity=sensitivity)
-
-
-def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
-                        batches: Sequence[Any]) -> Analysis:
-    """Measure what the loss makes of errors in the chosen layers.
-
-    To second order, dropping direction ``u_i`` of an output ``y`` changes
-    the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is
-    taken as the product of the two expectations and summed over positions.
-
-    Args:
-        adapter (Adapter): Runs the dense model.
-        analysis (Analysis): With spectra.
-        batches (Sequence): Batches with annotations, as in training.
-
-    Returns:
-        Analysis: With ``gradient`` and ``sensitivity`` of each chosen layer
-        that a gradient reached; those of the others stay unknown.
-
-    Raises:
-        UnknownLossError: If the model has no loss that is known.
-    """
-    model = adapter.model
-    gradients = [
-        _Gradients(x, analysis.statistics[x.name])
-        for x in analysis.selection.chosen
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(running.undisturbed(model))
-        stack.enter_context(running.evaluation(model))
-        for x in gradients:
-            stack.callback(observe(x.layer.module, x.watch).remove)
-        _backward(adapter, batches)
-    found = {x.layer.name: x.finish() for x in gradients}
-    unknown = [name for name, x in found.items() if x.sensitivity is None]
-    if unknown:
-        MMLogger.get_current_instance().warning(
-            'No gradient (or only zeros or NaN) reached %d of %d layers '
-            '(%s): what they are worth to the loss is unknown, and their '
-            'energy counts instead', len(unknown), len(found),
-            ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
-    return replace(analysis, statistics={**analysis.statistics, **found})
-
-
-def _backward(adapter: running.Adapter, batches: Sequence[Any]) -> None:
-    """Take the gradients of the loss on each batch."""
-    is_classifier = adapter.logits(batches[0]) is not None
-    if not is_classifier:
-        running.train_deterministically(adapter.model)
-    for index, data in enumerate(batches):
-        # detectors draw among proposals, and queries to denoise
-        torch.manual_seed(index)
-        with torch.enable_grad():
-            # layers behind frozen ones must get their gradients, too
-            inputs = adapter.prepare(data, gradients=True)
-            loss = running.fisher_loss(adapter, inputs, index, is_classifier)
-            if loss.requires_grad:
-                loss.backward()
-        MMLogger.get_current_instance().info('Sensitivity: batch %d/%d',
-                                             index + 1, len(batches))
+def _with_defaults(layer: Layer, known: LayerStatistics,
+                   two_sided: bool) -> LayerStatistics:
+    """With what weights alone say, where nothing else is known."""
+    matrix = weight_matrix(layer)
+    if known.spectrum is None:
+        known = replace(known, spectrum=spectrum_of_factor(matrix))
+    if two_sided and layer.narrowable:
+        known = replace(known, inputs=spectrum_of_input(
+            matrix, layer.in_channels, known.input_covariance))
+    return known

@@ -199,11 +199,12 @@ def test_plan_of_another_model(model, batches):
     (pipeline, 'recalibrate_if_better', 1),
     (pipeline, 'recalibrate', 1),
 ], ids=str)
-def test_compress(model, batches, step):
+@pytest.mark.parametrize('form', ['output', 'both'])
+def test_compress(model, batches, step, form):
     before = Snapshot(model, batches[0])
     options = dict(recalibration=True) if step[1] == 'recalibrate' else {}
-    if step[1] == 'measure_sensitivity':
-        planner = dict(type='BudgetPlanner', macs=.5)
+    if step[1] == 'measure_sensitivity' or form == 'both':
+        planner = dict(type='BudgetPlanner', macs=.5, forms=[form])
     else:
         planner = dict(type='FixedPlanner', ranks={'conv.': 3})
     with failing(*step), pytest.raises(Interrupted):

@@ -19,7 +19,7 @@ from mmbasis.compression import (
     save_checkpoint,
 )
 from mmbasis.models import BasisModel
-from mmbasis.planning import CompressionPlan, FixedPlanner
+from mmbasis.planning import CompressionPlan, FixedPlanner, Ranks
 
 
 class Net(BaseModel):
@@ -50,11 +50,36 @@ def dense():
     return Net().eval()
 
 
+class FormPlanner(FixedPlanner):
+    """Rank 4 of a form, for both layers; the first has but 3 inputs."""
+
+    def __init__(self, form):
+        super().__init__({'.*': 4}, prediction_layers=True)
+        self.form, self.forms = form, (form, )
+
+    def choose(self, free, decided):
+        rank = None if self.form == 'input' else 4
+        inputs = {3: 2, 16: 4} if self.form != 'output' else {}
+        return [Ranks(rank, inputs.get(x.layer.in_channels)) for x in free]
+
+
+PARTS = dict(
+    output=('basis.weight', 'coefficients.weight', 'coefficients.bias'),
+    input=('input_basis.weight', 'basis.weight', 'basis.bias'),
+    both=('input_basis.weight', 'basis.weight', 'coefficients.weight',
+          'coefficients.bias'))
+
+
+@pytest.fixture(params=PARTS)
+def form(request):
+    return request.param
+
+
 @pytest.fixture
-def compressed(batches):
+def compressed(batches, form):
     torch.manual_seed(0)
     model = Net().eval()
-    mmbasis.compress(model, planner(), batches)
+    mmbasis.compress(model, FormPlanner(form), batches)
     return model
 
 
@@ -105,20 +130,19 @@ def test_rebuilt_from_the_checkpoint_alone(path, compressed):
     assert same(model, compressed)
 
 
-def test_flat_keys(path, dense):
+def test_flat_keys(path, dense, form):
     keys = set(torch.load(path, weights_only=True)['state_dict'])
     kept = {k for k in dense.state_dict() if k.startswith('norm.')}
     assert keys - kept == {
         f'{layer}.{part}'
         for layer in ('conv', 'last')
-        for part in ('basis.weight', 'coefficients.weight',
-                     'coefficients.bias')
+        for part in PARTS[form]
     }
 
 
-def test_same_keys_through_the_wrapper(compressed, dense, batches):
+def test_same_keys_through_the_wrapper(compressed, dense, batches, form):
     wrapper = BasisModel(dense)
-    wrapper.compress(batches, Recipe.of(planner=planner()))
+    wrapper.compress(batches, Recipe.of(planner=FormPlanner(form)))
     assert list(wrapper.state_dict()) == list(compressed.state_dict())
     wrapper.load_state_dict(compressed.state_dict())
     assert same(wrapper, compressed)

@@ -67,6 +67,9 @@ def test_full_rank_of_a_plain_module():
 @pytest.mark.parametrize('planner', [
     dict(type='BudgetPlanner', macs=0.5),
     dict(type='BudgetPlanner', params=0.5),
+    dict(type='BudgetPlanner', macs=0.5, forms=['output']),
+    dict(type='BudgetPlanner', macs=0.5, forms=['input']),
+    dict(type='BudgetPlanner', macs=0.5, forms=['both']),
     dict(type='EnergyPlanner', threshold=0.6),
     dict(type='RatioPlanner', ratio=0.5),
 ])
@@ -80,8 +83,10 @@ def test_plan_says_what_was_done(planner, norm):
     for name, layer in basis_layers(model):
         entry = plan.layers[name]
         assert layer.rank == entry.rank
-        assert (layer.norm is not None) == norm
-        assert (layer.coefficients.bias is not None) == entry.bias
+        assert layer.input_rank == entry.input_rank
+        # it stands in front of coefficients
+        assert (layer.norm is not None) == (norm and entry.form != 'input')
+        assert (layer.last.bias is not None) == entry.bias
         assert entry.params[1] == sum(p.numel() for p in layer.parameters())
     totals = plan.totals()
     params = sum(p.numel() for p in model.parameters())
@@ -90,8 +95,8 @@ def test_plan_says_what_was_done(planner, norm):
     counted = FlopAnalyzer(model, torch.rand(1, 3, 11, 11)).by_module()
     for name, entry in plan.layers.items():
         layer = model.get_submodule(name)
-        macs = counted[f'{name}.basis'] + counted[f'{name}.coefficients']
-        assert macs == entry.macs[1], layer
+        parts = {x for x, _ in layer.named_children()} - {'norm'}
+        assert sum(counted[f'{name}.{x}'] for x in parts) == entry.macs[1]
 
 
 def test_data_aware_loses_less_of_the_outputs():
@@ -154,9 +159,12 @@ def test_result_does_not_depend_on_the_run():
     assert torch.equal(models[0](x), models[1](x))
 
 
-def test_compressed_model_trains():
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_compressed_model_trains(form):
     model = network()
-    mmbasis.compress(model, BudgetPlanner(macs=0.5), batches(), norm=True)
+    planner = BudgetPlanner(macs=0.5, forms=[form])
+    plan = mmbasis.compress(model, planner, batches(), norm=True)
+    assert {x.form for x in plan.layers.values()} == {form}
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     x, = batches(1)
     target = torch.arange(len(x))
@@ -171,11 +179,14 @@ def test_compressed_model_trains():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_mode_is_kept():
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_mode_is_kept(form):
     for training in (True, False):
         model = network().train(training)
-        mmbasis.compress(model, BudgetPlanner(macs=0.5), batches(), norm=True)
+        planner = BudgetPlanner(macs=0.5, forms=[form])
+        mmbasis.compress(model, planner, batches(), norm=True)
         assert {m.training for m in model.modules()} == {training}
+        assert names(model)
 
 
 # ----------------------------------------------------- shared, tied, wrapped
@@ -297,9 +308,11 @@ def test_attention_is_left_alone():
     assert model(x).shape == (4, 33, 12)
 
 
-def test_deepcopy_of_a_compressed_model():
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_deepcopy_of_a_compressed_model(form):
     model = network()
-    mmbasis.compress(model, BudgetPlanner(macs=0.5), batches())
+    planner = BudgetPlanner(macs=0.5, forms=[form])
+    mmbasis.compress(model, planner, batches())
     clone = copy.deepcopy(model)
     x, = batches(1)
     expected = model(x)
@@ -453,9 +466,10 @@ class Parts(Momentum):
         return nn.Sequential(self.encoder, nn.Identity())
 
 
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
 @pytest.mark.parametrize('cls, prefix', [(Momentum, 'average.module.'),
                                          (Parts, 'average.module.0.')])
-def test_moving_average_inside_the_model_follows(cls, prefix):
+def test_moving_average_inside_the_model_follows(cls, prefix, form):
     model = network(cls)
     x, = batches(1, seed=1)
     for parameter in model.encoder.parameters():
@@ -467,12 +481,15 @@ def test_moving_average_inside_the_model_follows(cls, prefix):
     assert (full(x) - expected).norm() < 1e-4 * expected.norm()
     assert plan.dense[f'{prefix}conv1'].reason.startswith('moving')
 
-    plan = mmbasis.compress(model, BudgetPlanner(macs=.5, loss_aware=False),
-                            batches(1))
+    planner = BudgetPlanner(macs=.5, loss_aware=False, forms=[form])
+    plan = mmbasis.compress(model, planner, batches(1))
     layers = dict(basis_layers(model))
-    follower = layers[f'{prefix}conv1']
-    assert follower.rank == layers['encoder.conv1'].rank
-    assert not follower.basis.weight.requires_grad
+    name = next(x for x in plan.layers if x.startswith('encoder.'))
+    layer = layers[name]
+    follower = layers[name.replace('encoder.', prefix)]
+    assert (follower.rank, follower.input_rank) == (layer.rank,
+                                                    layer.input_rank)
+    assert not any(x.requires_grad for x in follower.weights)
     model.train()(x)  # the first update copies
     for name, value in model.encoder.named_parameters():
         assert torch.equal(value, model.get_parameter(f'{prefix}{name}'))

@@ -11,6 +11,7 @@ from mmcv.ops import DeformConv2d
 import mmbasis
 from mmbasis.compression import basis_layers
 from mmbasis.factorization import reduced_rank_regression
+from mmbasis.planning import FixedPlanner, Ranks
 from mmbasis.running import SumWatch, adapter_of
 
 
@@ -59,26 +60,52 @@ def error(model, reference, x):
     return float((y - target).norm() / (target - target.mean(0)).norm())
 
 
+class Given(FixedPlanner):
+    """Gives layers ranks of any form, whatever they cost."""
+    forms = ('output', 'input', 'both')
+
+    def __init__(self, ranks):
+        super().__init__(dict.fromkeys(ranks, 'full'), allow_costlier=True)
+        self.given = ranks
+
+    def choose(self, free, decided):
+        return [self.given[x.layer.name] for x in free]
+
+
 def compressed(model, batches, reconstruction, ranks, **planner):
+    """Ranks by layer, those of the output form by pattern, too; or a form for
+    0.4 of the MACs."""
     model = copy.deepcopy(model)
-    mmbasis.compress(
-        model,
-        dict(type='FixedPlanner', ranks=ranks, **planner),
-        batches,
-        reconstruction=reconstruction)
+    if isinstance(ranks, str):
+        planner = dict(
+            type='BudgetPlanner', macs=.4, loss_aware=False, forms=[ranks])
+    elif any(isinstance(x, Ranks) for x in ranks.values()):
+        planner = Given(ranks)
+    else:
+        planner = dict(type='FixedPlanner', ranks=ranks, **planner)
+    plan = mmbasis.compress(
+        model, planner, batches, reconstruction=reconstruction)
+    if isinstance(ranks, str):
+        assert {x.form for x in plan.layers.values()} == {ranks}
+    elif isinstance(planner, Given):
+        assert {name: x.ranks for name, x in plan.layers.items()} == {
+            name: Ranks.of(x) for name, x in ranks.items()}
     return model
 
 
 RANKS = dict(stem=5, left=3, shared=6, expand=7)
+every_form = pytest.mark.parametrize('ranks', [RANKS, 'input', 'both'],
+                                     ids=['output', 'input', 'both'])
 
 
-def test_makes_up_for_earlier_layers(model, batches):
+@every_form
+def test_makes_up_for_earlier_layers(model, batches, ranks):
     """On images that were not seen, the sequential fit is nearer to the dense
     outputs than the local one."""
     torch.manual_seed(2)
     unseen = torch.randn(32, 3, 12, 12)
     errors = [
-        error(compressed(model, batches, way, RANKS), model, unseen)
+        error(compressed(model, batches, way, ranks), model, unseen)
         for way in ('local', 'sequential')
     ]
     assert errors[1] < .8 * errors[0]
@@ -97,15 +124,17 @@ def test_full_rank_is_the_dense_model(model, batches):
     assert error(full, model, batches[0]) < 1e-4
 
 
-def test_bases_are_orthonormal(model, batches):
-    result = compressed(model, batches, 'sequential', RANKS)
+@every_form
+def test_bases_are_orthonormal(model, batches, ranks):
+    result = compressed(model, batches, 'sequential', ranks)
     assert max(x.orthogonality_error for _, x in basis_layers(result)) < 1e-5
 
 
-def test_how_images_are_batched_does_not_matter(model, batches):
+@every_form
+def test_how_images_are_batched_does_not_matter(model, batches, ranks):
     split = [half for x in batches for half in x.chunk(2)]
     a, b = (
-        compressed(model, data, 'sequential', RANKS)
+        compressed(model, data, 'sequential', ranks)
         for data in (batches, split))
     torch.testing.assert_close(
         a(batches[0]), b(batches[0]), rtol=1e-3, atol=1e-4)
@@ -207,7 +236,9 @@ def test_finds_layers_that_end_in_a_sum():
     assert watch.order == list(layers)
 
 
-def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches):
+@pytest.mark.parametrize('conv2', [10, Ranks(None, 10), Ranks(12, 12)],
+                         ids=['output', 'input', 'both'])
+def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches, conv2):
     """The sum is nearer to the dense one than where the branch alone is fitted
     to its own target."""
     torch.manual_seed(0)
@@ -216,13 +247,13 @@ def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches):
     nn.init.normal_(model.bn2.weight)
     torch.manual_seed(2)
     unseen = torch.randn(32, 3, 12, 12)
-    ranks = dict(stem=6, conv2=10)
     errors = []
     for blind in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if blind:
                 patch.setattr(SumWatch, '_at_sum', lambda *_: None)
-            small = compressed(model, batches, 'sequential', ranks)
+            small = compressed(model, batches, 'sequential',
+                               dict(stem=6, conv2=conv2))
         sums = []
         for net in (model, small):
             net.conv3.register_forward_pre_hook(
@@ -233,7 +264,10 @@ def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches):
     assert errors[1] < .9 * errors[0]
 
 
-def test_passes_go_on_as_before(batches):
+@pytest.mark.parametrize(
+    'ranks', [dict(stem=6, conv2=10, down=8), 'input', 'both'],
+    ids=['output', 'input', 'both'])
+def test_passes_go_on_as_before(batches, ranks):
     """A stopped and patched pass returns what the fitted model returns."""
     torch.manual_seed(0)
     model = Block().eval()
@@ -247,8 +281,7 @@ def test_passes_go_on_as_before(batches):
             return y
 
     model.__class__ = Recorded
-    small = compressed(model, batches, 'sequential',
-                       dict(stem=6, conv2=10, down=8))
+    small = compressed(model, batches, 'sequential', ranks)
     last = outputs[-2 * len(batches):][1::2]
     with torch.no_grad():
         for x, y in zip(batches, last):
@@ -395,7 +428,10 @@ class Sometimes(nn.Module):
         return self.last(y.relu()).mean((2, 3))
 
 
-def compress_sometimes(rank, world, path, bright=0):
+SOMETIMES = dict(stem=9, branch=5, plain=5, last=8)
+
+
+def compress_sometimes(rank, world, path, ranks, bright=0):
     """Compress with all batches, or as one of several processes."""
     torch.manual_seed(0)
     model = Sometimes().eval()
@@ -405,24 +441,27 @@ def compress_sometimes(rank, world, path, bright=0):
         torch.distributed.init_process_group(
             'gloo', f'file://{path}.store', rank=rank, world_size=world,
             timeout=timedelta(seconds=60))
-    ranks = dict(stem=9, branch=5, plain=5, last=8)
     batches = [*images] if world == 1 else [images[rank ^ bright]]
     small = compressed(model, batches, 'sequential', ranks)
-    torch.save(small.state_dict(), f'{path}.{world}.{rank}')
+    weights = {name: getattr(small, name).weight for name in ranks}
+    torch.save((small.state_dict(), weights), f'{path}.{world}.{rank}')
 
 
-@pytest.mark.parametrize('bright', [0, 1])
-def test_processes_fit_layers_that_only_one_of_them_runs(tmp_path, bright):
+@pytest.mark.parametrize('ranks, bright', [
+    (SOMETIMES, 0),
+    (SOMETIMES, 1),
+    (dict(SOMETIMES, branch=Ranks(9, 9), plain=Ranks(None, 9)), 1),
+])
+def test_processes_fit_layers_that_only_one_of_them_runs(
+        tmp_path, ranks, bright):
     path = tmp_path / 'small'
-    compress_sometimes(0, 1, path)
+    compress_sometimes(0, 1, path, ranks)
     torch.multiprocessing.spawn(
-        compress_sometimes, (2, path, bright), nprocs=2)
+        compress_sometimes, (2, path, ranks, bright), nprocs=2)
     one, first, second = (
         torch.load(f'{path}.{end}', weights_only=True)
         for end in ('1.0', '2.0', '2.1'))
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first[0], second[0], rtol=1e-5, atol=1e-6)
     for name in ('branch', 'plain'):
-        products = [state[f'{name}.coefficients.weight'].flatten(1)
-                    @ state[f'{name}.basis.weight'].flatten(1)
-                    for state in (one, first)]
-        torch.testing.assert_close(*products, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            one[1][name], first[1][name], rtol=1e-2, atol=1e-3)

@@ -48,14 +48,14 @@ class Net(nn.Module):
         return self.conv(self.first(x))
 
 
-def a_plan(model, *names, rank=3, **kwargs):
+def a_plan(model, *names, rank=3, input_rank=None, **kwargs):
     layers = {}
     for name in names:
         module = model.get_submodule(name)
         shape = list(module.weight.shape)
         layers[name] = LayerPlan(rank, 6,
                                  kind_of(module).name, shape, True, 1.,
-                                 [2., 1.], [2, 1])
+                                 [2., 1.], [2, 1], input_rank)
     return CompressionPlan(layers, **kwargs)
 
 
@@ -89,9 +89,17 @@ def test_parts_of_a_user_are_not_basis_layers(both):
         check_state_dict(Net(both), model.state_dict())
 
 
-def test_a_users_basis_as_a_basis_layer():
+@pytest.mark.parametrize('rank, input_rank', [(3, None), (3, 3)])
+def test_a_users_basis_as_a_basis_layer(rank, input_rank):
     dense, model = Net(), Net()
-    apply_plan(model, a_plan(model, 'first.basis', 'first.coefficients'))
+    apply_plan(
+        model,
+        a_plan(
+            model,
+            'first.basis',
+            'first.coefficients',
+            rank=rank,
+            input_rank=input_rank))
     state = model.state_dict()
     assert 'first.basis.basis.weight' in state
     model.load_state_dict(state)
@@ -114,6 +122,28 @@ def test_another_rank():
     apply_plan(other, a_plan(other, 'conv', rank=2))
     with pytest.raises(RuntimeError, match=r'conv has basis filters of shape'):
         model.load_state_dict(other.state_dict())
+
+
+RANKS = dict(output=(8, None), input=(None, 8), both=(8, 8))
+
+
+@pytest.mark.parametrize('form', RANKS)
+@pytest.mark.parametrize('given', RANKS)
+def test_another_form(form, given):
+    """Basis filters alone do not tell: here they are of one shape."""
+    models = []
+    for rank, input_rank in (RANKS[form], RANKS[given]):
+        models.append(Net())
+        plan = a_plan(Net(), 'conv', rank=rank, input_rank=input_rank)
+        apply_plan(models[-1], plan)
+    model, state = models[0], models[1].state_dict()
+    if form == given:
+        model.load_state_dict(state)
+        return
+    words = ' and '.join(x for x in ('input_basis', 'coefficients')
+                         if f'conv.{x}.weight' in state)
+    with pytest.raises(RuntimeError, match=rf'conv has .*\], {words}, th'):
+        model.load_state_dict(state, strict=False)
 
 
 # ------------------------------------------------------------ all or nothing

@@ -41,7 +41,11 @@ class Compressed:
             dict(state_dict=self.model.state_dict(), meta={}),
             self.dense_checkpoint)
         planner = dict(
-            dict(type='BudgetPlanner', macs=.6, data_aware=False), **planner)
+            dict(
+                type='BudgetPlanner',
+                macs=.6,
+                forms=['output', 'input', 'both'],
+                data_aware=False), **planner)
         self.plan = compress(self.model, planner, [batch], norm=norm)
         for module in self.model.modules():
             _spread(module)

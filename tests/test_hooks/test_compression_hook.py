@@ -83,8 +83,17 @@ def test_starts_from_the_projected_weights(tmp_path, dense):
     assert len(dict(basis_layers(runner.model))) == 4
 
 
-def test_flat_self_describing_checkpoint(tmp_path, dense):
-    runner = run(toy_cfg(tmp_path / 'run', dense))
+PARTS = dict(
+    output=('basis.weight', 'coefficients.weight', 'coefficients.bias'),
+    input=('input_basis.weight', 'basis.weight', 'basis.bias'),
+    both=('input_basis.weight', 'basis.weight', 'coefficients.weight',
+          'coefficients.bias'))
+
+
+@pytest.mark.parametrize('form', PARTS)
+def test_flat_self_describing_checkpoint(tmp_path, dense, form):
+    planner = dict(type='BudgetPlanner', macs=.5, forms=[form])
+    runner = run(toy_cfg(tmp_path / 'run', dense, dict(planner=planner)))
     path = f'{runner.work_dir}/epoch_2.pth'
     checkpoint = torch.load(path, weights_only=True)
     keys = set(checkpoint['state_dict'])
@@ -95,12 +104,9 @@ def test_flat_self_describing_checkpoint(tmp_path, dense):
         if layer not in plan['layers']:
             expected.add(key)
         elif parameter == 'weight':
-            expected |= {
-                f'{layer}.basis.weight', f'{layer}.coefficients.{parameter}',
-                f'{layer}.coefficients.bias'
-            }
-    assert keys == expected
-    assert plan['version'] == 1
+            expected |= {f'{layer}.{part}' for part in PARTS[form]}
+    assert keys == expected != set(ToyNet().state_dict())
+    assert plan['version'] == 2
     assert plan == runner.model.plan.to_dict()
 
 
@@ -113,14 +119,19 @@ EMA = dict(type='EMAHook', momentum=.1)
         dict(ema=True),
         dict(optim_wrapper=dict(accumulative_counts=2)),
         dict(optim_wrapper=dict(type='mmbasis.CPUAmpOptimWrapper')),
-        dict(norm=True),
+        dict(forms=['output'], norm=True),
+        dict(forms=['both'], norm=True),
+        dict(forms=['both'], ema=True),
         dict(door=2),
     ],
     ids=str)
 def test_resumed_run_is_the_uninterrupted_run(tmp_path, dense, variant):
     variant = copy.deepcopy(variant)
     settings = dict(
-        planner=dict(type='BudgetPlanner', macs=.5),
+        planner=dict(
+            type='BudgetPlanner',
+            macs=.5,
+            forms=variant.pop('forms', ['output', 'input', 'both'])),
         norm=variant.pop('norm', False),
         orthogonality=dict(weight=.01))
     cfg = toy_cfg(tmp_path / 'run', dense, settings, epochs=3)
@@ -136,6 +147,8 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, dense, variant):
         cfg.custom_hooks.append(EMA)
     cfg.merge_from_dict(variant)
     whole = run(cfg)
+    norms = [x.norm for _, x in basis_layers(whole.model)]
+    assert all((x is not None) == settings['norm'] for x in norms)
     resumed = resume(cfg, tmp_path, whole, 1)
     same(state(resumed), state(whole), rtol=0, atol=0)
     assert resumed.model.plan.to_dict() == whole.model.plan.to_dict()

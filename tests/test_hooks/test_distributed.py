@@ -19,9 +19,10 @@ def free_port():
 @pytest.mark.parametrize(
     'planner', [
         dict(type='BudgetPlanner', macs=.5),
+        dict(type='BudgetPlanner', macs=.5, forms=['both']),
         dict(type='EnergyPlanner', threshold=.8)
     ],
-    ids=lambda p: p['type'])
+    ids=['all forms', 'both', 'output'])
 def test_two_processes_are_one(tmp_path, repo_root, planner):
     """Two gloo processes end with the ranks and weights of one process that
     has the same total batch."""

@@ -3,28 +3,33 @@ import pytest
 import torch
 from mmengine.optim import OptimWrapper
 
-from mmbasis.compression import Recipe
+from mmbasis.compression import Recipe, basis_layers
+from mmbasis.factorization import merge
 from mmbasis.hooks import ProgressiveTruncationHook
 from mmbasis.layers import BasisLayer
 from mmbasis.models import BasisModel
 from mmbasis.optim import carry_over
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
-
-def budget(macs):
-    return dict(type='BudgetPlanner', macs=macs)
+FORMS = ['output', 'input', 'both']
 
 
-@pytest.fixture
-def cfg(tmp_path):
+def budget(macs, forms=FORMS):
+    return dict(type='BudgetPlanner', macs=macs, forms=forms)
+
+
+@pytest.fixture(params=[FORMS, *([form] for form in FORMS)], ids=str)
+def cfg(tmp_path, request):
+    forms = request.param
     dense = dense_checkpoint(tmp_path / 'dense.pth')
-    cfg = toy_cfg(tmp_path / 'run', dense, dict(planner=budget(.7)), epochs=4)
+    cfg = toy_cfg(
+        tmp_path / 'run', dense, dict(planner=budget(.7, forms)), epochs=4)
     cfg.custom_hooks.append(
         dict(
             type='mmbasis.ProgressiveTruncationHook',
             stages=[
-                dict(epoch=1, planner=budget(.5)),
-                dict(epoch=3, planner=budget(.3))
+                dict(epoch=1, planner=budget(.5, forms)),
+                dict(epoch=3, planner=budget(.3, forms))
             ]))
     cfg.param_scheduler = dict(type='ExponentialLR', gamma=.5)
     cfg.optim_wrapper.optimizer.lr = .01
@@ -79,7 +84,8 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, cfg, epoch, optimizer):
                 torch.as_tensor(a[key]), torch.as_tensor(b[key]))
 
 
-def test_gradient_averages_are_those_of_the_new_factors():
+@pytest.mark.parametrize('form', FORMS)
+def test_gradient_averages_are_those_of_the_new_factors(form):
     """A gradient of the product, once as that of the old factors and once as
     that of the new ones: carrying over turns the first into the second."""
     torch.manual_seed(0)
@@ -91,34 +97,32 @@ def test_gradient_averages_are_those_of_the_new_factors():
         wrapper = OptimWrapper(torch.optim.SGD(net.parameters(), .1, .9))
         for name, layer in net.named_modules():
             if name in product:
-                basis, coefficients = layer.factors
-                found = layer.kind.from_matrix(coefficients.mT @ product[name],
-                                          layer.basis)
-                for parameter, value in ((layer.basis.weight, found),
-                                         (layer.coefficients.weight,
-                                          product[name] @ basis.mT)):
+                found = torch.autograd.grad(
+                    merge(*layer.factors), layer.weights, product[name])
+                for parameter, value in zip(layer.weights, found):
                     wrapper.optimizer.state[parameter] = dict(
-                        momentum_buffer=value.detach().reshape(
-                            parameter.shape))
+                        momentum_buffer=value)
         return wrapper
 
-    ranks = dict(conv1=8, conv2=12, conv3=6)
-    model.compress(
-        x, Recipe.of(planner=dict(type='FixedPlanner', ranks=ranks)))
+    model.compress(x, Recipe.of(planner=budget(.9, [form])))
     before = model.architecture
     # of the span of the factors: of that the old ones tell all
     products = {
-        name: torch.randn(*layer.factors[1].shape) @ layer.factors[0]
-        for name, layer in before.named_modules() if name in ranks
+        name: merge(*layer.bases, torch.randn_like(layer.factors[-1]))
+        for name, layer in basis_layers(before)
     }
     old = momentum(before, products)
-    ranks = dict(conv1=5, conv2=7, conv3=3)
-    model.truncate(
-        x, Recipe.of(planner=dict(type='FixedPlanner', ranks=ranks)))
+    model.truncate(x, Recipe.of(planner=budget(.5, [form])))
     after = model.architecture
+    pairs = [(before.get_submodule(name), layer)
+             for name, layer in basis_layers(after) if name in products]
+    assert any(len(a.weights) == len(b.weights)
+               and a.basis.weight.shape != b.basis.weight.shape
+               for a, b in pairs)
     new = OptimWrapper(torch.optim.SGD(after.parameters(), .1, .9))
     carry_over(before, old, after, new)
     expected = momentum(after, products)
+    assert expected.optimizer.state
     for parameter, entry in expected.optimizer.state.items():
         torch.testing.assert_close(
             new.optimizer.state[parameter]['momentum_buffer'],
@@ -127,10 +131,11 @@ def test_gradient_averages_are_those_of_the_new_factors():
             atol=1e-4)
 
 
-def test_factors_of_a_dense_layer_count_steps_of_their_own():
+@pytest.mark.parametrize('rank, input_rank', [(4, None), (None, 4), (4, 5)])
+def test_factors_of_a_dense_layer_count_steps_of_their_own(rank, input_rank):
     """Optimizers count in place, so what they count with is not shared."""
     before, after = ToyNet(), ToyNet()
-    after.conv2 = BasisLayer(before.conv2, 4)
+    after.conv2 = BasisLayer(before.conv2, rank, input_rank=input_rank)
     old, new = (
         OptimWrapper(torch.optim.AdamW(net.parameters()))
         for net in (before, after))
@@ -138,11 +143,11 @@ def test_factors_of_a_dense_layer_count_steps_of_their_own():
     old.step()
     carry_over(before, old, after, new)
     steps = [
-        new.optimizer.state[factor.weight]['step']
-        for factor in (after.conv2.basis, after.conv2.coefficients)
+        new.optimizer.state[weight]['step'] for weight in after.conv2.weights
     ]
     steps[0] += 1
-    assert [float(step) for step in steps] == [2, 1]
+    assert [float(step) for step in steps] == [2] + [1] * (len(steps) - 1)
+    assert len(steps) >= 2
 
 
 @pytest.mark.parametrize('stages, message', [

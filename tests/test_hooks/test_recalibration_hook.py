@@ -11,8 +11,8 @@ from mmbasis.hooks.training_hooks import mean_loss
 from tests.toy import dense_checkpoint, run, toy_cfg
 
 
-def config(work_dir, **options):
-    cfg = toy_cfg(work_dir, dense_checkpoint(work_dir / 'dense.pth'),
+def config(work_dir, hook=None, **options):
+    cfg = toy_cfg(work_dir, dense_checkpoint(work_dir / 'dense.pth'), hook,
                   **options)
     cfg.custom_hooks.append(
         dict(type='mmbasis.RecalibrationHook', num_batches=3, held_out=1))
@@ -35,8 +35,11 @@ def slow_norm():
                     module.momentum = 1e-4
 
 
-def test_kept_where_the_averages_lag(tmp_path, capsys):
-    cfg = config(tmp_path)
+@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+def test_kept_where_the_averages_lag(tmp_path, capsys, form):
+    planner = dict(type='BudgetPlanner', macs=.5, forms=[form])
+    cfg = config(tmp_path, dict(planner=planner), epochs=6)
+    cfg.param_scheduler.milestones = [5]
     runner = run(cfg)
     model = runner.model.architecture
     loader = list(runner.train_dataloader)
@@ -51,7 +54,7 @@ def test_kept_where_the_averages_lag(tmp_path, capsys):
     assert model.bn1.momentum == pytest.approx(1e-4)
     # and what was chosen is in the checkpoint
     saved = copy.deepcopy(other)
-    load_checkpoint(saved, str(tmp_path / 'epoch_2.pth'), strict=True)
+    load_checkpoint(saved, str(tmp_path / 'epoch_6.pth'), strict=True)
     assert torch.equal(saved.bn1.running_var, model.bn1.running_var)
     assert not torch.equal(saved.bn1.running_var, other.bn1.running_var)
     assert 'Recalibration of batch normalisations' in capsys.readouterr().out

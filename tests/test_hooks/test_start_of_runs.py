@@ -17,9 +17,11 @@ from mmbasis.models import unwrap
 from mmbasis.optim import replaced_parameters
 from tests.toy import ToyImages, ToyNet, dense_checkpoint, run, toy_cfg
 
+FORMS = ['output', 'input', 'both']
 
-def budget(macs):
-    return dict(planner=dict(type='BudgetPlanner', macs=macs))
+
+def budget(macs, forms=FORMS):
+    return dict(planner=dict(type='BudgetPlanner', macs=macs, forms=forms))
 
 
 @pytest.fixture
@@ -133,11 +135,11 @@ def test_a_model_of_the_first_plan_is_tested_after_a_stage(tmp_path, dense):
         assert torch.equal(runner.model.state_dict()[key], value), key
 
 
-def bare_runner(tmp_path, dense, optimizer, **options):
+def bare_runner(tmp_path, dense, optimizer, forms=FORMS, **options):
     """A runner that nobody built from a config."""
     model = ToyNet()
     model.load_state_dict(torch.load(dense)['state_dict'])
-    hook = BasisCompressionHook(**budget(.5), distillation=False)
+    hook = BasisCompressionHook(**budget(.5, forms), distillation=False)
     return model, Runner(
         model=model,
         work_dir=str(tmp_path / 'bare'),
@@ -163,19 +165,22 @@ def grouped(model):
                         momentum=.9))
 
 
-def test_a_runner_without_a_config(tmp_path, dense):
+@pytest.mark.parametrize('form', FORMS)
+def test_a_runner_without_a_config(tmp_path, dense, form):
     """Factors take the places of the weights in a built optimizer."""
     _, runner = bare_runner(
         tmp_path,
         dense,
-        grouped,
+        grouped, [form],
         param_scheduler=dict(type='MultiStepLR', milestones=[1]))
     runner.train()
     model = runner.model
     assert kept(model) <= .5
     first, second = runner.optim_wrapper.optimizer.param_groups
-    factors = {model.conv2.basis.weight, model.conv2.coefficients.weight}
-    assert factors <= set(first['params'])
+    # the bias is new
+    factors = {*model.conv2.weights, model.conv2.last.bias}
+    assert len(factors) == (4 if form == 'both' else 3)
+    assert factors == set(first['params'])
     everything = set(first['params']) | set(second['params'])
     assert everything == set(model.parameters())
     assert first['lr'] == pytest.approx(.05)

@@ -434,4 +434,4 @@ def test_no_retraction_through_a_norm():
 def test_no_bias_to_set():
     layer = represent(nn.Conv2d(5, 7, 3, bias=False), 2)
     with pytest.raises(ValueError, match='no bias'):
-        layer.set_factors(*layer.factors, torch.zeros(7))
+        layer.set_factors(*layer.factors, bias=torch.zeros(7))

@@ -97,29 +97,37 @@ def build(family):
     return model, torch.rand(2, 3, side, side)
 
 
-def a_plan(model, chosen=lambda name: True, norm=False):
-    """Layers that can be, at half of their full rank, with a bias."""
+FORMS = ['output', 'input', 'both']
+
+
+def a_plan(model, chosen=lambda name: True, norm=False, form='output'):
+    """Layers that can be, at half of their full rank, with a bias; those that
+    take no input basis in output form."""
     if chosen == 'later':
         names = list(a_plan(model).layers)
         chosen = names[len(names) // 2:].__contains__
     layers = {}
     for name, module in model.named_modules():
         if name and why_not(module) is None and chosen(name):
-            full = min(kind_of(module).matrix_shape(module)[1:])
-            layers[name] = LayerPlan(
-                (full + 1) // 2, full,
-                kind_of(module).name, list(module.weight.shape), True, 1.,
-                [2., 1.], [2, 1])
+            kind = kind_of(module)
+            full = min(kind.matrix_shape(module)[1:])
+            rank, inputs = (full + 1) // 2, None
+            if form != 'output' and kind.takes_input_basis:
+                inputs = kind.in_channels(module)
+                rank = None if form == 'input' else rank
+            layers[name] = LayerPlan(rank, full, kind.name,
+                                     list(module.weight.shape), True, 1.,
+                                     [2., 1.], [2, 1], inputs)
     assert layers
     return CompressionPlan(layers, {}, norm)
 
 
-def compress(model, chosen=lambda name: True, norm=False):
+def compress(model, chosen=lambda name: True, norm=False, form='output'):
     # projecting takes time, and any weights will do
-    apply_plan(model, a_plan(model, chosen, norm), project=False)
+    apply_plan(model, a_plan(model, chosen, norm, form), project=False)
     for _, layer in basis_layers(model):
         layer.basis.reset_parameters()
-        nn.init.normal_(layer.coefficients.bias, std=.3)
+        nn.init.normal_(layer.last.bias, std=.3)
     randomise(model)
     model.eval()
     return model
@@ -139,18 +147,20 @@ def assert_same(actual, expected):
 
 def structure(model):
     return {
-        name: (layer.basis.weight.shape, layer.coefficients.weight.shape)
+        name: [weight.shape for weight in layer.weights]
         for name, layer in basis_layers(model)
     }
 
 
 @every_family
-@pytest.mark.parametrize('norm', [False, True])
+@pytest.mark.parametrize('form, norm', [(form, norm) for form in FORMS
+                                        for norm in (False, True)
+                                        if form != 'input' or not norm])
 @pytest.mark.parametrize('chosen', [lambda name: True, 'later'],
                          ids=['all', 'later'])
-def test_function_and_structure_stay(family, chosen, norm):
+def test_function_and_structure_stay(family, chosen, norm, form):
     model, x = build(family)
-    compress(model, chosen, norm)
+    compress(model, chosen, norm, form)
     expected, before = outputs(model, x), structure(model)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for net in (model, *copies):
@@ -378,16 +388,18 @@ def test_basis_layers_are_not_merged_in_silence():
 
 
 # ----------------------------------------------------- mmcv's fuse_conv_bn
+@pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize('second', [
-    lambda: nn.Conv2d(6, 8, 3), lambda: nn.ConvTranspose2d(6, 8, 3)
+    lambda: nn.Conv2d(6, 8, 3), lambda: nn.ConvTranspose2d(6, 8, 3),
+    lambda: nn.Conv2d(6, 8, 3, groups=2)
 ])
-def test_fuse_conv_bn_goes_into_the_right_layer(norm, second):
+def test_fuse_conv_bn_goes_into_the_right_layer(norm, second, form):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3), second(), nn.BatchNorm2d(8),
         nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
-    compress(model, lambda name: name == '1', norm)
+    compress(model, lambda name: name == '1', norm, form)
     x = torch.rand(2, 4, 9, 9)
     expected, before = outputs(model, x), structure(model)
     assert mmcv.cnn.fuse_conv_bn(model) is model

@@ -243,5 +243,5 @@ def test_the_plan_says_what_it_was_made_for(write, model):
     dict(macs=.5, table='table.json'),
 ])
 def test_latency_and_table_belong_together(options):
-    with pytest.raises(ValueError, match='latency with its table'):
+    with pytest.raises(ValueError, match='latency with its table or device'):
         BudgetPlanner(**options)

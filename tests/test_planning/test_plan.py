@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from mmbasis.compression import apply_plan, compress
 from mmbasis.layers import BasisLayer
-from mmbasis.planning import BudgetPlanner, CompressionPlan
+from mmbasis.planning import BudgetPlanner, CompressionPlan, FixedPlanner
 
 
 def network(width=8):
@@ -48,7 +48,8 @@ def test_one_line_for_each_layer(plan):
     lines = plan.dumps().splitlines()
     for name, entry in plan.layers.items():
         line, = (x for x in lines if x.startswith(f'    "{name}": '))
-        assert f'"rank": {entry.rank}, ' in line
+        assert f'"rank": {json.dumps(entry.rank)}, ' in line
+        assert f'"input_rank": {json.dumps(entry.input_rank)}' in line
     for name in plan.dense:
         line, = (x for x in lines if x.startswith(f'    "{name}": '))
         assert '"reason": ' in line
@@ -81,14 +82,24 @@ def test_totals_without_linear_layers():
     assert plan.totals()['macs']['before'] == 8 * 27 * 49 + 240
 
 
+def test_plans_of_version_1_are_read(plan):
+    """They know the output form only, and no input_rank."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    plan = compress(model, FixedPlanner({'1': 3}), [torch.rand(2, 4, 9, 9)])
+    data = json.loads(plan.dumps())
+    for entry in data['layers'].values():
+        assert entry.pop('input_rank') is None
+    assert CompressionPlan.from_dict(dict(data, version=1)) == plan
+
+
 # ----------------------------------------------------------------- refusals
 def test_newer_version_is_refused(plan, tmp_path):
-    data = dict(plan.to_dict(), version=2)
-    with pytest.raises(ValueError, match='version 2.*upgrade mmbasis'):
+    data = dict(plan.to_dict(), version=3)
+    with pytest.raises(ValueError, match='version 3.*upgrade mmbasis'):
         CompressionPlan.from_dict(data)
     path = tmp_path / 'plan.json'
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match='plan.json.*version 2'):
+    with pytest.raises(ValueError, match='plan.json.*version 3'):
         CompressionPlan.load(str(path))
 
 

@@ -113,12 +113,26 @@ def test_wrong_full_rank_is_our_failure(monkeypatch):
 
     def wrong(self, *args):
         project(self, *args)
-        self.coefficients.weight.data[0] *= 1.01
+        self.last.weight.data[0] *= 1.01
 
     monkeypatch.setattr(BasisLayer, 'project', wrong)
     result = check(entry_of(SMALL[0]))
     assert (result['status'], result['step']) == ('failed', 'full rank')
     assert result['cause'] == 'ours' and result['layer_error'] > 1e-4
+
+
+def test_wrong_input_basis_is_our_failure(monkeypatch):
+    project = BasisLayer.project
+
+    def wrong(self, *args):
+        project(self, *args)
+        if self.input_basis is not None:
+            self.input_basis.weight.data[0] *= 1.01
+
+    monkeypatch.setattr(BasisLayer, 'project', wrong)
+    result = check(entry_of(SMALL[0]))
+    assert (result['status'], result['step']) == ('failed',
+                                                  'full rank, both sides')
 
 
 def test_costlier_plan_is_our_failure(monkeypatch):

@@ -50,7 +50,7 @@ def read(path):
 
 def ranks(folder):
     return {
-        name: layer['rank']
+        name: (layer['rank'], layer['input_rank'])
         for name, layer in read(folder / 'plan.json')['layers'].items()
     }
 
@@ -114,7 +114,9 @@ def test_checkpoint_is_flat_and_readable_without_pickle(compressed):
                                                                     'c')
     for name, layer in plan['layers'].items():
         weight = checkpoint['state_dict'][f'{name}.basis.weight']
-        assert len(weight) == layer['rank']
+        rows, columns = layer['shape'][:2]
+        assert len(weight) == (layer['rank'] or rows)
+        assert weight.shape[1] == (layer['input_rank'] or columns)
         assert f'{name}.weight' not in checkpoint['state_dict']
     assert 'head.fc.weight' in checkpoint['state_dict']
 
@@ -134,11 +136,14 @@ def test_following_the_plan(workplace, compressed, tmp_path):
 
 
 def test_parameters_in_multiples(workplace, tmp_path):
-    result = workplace.run('--params', 0.4, '--round-to', 4, '--calib-batches',
+    result = workplace.run('--params', 0.4, '--round-to', 4, '--forms',
+                           'output', 'input', 'both', '--calib-batches',
                            1, '--work-dir', tmp_path, '--cfg-options',
                            'train_dataloader.batch_size=2')
     assert result.returncode == 0, result.stderr
-    assert all(rank % 4 == 0 for rank in ranks(tmp_path).values())
+    assert any(inputs for _, inputs in ranks(tmp_path).values())
+    given = [x for pair in ranks(tmp_path).values() for x in pair if x]
+    assert given and all(rank % 4 == 0 for rank in given)
     totals = read(tmp_path / 'report.json')['compressible']['params']
     assert totals['after'] <= 0.4 * totals['before']
 
@@ -297,6 +302,9 @@ def given(**kwargs):
         (given(args=['--macs', 1.5]), 'macs must be in (0, 1], but got 1.5'),
         (given(args=['--macs', 0.01]), 'macs=0.01 cannot be met'),
         (given(args=['--macs', 0.5, '--round-to', 0]), 'round_to must be'),
+        (given(args=['--latency', 0.5]), 'and --table (or --device) belong'),
+        (given(args=['--latency', 0.5, '--device', 'toaster']),
+         "no device model is named 'toaster'"),
         (given(args=['--plan', 'absent.json']), 'absent.json'),
         (newer_plan, 'newer.json: the plan has version 99'),
         (truncated_plan, 'truncated.json is not JSON'),

@@ -56,6 +56,9 @@ METHODS = {
     '+ metric of gradients': (dict(), PLAIN, ('sums', )),
     '+ shortcuts made up for': (dict(), PLAIN, ()),
     '+ automatic recalibration (default)': (dict(), {}, ()),
+    'default, forms output and input':
+    (dict(forms=['output', 'input']), {}, ()),
+    'default, all forms': (dict(forms=['output', 'input', 'both']), {}, ()),
 }
 
 
@@ -115,7 +118,7 @@ def parse_args() -> argparse.Namespace:
         '--budgets',
         nargs='+',
         type=float,
-        default=[.25, .359, .5, .6],
+        default=[.15, .25, .359, .5, .6],
         help='fractions of the MACs of all convolutions')
     parser.add_argument(
         '--methods', nargs='+', choices=list(METHODS), default=list(METHODS))

@@ -190,9 +190,10 @@ def main() -> None:
         table=table.target['path'],
         round_to=args.round_to)
     macs = kept(chosen['latency'])
-    chosen['macs'] = plans.make(type='BudgetPlanner', macs=macs)
-    chosen['macs, rounded'] = plans.make(
-        type='BudgetPlanner', macs=macs, round_to=args.round_to)
+    # the table knows the output form only
+    by_macs = dict(type='BudgetPlanner', macs=macs, forms=['output'])
+    chosen['macs'] = plans.make(**by_macs)
+    chosen['macs, rounded'] = plans.make(**by_macs, round_to=args.round_to)
     chosen['paper'] = plans.energy_at(macs)
     paths = {}
     for name, plan in chosen.items():

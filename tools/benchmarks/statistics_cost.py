@@ -3,9 +3,10 @@
 
 ResNet-50, 224x224, random weights and images. Times, in one run and
 interleaved: the bare forward passes; ours (moments of outputs or of
-pointwise inputs, eigendecompositions, bases and coefficients of all layers);
-input-side second moments with a whitened SVD (unfolded inputs, Cholesky, SVD),
-as SVD-LLM and BALF do. Then, once, everything that ``mmbasis.compress`` does
+pointwise inputs and, with --forms, of input channels, eigendecompositions,
+bases and coefficients of all layers); input-side second moments with a
+whitened SVD (unfolded inputs, Cholesky, SVD), as SVD-LLM and BALF do. Then,
+once, everything that ``mmbasis.compress`` does
 by default: statistics, gradients, plan and sequential reconstruction.
 
     python tools/benchmarks/statistics_cost.py --out statistics_cost.json
@@ -27,6 +28,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmbasis.compression import Recipe, analyze, compress, make_plan
 from mmbasis.layers import BasisLayer
 from mmbasis.planning import BudgetPlanner, find_layers
+from mmbasis.planning.budget import FORMS
 from mmbasis.planning.statistics import LayerRecorder
 from mmbasis.running import evaluation
 from mmbasis.utils.io import write_atomically
@@ -92,30 +94,39 @@ class InputSide:
         return sum(m.numel() * m.element_size() for m in self.moments.values())
 
 
-def ours(model, batches) -> None:
+def ours(model, batches, forms) -> None:
     """Statistics, plan and factors, as :func:`mmbasis.compress` does."""
-    recipe = Recipe.of(planner=BudgetPlanner(macs=.5, loss_aware=False))
+    planner = BudgetPlanner(macs=.5, forms=forms, loss_aware=False)
+    recipe = Recipe.of(planner=planner)
     analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
     for layer in analysis.layers:
         if layer.name in plan.layers:
             entry = plan.layers[layer.name]
             known = analysis.statistics[layer.name]
-            basis = BasisLayer(layer.module, entry.rank, bias=True)
-            basis.project(layer.module, known.spectrum.vectors, known.mean)
+            basis = BasisLayer(
+                layer.module,
+                entry.rank,
+                bias=True,
+                input_rank=entry.input_rank)
+            basis.project(layer.module, known.spectrum.vectors, known.mean,
+                          known.inputs)
 
 
-def everything(model, batches) -> None:
+def everything(model, batches, forms) -> None:
     """The whole compression, on a copy."""
-    compress(copy.deepcopy(model), BudgetPlanner(macs=.5), batches)
+    planner = BudgetPlanner(macs=.5, forms=forms)
+    compress(copy.deepcopy(model), planner, batches)
 
 
-def our_bytes(model) -> int:
+def our_bytes(model, forms) -> int:
     """Memory of the moments alone."""
     layers = [x for x in find_layers(model) if x.obstacle is None]
-    with LayerRecorder(layers, layers) as recorder:
-        return sum(m.numel() * m.element_size()
-                   for m in recorder.moments.values())
+    two_sided = set(forms) != {'output'}
+    narrowable = [x for x in layers if two_sided and x.narrowable]
+    with LayerRecorder(layers, layers, narrowable) as recorder:
+        moments = *recorder.moments.values(), *recorder.inputs.values()
+        return sum(m.numel() * m.element_size() for m in moments)
 
 
 def timed(function, *args) -> float:
@@ -139,6 +150,8 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=64)
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument(
+        '--forms', nargs='+', choices=FORMS, default=['output'])
     parser.add_argument('--out', help='JSON to write')
     args = parser.parse_args()
     model = build()
@@ -157,12 +170,12 @@ def main() -> None:
     input_bytes = 0
     for _ in range(args.repeats):
         times['forward'].append(timed(forward))
-        times['ours'].append(timed(ours, model, batches))
+        times['ours'].append(timed(ours, model, batches, args.forms))
         peak_ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         input_bytes = input_side(model, batches)
         times['input side'].append(time.perf_counter() - start)
-    times['everything'] = [timed(everything, model, batches)]
+    times['everything'] = [timed(everything, model, batches, args.forms)]
     peak_everything = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = {k: median(v) for k, v in times.items()}
     result = dict(
@@ -171,12 +184,14 @@ def main() -> None:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         images=args.images,
+        forms=args.forms,
         seconds=times,
         median_seconds=seconds,
         speed_up_over_input_side=seconds['input side'] / seconds['ours'],
         ours_over_forward=seconds['ours'] / seconds['forward'],
         statistics_mb=dict(
-            ours=our_bytes(model) / 2**20, input_side=input_bytes / 2**20),
+            ours=our_bytes(model, args.forms) / 2**20,
+            input_side=input_bytes / 2**20),
         peak_rss_mb=dict(
             ours=peak_ours / 2**10, everything=peak_everything / 2**10))
     text = json.dumps(result, indent=2)

@@ -10,7 +10,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from types import MethodType
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -35,9 +35,13 @@ from mmbasis.planning import (
     Analysis,
     BudgetPlanner,
     CompressionPlan,
+    Costs,
     FixedPlanner,
     Form,
+    Ranks,
 )
+from mmbasis.planning.budget import FORMS
+from mmbasis.planning.planners import Choice, Decided
 from mmbasis.running import adapter_of
 
 from .compare import (
@@ -58,10 +62,25 @@ TOLERANCE = 1e-4
 #: parameters above which there is no room for a model in float64
 LARGE = 2.5e8
 MODES = ('tensor', 'predict', 'loss')
+#: facts of a comparison at full rank
+COMPARED = ('full_rank_error', 'precision', 'compared', 'layer_error')
 
 
 class CatalogueError(RuntimeError):
     """The dense model does not work either."""
+
+
+class BothSides(FixedPlanner):
+    """Full rank, with a basis of the inputs, too, where one could save
+    anything."""
+    forms = FORMS
+
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
+        layers = [x.layer for x in free]
+        return [
+            Ranks(x.full_rank, x.in_channels if x.narrowable else None)
+            for x in layers
+        ]
 
 
 class Checked:
@@ -109,13 +128,19 @@ class Checked:
         self._step('dense')
         self._find_size()
         self._step('analysis')
-        recipe = Recipe.of(
-            planner=FixedPlanner({'.*': 'full'},
-                                 allow_costlier=True,
-                                 prediction_layers=True))
-        analysis = analyze(self.model, recipe, [self.data])
+        one_side, both_sides = (
+            Recipe.of(
+                planner=planner({'.*': 'full'},
+                                allow_costlier=True,
+                                prediction_layers=True))
+            for planner in (FixedPlanner, BothSides))
+        analysis = analyze(self.model, both_sides, [self.data])
         self._step('full rank')
-        self._full_rank(make_plan(recipe, analysis), analysis)
+        self._full_rank(make_plan(one_side, analysis), analysis)
+        plan = make_plan(both_sides, analysis)
+        if any(x.form == 'both' for x in plan.layers.values()):
+            self._step('full rank, both sides')
+            self._keep_worse(lambda: self._full_rank(plan, analysis))
         self._step('half')
         plan = self._half(analysis)
         self._step('round trip')
@@ -257,6 +282,13 @@ class Checked:
         if error > TOLERANCE or self.facts['modes'] == ['loss']:
             self._compare_layers(model)
 
+    def _keep_worse(self, compare: Callable[[], None]) -> None:
+        """Compare once more: the facts are those of the larger error."""
+        before = dict(self.facts)
+        compare()
+        if before['full_rank_error'] > self.facts['full_rank_error']:
+            self.facts.update({k: before[k] for k in COMPARED if k in before})
+
     def _dense_outputs(self, data: Any,
                        dtype: torch.dtype) -> Optional[List[Any]]:
         """Of the dense model; None if its operators know float32 only."""
@@ -322,7 +354,9 @@ class Checked:
             # some data is of another kind in training (Soft Teacher)
             recipe = Recipe.of(
                 planner=BudgetPlanner(
-                    macs=.5, loss_aware='loss' in self.facts['modes']))
+                    macs=.5,
+                    forms=FORMS,
+                    loss_aware='loss' in self.facts['modes']))
             plan = run_recipe(self.model, recipe, [self.data], [])[0]
         else:
             plan = self._compress(analyzed)
@@ -345,7 +379,7 @@ class Checked:
 
     def _compress(self, analyzed: Analysis) -> CompressionPlan:
         """To half, by the analysis that was made for full rank."""
-        planner = BudgetPlanner(macs=.5, loss_aware=False)
+        planner = BudgetPlanner(macs=.5, forms=FORMS, loss_aware=False)
         layers = analyzed.layers
         targets = find_targets(adapter_of(self.model), layers, self.data)
         selection = planner.select(layers, targets).without(

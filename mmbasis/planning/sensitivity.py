@@ -1,0 +1,166 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""What errors in the outputs and inputs of layers matter to the loss."""
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from mmengine.dist import all_reduce
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from .. import running
+from ..factorization import spectrum_of_input
+from ..layers import observe
+from . import samples as sampling
+from .layers import Layer
+from .statistics import Analysis, LayerStatistics, weight_matrix
+
+#: Of layers with more output channels than this, and fewer inputs, gradients
+#: are looked at along the directions of the spectrum only, in which all
+#: outputs lie: a moment of 32768 channels takes 8 GB.
+MAX_ROWS = 2048
+
+
+class _Gradients:
+    """Second moment ``G = E[g g^T]`` of the loss' gradients at an output."""
+
+    def __init__(self, layer: Layer, known: LayerStatistics) -> None:
+        assert known.spectrum is not None
+        self.layer, self.known, self.spectrum = layer, known, known.spectrum
+        groups, rows, in_size = layer.matrix_shape
+        self.is_wide = rows > max(MAX_ROWS, in_size)
+        size = in_size if self.is_wide else rows
+        zeros = self.spectrum.values.new_zeros
+        self.moment, self.count = zeros((groups, size, size)), zeros(())
+        #: the same at the input
+        self.inputs = None if known.inputs is None else zeros(
+            (groups, layer.in_channels, layer.in_channels))
+
+    def watch_input(self, module: nn.Module, args: tuple) -> Optional[tuple]:
+        """Called before the layer runs."""
+        if self.inputs is None or not (torch.is_grad_enabled() and args
+                                       and args[0].requires_grad):
+            return None
+        # the gradient of this use of the tensor alone
+        x = args[0].view_as(args[0])
+        x.register_hook(self._add_input)
+        return (x, *args[1:])
+
+    def _add_input(self, gradient: Tensor) -> None:
+        samples = sampling.output_samples(self.layer, gradient)
+        assert self.inputs is not None
+        self.inputs += _products(samples)
+
+    def watch(self, module: nn.Module, args: tuple, kwargs: dict,
+              output: Tensor) -> Optional[Tensor]:
+        """Hook on the forward pass of the layer."""
+        if not torch.is_grad_enabled():
+            return None  # checkpointing runs it again with gradients
+        if not output.requires_grad:
+            # of a constant, queries for example; in-place layers may not
+            # change a leaf
+            output = output.requires_grad_() + 0
+        output.register_hook(self._add)
+        return output
+
+    def _add(self, gradient: Tensor) -> None:
+        samples = sampling.output_samples(self.layer, gradient)
+        if self.is_wide:
+            samples = self.spectrum.vectors.to(samples).mT @ samples
+        self.moment += _products(samples)
+        self.count += samples.shape[-1]
+
+    def finish(self) -> LayerStatistics:
+        """Sum over processes: with a sensitivity if a gradient came."""
+        all_reduce(self.moment)
+        all_reduce(self.count)
+        if self.inputs is not None:
+            all_reduce(self.inputs)
+        # none came (no_grad, detach), or nothing but zeros or NaN
+        if not (self.moment.any() and self.moment.isfinite().all()):
+            return self.known
+        gradient, vectors = self.moment.div_(self.count), self.spectrum.vectors
+        if self.is_wide:
+            along = gradient.diagonal(dim1=-2, dim2=-1)
+        else:
+            along = (vectors * (gradient @ vectors)).sum(-2)
+        # positions add up: an error stands at each of them
+        sensitivity = (self.spectrum.values *
+                       along).sum(0) * self.known.out_positions
+        known = replace(
+            self.known, gradient=gradient, sensitivity=sensitivity)
+        if self.inputs is not None and (self.inputs.any()
+                                        and self.inputs.isfinite().all()):
+            known = replace(known, inputs=spectrum_of_input(
+                weight_matrix(self.layer), self.layer.in_channels,
+                known.input_covariance, self.inputs))
+        return known
+
+
+def _products(samples: Tensor) -> Tensor:
+    """``sum g g^T``, float64: squares of vanishing gradients are too small for
+    float32."""
+    size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    samples = samples / size
+    return (samples @ samples.mT).double() * size.double()**2
+
+
+def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
+                        batches: Sequence[Any]) -> Analysis:
+    """Measure what the loss makes of errors in the chosen layers.
+
+    To second order, dropping direction ``u_i`` of an output ``y`` changes
+    the loss by half of ``E[(u_i^T (y - mean))^2 (u_i^T g)^2]``, which is
+    taken as the product of the two expectations and summed over positions.
+
+    Args:
+        adapter (Adapter): Runs the dense model.
+        analysis (Analysis): With spectra.
+        batches (Sequence): Batches with annotations, as in training.
+
+    Returns:
+        Analysis: With ``gradient`` and ``sensitivity`` of each chosen layer
+        that a gradient reached; others stay unknown.
+
+    Raises:
+        UnknownLossError: If the model has no loss that is known.
+    """
+    model = adapter.model
+    gradients = [_Gradients(x, analysis.statistics[x.name])
+                 for x in analysis.selection.chosen]
+    with ExitStack() as stack:
+        stack.enter_context(running.undisturbed(model))
+        stack.enter_context(running.evaluation(model))
+        for x in gradients:
+            watch = observe(x.layer.module, x.watch, x.watch_input)
+            stack.callback(watch.remove)
+        _backward(adapter, batches)
+    found = {x.layer.name: x.finish() for x in gradients}
+    unknown = [name for name, x in found.items() if x.sensitivity is None]
+    if unknown:
+        MMLogger.get_current_instance().warning(
+            'No gradient (or only zeros or NaN) reached %d of %d layers '
+            '(%s): what they are worth to the loss is unknown, and their '
+            'energy counts instead', len(unknown), len(found),
+            ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
+    return replace(analysis, statistics={**analysis.statistics, **found})
+
+
+def _backward(adapter: running.Adapter, batches: Sequence[Any]) -> None:
+    """Take the gradients of the loss on each batch."""
+    is_classifier = adapter.logits(batches[0]) is not None
+    if not is_classifier:
+        running.train_deterministically(adapter.model)
+    for index, data in enumerate(batches):
+        # detectors draw among proposals, and queries to denoise
+        torch.manual_seed(index)
+        with torch.enable_grad():
+            # layers behind frozen ones must get their gradients, too
+            inputs = adapter.prepare(data, gradients=True)
+            loss = running.fisher_loss(adapter, inputs, index, is_classifier)
+            if loss.requires_grad:
+                loss.backward()
+        MMLogger.get_current_instance().info('Sensitivity: batch %d/%d',
+                                             index + 1, len(batches))
