@@ -43,7 +43,8 @@ BATCH = 64
 LOCAL = dict(reconstruction='local', recalibration=False)
 PLAIN = dict(recalibration=False)
 #: name: (planner, how to compress, ingredients of reconstruction that are
-#: switched off). From the third on each adds one thing to the one before.
+#: switched off). From the third to the default each adds one thing to the one
+#: before.
 METHODS = {
     'the paper: weights, equal energy': (dict(data_aware=False,
                                               equal=True), LOCAL, ()),

@@ -327,7 +327,7 @@ def report(rows: List[dict], built: int, out: str) -> None:
         f'names of revision {REVISION}.', '',
         f'- Of {built} models of the catalogue that can be built, '
         f'{len(rows)} were looked at: of each family first one, then the '
-        f'next, those with fewer than 300 M parameters. {losses} by their '
+        f'next, smaller ones first. {losses} by their '
         f'losses, {len(rows) - losses} by their outputs, where a loss is '
         f'missing. {len(failed)} could not be built here or run: packages '
         'are missing (see the JSON file)',
