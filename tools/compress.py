@@ -65,16 +65,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--forms',
         nargs='+',
-        default=['output'],
         choices=['output', 'input', 'both'],
-        help='what layers may become (default: output); not with --energy')
+        help='what layers may become (default: all; output with --table); not '
+        'with --energy')
     parser.add_argument(
         '--calib-batches',
         type=int,
         default=8,
         help='batches of the training loader for the statistics (default 8)')
     parser.add_argument(
-        '--round-to', type=int, default=1, help='ranks are multiples of this')
+        '--round-to',
+        type=int,
+        help='ranks are multiples of this (default: 8 where a side has 64 '
+        'channels or more, else 1; with --energy 1)')
     parser.add_argument(
         '--reconstruction',
         choices=['local', 'sequential'],

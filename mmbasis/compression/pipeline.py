@@ -14,7 +14,7 @@ from .. import planning, running
 from ..layers import copy_module
 from ..planning import Analysis, CompressionPlan, Layer, Selection
 from ..quirks import two_copies
-from .recalibration import output_error, recalibrate, recalibrate_if_better
+from .recalibration import output_errors, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
@@ -198,7 +198,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         if choose:
             recalibrate_if_better(
                 model, batches,
-                lambda: output_error(model, reference, held_out))
+                lambda: output_errors(model, reference, held_out))
         if recipe.recalibration is True:
             recalibrate(model, batches)
     log_plan(plan)

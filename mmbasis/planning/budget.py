@@ -81,16 +81,17 @@ class BudgetPlanner(BasePlanner):
         device (str, optional): A model of a device instead of a table, such as
             ``'xavier-fp16'``: see :mod:`mmbasis.planning.devices`. A layer
             that would not be faster stays dense.
-        forms (Sequence[str]): What a layer may become: ``'output'`` (basis
-            filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1 basis
-            of the input channels in front), ``'both'``. Defaults to the first;
-            all of them lose less at the same MACs. A latency table knows the
-            first only.
+        forms (Sequence[str], optional): What a layer may become: ``'output'``
+            (basis filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1
+            basis of the input channels in front), ``'both'``. Defaults to all
+            of them where data are looked at; a latency table, and a planner
+            without data, know the first only.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
         **kwargs: See :class:`BasePlanner`.
     """
+    ALIGNED = True
     why_dense = 'worth more dense than what it costs'
 
     def __init__(self,
@@ -99,7 +100,7 @@ class BudgetPlanner(BasePlanner):
                  latency: float | None = None,
                  table: str | dict | None = None,
                  device: str | None = None,
-                 forms: Sequence[str] = ('output', ),
+                 forms: Sequence[str] | None = None,
                  loss_aware: bool | None = None,
                  **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -123,6 +124,9 @@ class BudgetPlanner(BasePlanner):
         if table is not None:
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
+        if forms is None:
+            knows_all = self.cost.knows_inputs and self.data_aware
+            forms = FORMS if knows_all else FORMS[:1]
         if isinstance(forms, str) or not set(forms) <= set(FORMS) or (
                 not forms):
             raise ValueError('BudgetPlanner: forms is a list of '
@@ -131,6 +135,13 @@ class BudgetPlanner(BasePlanner):
         if self.forms != ('output', ) and not self.cost.knows_inputs:
             raise ValueError('BudgetPlanner: a latency table knows the output '
                              f'form only, but got forms={forms!r}')
+
+    def _can_pay(self, costs: Costs) -> bool:
+        nothing = np.zeros(costs.layer.full_rank + 1)
+        return super()._can_pay(costs) or any(
+            self.cost.pays(costs, ranks).any()
+            for form, (ranks, lost) in self._forms(costs, nothing).items()
+            if form in self.forms and len(lost))
 
     def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
@@ -192,9 +203,10 @@ class BudgetPlanner(BasePlanner):
         return forms
 
     def _grid(self, size: int) -> np.ndarray:
-        """Ranks up to a size, at most ``GRID`` of them, of which each is a
-        multiple of ``round_to``."""
-        step = self.round_to * -(-size // (GRID * self.round_to))
+        """Ranks up to a size, at most ``GRID`` of them, each a multiple of
+        :meth:`step`."""
+        step = self.step(size)
+        step *= -(-size // (GRID * step))
         return np.arange(step, size + 1, step)
 
 
