@@ -28,6 +28,7 @@ from operator import add
 from typing import Dict, Iterable, Optional, Tuple, Union
 
 import numpy as np
+import torch
 
 Number = Union[int, float, np.ndarray]
 
@@ -61,8 +62,9 @@ class Kernel:
         window (int): Weights for a pair of channels, 9 for 3x3; 0 for a
             kernel without weights (activation, pooling).
         groups (int): Groups of channels. Defaults to 1.
-        transposed (bool): Whether it is a transposed convolution, whose
-            weights are applied where it reads. Defaults to False.
+        weight_positions (float, optional): How often its weights are applied,
+            as a transposed convolution does where it reads. Defaults to
+            ``write_positions``.
     """
     inputs: Number
     outputs: Number
@@ -70,7 +72,7 @@ class Kernel:
     write_positions: float
     window: int = 1
     groups: int = 1
-    transposed: bool = False
+    weight_positions: Optional[float] = None
 
     @property
     def weights(self) -> Number:
@@ -81,7 +83,8 @@ class Kernel:
     def macs(self) -> Number:
         """Multiply-accumulates."""
         return self.weights * (
-            self.read_positions if self.transposed else self.write_positions)
+            self.write_positions
+            if self.weight_positions is None else self.weight_positions)
 
     @property
     def read(self) -> Number:
@@ -96,7 +99,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A dense layer, as far as time depends on it.
+    """A dense layer, as far as its MACs and its time depend on it.
 
     Args:
         in_channels (int): Input channels, of all groups.
@@ -106,8 +109,11 @@ class Convolution:
             images may differ.
         out_positions (float): The same at its output.
         groups (int): Groups of channels. Defaults to 1.
-        batch (int): Images at once. Defaults to 1.
-        transposed (bool): A transposed convolution. Defaults to False.
+        batch (float): Images at once; a fraction is one of several calls for
+            an image. Defaults to 1.
+        weight_positions (float, optional): How often the weights are applied
+            for an image, as at the input of a transposed convolution. Defaults
+            to ``out_positions``.
     """
     in_channels: int
     out_channels: int
@@ -115,12 +121,12 @@ class Convolution:
     in_positions: float
     out_positions: float
     groups: int = 1
-    batch: int = 1
-    transposed: bool = False
+    batch: float = 1
+    weight_positions: Optional[float] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != 'transposed' and value <= 0:
+            if value is not None and value <= 0:
                 raise ValueError(f'{name} must be positive, got {value}')
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
@@ -159,11 +165,17 @@ class Convolution:
             inputs = input_rank
         kernels.append(
             Kernel(inputs, outputs if rank is None else rank, before, after,
-                   self.window, self.groups, self.transposed))
+                   self.window, self.groups, self._at_weights))
         if rank is not None:
             kernels.append(
                 Kernel(rank, outputs, after, after, 1, self.groups))
         return tuple(kernels)
+
+    @property
+    def _at_weights(self) -> Optional[float]:
+        if self.weight_positions is None:
+            return None
+        return self.batch * self.weight_positions
 
 
 @dataclass(frozen=True)
@@ -260,13 +272,13 @@ class Device:
             channels > self.alignment, channels % self.alignment != 0)
 
 
-def _ranks(ranks: Optional[Number]) -> Optional[np.ndarray]:
-    """In 64 bits: in 32, the MACs of a grid overflow."""
+def _ranks(ranks: Optional[Number]) -> Optional[Number]:
+    """Arrays in 64 bits: in 32, the MACs of a grid overflow."""
     if ranks is None:
         return None
-    wide = np.asarray(ranks, dtype=np.int64)
-    if (wide < 1).any():
-        raise ValueError(f'ranks must be at least 1, got {wide.min()}')
+    wide = ranks if isinstance(ranks, int) else np.asarray(ranks, np.int64)
+    if np.less(wide, 1).any():
+        raise ValueError(f'ranks must be at least 1, got {np.min(wide)}')
     return wide
 
 
@@ -329,3 +341,21 @@ def device(name: str) -> Device:
         raise ValueError(
             f'no device model is named {name!r}; there are: '
             + ', '.join(DEVICES)) from None
+
+
+def device_at_hand() -> Optional[Device]:
+    """The preset of the machine that this runs on.
+
+    Returns:
+        Device | None: ``'cpu'`` without CUDA. Else the first preset with the
+        name and the number of processors of PyTorch's current GPU; None if
+        there is none.
+    """
+    if not torch.cuda.is_available():
+        return DEVICES['cpu']
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    name = found.name.lower().replace(' ', '')
+    # a Jetson's name is that of its family only: 'Xavier', 'Orin'
+    return next(
+        (x for x in _PRESETS if x.name.split('-')[0] in name
+         and x.processors == found.multi_processor_count), None)

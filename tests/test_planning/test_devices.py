@@ -58,7 +58,13 @@ def built(layer, rank=None, input_rank=None, stride=2, transposed=False):
 def test_kernels_are_those_of_the_modules(form, groups, transposed):
     after = 12**2 if transposed else 3**2
     layer = Convolution(
-        128, 64, 9, 6**2, after, groups, transposed=transposed)
+        128,
+        64,
+        9,
+        6**2,
+        after,
+        groups,
+        weight_positions=6**2 if transposed else None)
     model = built(layer, **FORMS[form], transposed=transposed)
     image = torch.rand(1, 128, 6, 6)
     kernels = layer.kernels(**FORMS[form])
