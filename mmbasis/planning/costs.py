@@ -90,7 +90,7 @@ class Costs:
         return Convolution(
             groups * layer.in_channels, groups * rows, layer.window,
             known.in_positions, known.out_positions, groups,
-            weight_positions=known.weight_positions)
+            weight_positions=known.weight_positions, adds=known.adds)
 
     def _kernels(self, ranks: int | Ranks | None) -> tuple[Kernel, ...]:
         return self.convolution.kernels(*(Ranks.of(ranks) or Ranks()))

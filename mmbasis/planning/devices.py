@@ -5,8 +5,13 @@ A roofline: a kernel takes the longer of its arithmetic and its memory traffic,
 and its launch on top. Numbers may be arrays that broadcast: one call times a
 whole grid of ranks. It is not a measurement. What it assumes:
 
-- A convolution, its bias, BatchNorm, activation and the sum of a shortcut are
-  one kernel. What all forms share, as reading the shortcut, is left out.
+- A convolution, its bias, BatchNorm, activation and the sum with a shortcut
+  are one kernel, which reads the shortcut, too. In a form these are its last
+  kernel's: nothing stands between its parts. All else in a network (pooling,
+  activations elsewhere, heads' arithmetic) takes as long as before and is left
+  out, so a network gains less than its layers do.
+- Each kernel of a form reads what the one before wrote: behind an input basis,
+  the k x k one reads its few channels, and so on.
 - Channels fill whole blocks: outputs are computed in multiples of
   ``Device.tile``, inputs in multiples of ``Device.alignment``. Grouped
   convolutions have kernels of their own, with blocks of ``alignment``;
@@ -22,7 +27,7 @@ whole grid of ranks. It is not a measurement. What it assumes:
 - 3x3 convolutions of stride 1 need ``Device.winograd`` times less arithmetic,
   1x1 parts of a form never do: there, half the MACs are not half the time.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Dict, Iterable, Optional, Tuple, Union
@@ -65,6 +70,8 @@ class Kernel:
         weight_positions (float, optional): How often its weights are applied,
             as a transposed convolution does where it reads. Defaults to
             ``write_positions``.
+        adds (bool): Whether it adds a tensor as large as its output, which it
+            reads: a shortcut. Defaults to False.
     """
     inputs: Number
     outputs: Number
@@ -73,6 +80,7 @@ class Kernel:
     window: int = 1
     groups: int = 1
     weight_positions: Optional[float] = None
+    adds: bool = False
 
     @property
     def weights(self) -> Number:
@@ -114,6 +122,8 @@ class Convolution:
         weight_positions (float, optional): How often the weights are applied
             for an image, as at the input of a transposed convolution. Defaults
             to ``out_positions``.
+        adds (bool): Whether a shortcut is added to its output. Defaults to
+            False.
     """
     in_channels: int
     out_channels: int
@@ -123,10 +133,11 @@ class Convolution:
     groups: int = 1
     batch: float = 1
     weight_positions: Optional[float] = None
+    adds: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value <= 0:
+            if name != 'adds' and value is not None and value <= 0:
                 raise ValueError(f'{name} must be positive, got {value}')
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
@@ -169,6 +180,7 @@ class Convolution:
         if rank is not None:
             kernels.append(
                 Kernel(rank, outputs, after, after, 1, self.groups))
+        kernels[-1] = replace(kernels[-1], adds=self.adds)
         return tuple(kernels)
 
     @property
@@ -224,7 +236,7 @@ class Device:
         """Seconds of one kernel, its launch included."""
         moved = (
             kernel.weights * self.number_bytes + self._moved(kernel.read)
-            + self._moved(kernel.written))
+            + self._moved(kernel.written) * (1 + kernel.adds))
         seconds = np.maximum(
             self._arithmetic(kernel), moved / (self.bandwidth * MEMORY))
         return seconds + self.launch + self._copy(kernel)

@@ -85,6 +85,23 @@ def test_a_batch_multiplies_all_but_weights():
             b.macs, b.read, b.written, b.weights)
 
 
+@pytest.mark.parametrize('form', FORMS)
+def test_a_shortcut_is_read_by_the_last_kernel(form):
+    target = dataclasses.replace(device('t4-fp16'), peak=float('inf'))
+    one, other = (conv3x3(adds=adds).kernels(**FORMS[form])
+                  for adds in (False, True))
+    assert one[:-1] == other[:-1]
+    assert [x.macs for x in one] == [x.macs for x in other]
+    moved = target._moved(one[-1].written) / (.7 * target.bandwidth)
+    assert target.time(other) - target.time(one) == pytest.approx(moved)
+
+
+def test_an_input_basis_saves_reading():
+    basis, conv = conv3x3(256, 14).kernels(None, 24)
+    assert basis.written == conv.read == 24 * 14**2
+    assert conv.read < conv3x3(256, 14).kernels()[0].read
+
+
 @pytest.mark.parametrize('name', DEVICES)
 @pytest.mark.parametrize('groups', [1, 4])
 def test_a_grid_of_ranks_is_its_single_ranks(name, groups):
