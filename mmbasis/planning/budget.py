@@ -137,14 +137,6 @@ class BudgetPlanner(BasePlanner):
             raise ValueError('BudgetPlanner: a latency table knows the output '
                              f'form only, but got forms={forms!r}')
 
-    def plan(self,
-             analysis: Analysis,
-             form: Form = Costs.form) -> CompressionPlan:
-        plan = super().plan(analysis, form)
-        if self.metric != 'latency':
-            warn_if_slower(plan, self.metric, self.budget)
-        return plan
-
     def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
@@ -157,6 +149,14 @@ class BudgetPlanner(BasePlanner):
             raise ValueError(f'BudgetPlanner: {self.metric}={self.budget:g} '
                              f'cannot be met: {error}') from None
         return [ranks[index] for (*_, ranks), index in zip(tables, chosen)]
+
+    def plan(self,
+             analysis: Analysis,
+             form: Form = Costs.form) -> CompressionPlan:
+        plan = super().plan(analysis, form)
+        if self.metric != 'latency':
+            warn_if_slower(plan, self.metric, self.budget)
+        return plan
 
     def _options(
         self, x: Costs, sensitivity: np.ndarray

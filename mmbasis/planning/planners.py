@@ -193,9 +193,9 @@ class BasePlanner(ABC):
             return None, 'dense by override'
         if override is not None:
             rank = check_rank(costs.layer, override)
-            if self.cost.pays(costs, rank):
-                return Ranks(rank), ''
-            return None, self.cost.why_not_at(costs, rank)
+            past = self.cost.why_not_at(costs, rank)
+            pays = self.cost.pays(costs, rank)
+            return (Ranks(rank), '') if pays else (None, past)
         if not costs.ranks and self.forms == ('output', ):
             return None, self.cost.why_not(costs, self.round_to)
         return None
