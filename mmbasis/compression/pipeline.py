@@ -224,8 +224,8 @@ def bases_of(analysis: Analysis) -> dict:
 
 
 def log_plan(plan: CompressionPlan) -> None:
-    """Log what a plan saves, by MACs and by predicted time, and why layers stay
-    dense."""
+    """Log what a plan saves, in MACs and in predicted time, and why layers
+    stay dense."""
     logger = MMLogger.get_current_instance()
     for name, entry in plan.dense.items():
         logger.info('Layer %s stays dense: %s', name, entry.reason)

@@ -137,11 +137,11 @@ def _run_layers(raw: RawOutputs, shape: Sequence[int]) -> Dict[str, tuple]:
     def look(layer: Layer, module: nn.Module, args: tuple, kwargs: dict,
              y: torch.Tensor) -> None:
         size = tuple(args[0].shape)
-        groups, rows, _ = layer.matrix_shape
+        blocks, rows, _ = layer.matrix_shape
         known = LayerStatistics(
             layer.known_kind.weight_positions(module, args[0], y),
-            y.numel() // (groups * rows),
-            in_positions=args[0].numel() // (groups * layer.in_channels))
+            y.numel() // (blocks * rows),
+            in_positions=args[0].numel() // (blocks * layer.in_channels))
         group = f'{_geometry(module)}/{"x".join(map(str, size))}'
         _, _, uses = groups.setdefault(
             group, (Costs(layer, known), size, Counter()))

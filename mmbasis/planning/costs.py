@@ -78,8 +78,9 @@ class Costs:
     def is_measured(self) -> bool:
         """Whether its time is known: its kind, and where it ran."""
         known = self.statistics
-        return self.layer.kind is not None and 0 < min(
-            known.in_positions, known.out_positions, known.weight_positions)
+        smallest = min(known.in_positions, known.out_positions,
+                       known.weight_positions)
+        return self.layer.kind is not None and smallest > 0
 
     @cached_property
     def convolution(self) -> Convolution:
