@@ -140,6 +140,11 @@ def print_report(report: dict) -> None:
         before, after = (report[key][k] for k in ('before', 'after'))
         table.add_row(key, f'{before / 1e6:.3f} M', f'{after / 1e6:.3f} M',
                       f'{after / before:.2%}' if before else '')
+    table.add_section()
+    for device, time in report['predicted_ms'].items():
+        before, after = time['before'], time['after']
+        table.add_row(f'predicted, {device}', f'{before:.3f} ms',
+                      f'{after:.3f} ms', f'{after / before:.2%}')
     Console().print(table)
 
 
@@ -173,6 +178,7 @@ def main() -> None:
         uncounted=after['uncounted'],
         compressible=plan.totals(),
         conv_macs=plan.totals(convs_only=True)['macs'],
+        predicted_ms=plan.predicted_ms,
         **{
             key: dict(before=before[key], after=after[key])
             for key in ('macs', 'params')

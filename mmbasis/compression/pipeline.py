@@ -224,7 +224,8 @@ def bases_of(analysis: Analysis) -> dict:
 
 
 def log_plan(plan: CompressionPlan) -> None:
-    """Log what a plan saves, and why layers stay dense."""
+    """Log what a plan saves, in MACs and in predicted time, and why layers
+    stay dense."""
     logger = MMLogger.get_current_instance()
     for name, entry in plan.dense.items():
         logger.info('Layer %s stays dense: %s', name, entry.reason)
@@ -233,3 +234,8 @@ def log_plan(plan: CompressionPlan) -> None:
              for key, x in plan.totals().items()]
     logger.info('Compressed %d of %d layers: %s', len(plan.layers),
                 len(plan.layers) + len(plan.dense), ', '.join(saved))
+    times = [f'{name} {x["after"] / x["before"]:.2f}x'
+             for name, x in plan.predicted_ms.items()]
+    if times:
+        logger.info('Predicted time of the layers, of dense: %s',
+                    ', '.join(times))

@@ -6,10 +6,15 @@ import heapq
 from typing import Any, Sequence
 
 import numpy as np
+from mmengine.logging import MMLogger
 
 from ..registry import PLANNERS
-from .costs import Cost, Costs, DeviceCost, LatencyTable, Ranks
+from .costs import Cost, Costs, DeviceCost, Form, Ranks
+from .devices import device_at_hand
+from .latency_table import LatencyTable
+from .plan import CompressionPlan
 from .planners import BasePlanner, Choice, Decided, check_fraction
+from .statistics import Analysis
 
 #: what a layer may become
 FORMS = ('output', 'input', 'both')
@@ -156,6 +161,14 @@ class BudgetPlanner(BasePlanner):
                              f'cannot be met: {error}') from None
         return [ranks[index] for (*_, ranks), index in zip(tables, chosen)]
 
+    def plan(self,
+             analysis: Analysis,
+             form: Form = Costs.form) -> CompressionPlan:
+        plan = super().plan(analysis, form)
+        if self.metric != 'latency':
+            warn_if_slower(plan, self.metric, self.budget)
+        return plan
+
     def _options(
         self, x: Costs, sensitivity: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, list[Ranks | None]]:
@@ -208,6 +221,21 @@ class BudgetPlanner(BasePlanner):
         step = self.step(size)
         step *= -(-size // (GRID * step))
         return np.arange(step, size + 1, step)
+
+
+def warn_if_slower(plan: CompressionPlan, metric: str,
+                   fraction: float) -> None:
+    """Warn of a plan for a budget that is predicted to be slower than the
+    dense layers on the machine at hand, where that is one of the presets."""
+    here = device_at_hand()
+    times = plan.predicted_ms.get(here.name) if here else None
+    if here and times and times['after'] > times['before']:
+        MMLogger.get_current_instance().warning(
+            'With %s=%g the layers are predicted to take %.2f times as long '
+            "as dense on this machine (%s). BudgetPlanner(latency=%g, "
+            "device='%s') keeps layers dense that would get slower", metric,
+            fraction, times['after'] / times['before'], here.name, fraction,
+            here.name)
 
 
 def _behind(values: np.ndarray) -> np.ndarray:

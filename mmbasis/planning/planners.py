@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.io import to_json
-from .costs import Cost, Costs, Form, Ranks
+from .costs import Cost, Costs, Form, Ranks, predicted_ms
 from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .statistics import Analysis
@@ -188,10 +188,12 @@ class BasePlanner(ABC):
                 costs.break_even + 1)
             decided.append((costs, rank))
         ranks = {x.layer.name: rank for x, rank in decided}
-        plan = CompressionPlan({}, {}, form.norm, self.describe())
-        for layer in analysis.layers:
-            name, rank = layer.name, ranks.get(layer.name)
-            costs = Costs(layer, analysis.statistics[name], form)
+        layers = [(Costs(x, analysis.statistics[x.name], form),
+                   ranks.get(x.name)) for x in analysis.layers]
+        plan = CompressionPlan({}, {}, form.norm, self.describe(),
+                               predicted_ms(layers))
+        for costs, rank in layers:
+            name = costs.layer.name
             if rank is not None:
                 plan.layers[name] = LayerPlan.of(costs, rank)
             else:
@@ -206,7 +208,7 @@ class BasePlanner(ABC):
             return None, 'dense by override'
         if override is not None:
             rank = check_rank(costs.layer, override)
-            past = BasePlanner.why_dense.format(costs.break_even + 1)
+            past = self.cost.why_not_at(costs, rank)
             pays = self.cost.pays(costs, rank)
             return (Ranks(rank), '') if pays else (None, past)
         if not self._can_pay(costs):
