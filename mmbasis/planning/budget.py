@@ -143,7 +143,7 @@ class BudgetPlanner(BasePlanner):
 
     def _can_pay(self, costs: Costs) -> bool:
         nothing = np.zeros(costs.layer.full_rank + 1)
-        return super()._can_pay(costs) or any(
+        return any(
             self.cost.pays(costs, ranks).any()
             for form, (ranks, lost) in self._forms(costs, nothing).items()
             if form in self.forms and len(lost))

@@ -31,7 +31,6 @@ from latency_budget import (
 from rich.console import Console
 
 from mmbasis.compression import Recipe, analyze, make_plan
-from mmbasis.planning.costs import Costs, DeviceCost
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 
@@ -69,17 +68,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def predicted(analysis, plan) -> float:
-    """Time of the layers by the device model, as a share of dense."""
-    cost, dense, after = DeviceCost('cpu'), 0., 0.
-    for layer in analysis.selection.chosen:
-        costs = Costs(layer, analysis.statistics[layer.name])
-        entry = plan.layers.get(layer.name)
-        dense += float(cost.of(costs, None))
-        after += float(cost.of(costs, entry and entry.ranks))
-    return after / dense
-
-
 def measure(name: str, args: argparse.Namespace) -> dict:
     """The rows of one model."""
     config, shape = MODELS[name]
@@ -95,15 +83,16 @@ def measure(name: str, args: argparse.Namespace) -> dict:
             plan = None
             rows[row] = dict(macs=1., layers=0, predicted=1.)
             if planner is not None:
-                recipe = Recipe.of(planner=dict(planner, type='BudgetPlanner'))
-                analysis = analyze(model, recipe, [batch])
-                plan = make_plan(recipe, analysis)
+                recipe = Recipe.of(planner=dict(
+                    planner, type='BudgetPlanner', loss_aware=False))
+                plan = make_plan(recipe, analyze(model, recipe, [batch]))
+                time = plan.predicted_ms['cpu']
                 forms = [x.form for x in plan.layers.values()]
                 rows[row] = dict(
                     macs=kept(plan),
                     layers=len(forms),
                     forms={x: forms.count(x) for x in sorted(set(forms))},
-                    predicted=predicted(analysis, plan))
+                    predicted=time['after'] / time['before'])
             paths[row] = osp.join(folder, f'{number}.onnx')
             export(model, plan, samples, shape, paths[row])
         times = time_together(paths, shape, args.threads, args.repeats)
