@@ -109,22 +109,21 @@ class LayerRegression:
         layer = self.layer
         if self.front is not None:
             x = self.front(x)
-        y = type(layer.module).forward(layer.module, x)  # no hooks
-        unchanged = sampling.output_samples(layer, y)
+        bias = layer.module.bias.view_as(self.scale) if layer.has_bias else 0
+        if self.of_input:
+            regressors = sampling.input_samples(layer, x)
+            unchanged = weight_matrix(layer).float() @ regressors
+        else:
+            y = type(layer.module).forward(layer.module, x)  # no hooks
+            regressors = unchanged = sampling.output_samples(layer, y) - bias
         if target.shape != unchanged.shape:
             return
-        change = (target - unchanged) * self.scale
+        change = (target - unchanged - bias) * self.scale
         if error is not None:
             change += error
-        regressors = unchanged
-        if self.of_input:
-            regressors = sampling.input_samples(layer, x, y)
-        elif layer.module.bias is not None:
-            regressors = unchanged - layer.module.bias.view(
-                len(unchanged), -1, 1)
         right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
-        self.joint += sampling.sum_of_products(
-            torch.cat([change, right], 1), right)
+        sampling.add_products(self.joint[:, :self.rows], change, right)
+        sampling.add_products(self.joint[:, self.rows:], right, right)
         wanted = target if wanted is None else wanted
         for sums, samples in zip(self.sums, (change, wanted)):
             samples = samples.double()

@@ -1,8 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Which layers can be represented by a basis, and what is known of them."""
-from typing import Any, Optional, Sequence, Tuple, Type
+from typing import Any, Optional, Tuple, Type
 
-import numpy as np
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
@@ -90,22 +89,19 @@ class DenseKind:
         return type(dense) in cls.patch_types
 
     @staticmethod
-    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
-                positions: Tensor) -> Tensor:
-        """What the weights are multiplied with at some output positions.
+    def patches(dense: nn.Module, x: Tensor) -> Tensor:
+        """What the weights are multiplied with, at all output positions.
 
         Args:
             dense (nn.Module): A layer for which :meth:`sees_patches` holds.
-            x (Tensor): The input.
-            out_shape (Sequence[int]): Spatial shape of the output.
-            positions (Tensor): Flat indices, shape ``(positions, )``.
+            x (Tensor): The input, with an axis of images.
 
         Returns:
-            Tensor: Shape ``(N, G * D, positions)``: ``H`` times its blocks of
-            ``D`` rows is the output at these positions, without bias.
+            Tensor: Shape ``(N, C, *kernel, *out)``, or ``(N, C, positions)``
+            of a linear layer: a view, which repeats what windows share.
         """
         if dense.weight.dim() == 2:
-            return x.reshape(len(x), -1, x.shape[-1]).mT[..., positions]
+            return x.reshape(len(x), -1, x.shape[-1]).mT
         mode = dense.padding_mode
         x = F.pad(x, dense._reversed_padding_repeated_twice,
                   'constant' if mode == 'zeros' else mode)
@@ -113,11 +109,8 @@ class DenseKind:
                 zip(dense.kernel_size, dense.stride, dense.dilation), 2):
             x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)
             x = x[..., ::dilation]
-        # (N, C, *kernel, *out), without a copy
-        axes = len(out_shape)
-        x = x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
-        places = np.unravel_index(positions.cpu().numpy(), tuple(out_shape))
-        return x[(..., *places)].flatten(1, -2)
+        axes = len(dense.kernel_size)
+        return x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
 
     @staticmethod
     def build_norm(dense: nn.Module, channels: int) -> nn.Module:

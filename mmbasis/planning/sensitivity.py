@@ -104,7 +104,7 @@ def _products(samples: Tensor) -> Tensor:
     float32."""
     size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     samples = samples / size
-    return (samples @ samples.mT).double() * size.double()**2
+    return sampling.gram(samples).double() * size.double()**2
 
 
 def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,

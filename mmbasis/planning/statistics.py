@@ -144,7 +144,7 @@ class LayerRecorder(ExitStack):
             dtype=torch.float64)
         if layer.name in self.moments:
             if sampling.is_expansion(layer):
-                samples = sampling.input_samples(layer, x, y)
+                samples = sampling.input_samples(layer, x)
             else:
                 samples = sampling.output_samples(layer, y)
             _add_moment(self.moments[layer.name], samples)
@@ -199,7 +199,7 @@ def _no_moment(layer: Layer, size: int) -> Tensor:
 
 def _add_moment(moment: Tensor, samples: Tensor) -> None:
     samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
-    moment += sampling.sum_of_products(samples, samples)
+    sampling.add_products(moment, samples, samples)
 
 
 def _mean_and_covariance(moment: Tensor) -> Tuple[Tensor, Tensor]:
