@@ -107,9 +107,12 @@ class LayerRegression:
                 network. Without a sum it is the target.
         """
         layer = self.layer
-        if self.front is not None:
-            x = self.front(x)
-        y = type(layer.module).forward(layer.module, x)  # no hooks
+        if self.front is None:
+            y = type(layer.module).forward(layer.module, x)  # no hooks
+        else:
+            seen = self.front(x)
+            y = layer.known_kind.run_behind(layer.module, x, seen)
+            x = seen
         unchanged = sampling.output_samples(layer, y)
         if target.shape != unchanged.shape:
             return

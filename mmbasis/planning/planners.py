@@ -63,9 +63,10 @@ def check_choice(layer: Layer, choice: int | Ranks | None) -> Ranks | None:
     inputs, output = ranks.input, ranks.output
     if inputs is not None:
         inputs = check_rank(layer, inputs, layer.in_channels)
-        if not layer.known_kind.takes_input_basis:
+        why = layer.known_kind.why_one_sided(layer.module)
+        if why:
             raise ValueError(f'{layer.name}, a {type(layer.module).__name__}, '
-                             'can have no input basis')
+                             f'can have no input basis: {why}')
     if output is not None or inputs is None:
         output = check_rank(layer, output, min(
             layer.full_rank, (inputs or layer.in_channels) * layer.window))
@@ -196,6 +197,8 @@ class BasePlanner(ABC):
             return (Ranks(rank), '') if pays else (None, past)
         if not costs.ranks and self.forms == ('output', ):
             return None, self.cost.why_not(costs, self.round_to)
+        if costs.layer.why_one_sided and 'output' not in self.forms:
+            return None, f'no input basis: {costs.layer.why_one_sided}'
         return None
 
     def _chosen(self, free: Sequence[Costs],
