@@ -242,9 +242,9 @@ class DeformConvKind(ConvKind):
     def why_one_sided(dense: Any) -> str:
         if dense.groups % dense.deform_groups == 0:
             return ''
-        return (f'its {dense.deform_groups} deformable groups sample in places '
-                f'of their own, and each of its {dense.groups} groups reads '
-                'several')
+        return (f'its {dense.deform_groups} deformable groups sample in '
+                'places of their own, and a basis of its '
+                f'{dense.groups} groups would mix them')
 
     @staticmethod
     def dense_reader(dense: nn.Module) -> Optional[nn.Module]:

@@ -47,7 +47,7 @@ class Net(nn.Module):
         self.plain = DeformConv2d(16, 16, 3, padding=1)
         self.head = nn.Linear(16, 5)
         for module in (self.v1, self.v2, self.mixed):
-            nn.init.normal_(module.conv_offset.weight, std=.03)
+            nn.init.normal_(module.conv_offset.weight, std=.2)
             nn.init.normal_(module.conv_offset.bias, std=.5)
 
     def forward(self, x):
