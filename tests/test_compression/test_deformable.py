@@ -55,7 +55,7 @@ class Net(nn.Module):
 
     def behind(self, x):
         x = self.mixed(self.v2(x.relu()).relu()).relu()
-        x = self.plain(x, self.offset(x)).relu()
+        x = self.plain(offset=self.offset(x), x=x).relu()
         return self.head(x.mean((2, 3)))
 
 

@@ -19,9 +19,9 @@ EITHER_ORDER = 'spatial, the better order'
 COEFFICIENTS = 'spatial + coefficients, the better order'
 #: of the top eigenvalue, so that systems can be solved
 RIDGE = 1e-9
-#: rounds of alternating least squares: for input bases, and at most for spatial
-#: forms, which end where a round gains less than TOLERANCE; more change the
-#: errors by less than 1 %
+#: rounds of alternating least squares: for input bases, and at most for
+#: spatial forms, which end where a round gains less than TOLERANCE; more
+#: change the errors by less than 1.5 %
 ROUNDS, MOST_ROUNDS, TOLERANCE = 6, 60, 5e-4
 #: steps of conjugate gradients in a round
 STEPS = 8
