@@ -13,7 +13,7 @@ from mmbasis.factorization import (
     two_sided_regression,
 )
 
-#: the last one is k x 1, then 1 x k
+#: the last one is k x 1, then 1 x k (Jaderberg et al., BMVC 2014, scheme 2)
 FORMS = ('output', 'input', 'both', 'spatial')
 EITHER_ORDER = 'spatial, the better order'
 COEFFICIENTS = 'spatial + coefficients, the better order'
