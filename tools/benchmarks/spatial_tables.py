@@ -95,12 +95,12 @@ ResNet-56, {images} images of CIFAR-10, {count} layers.
 
 **It wins, by a margin that matters.** From a quarter of the MACs up it loses
 least in most layers of every width; at 0.15 the both-sided form stays ahead.
-Coefficients behind it add nothing, the better of the two orders a few per cent.
-The whole network gains as its layers do. It is two kernels: ONNX Runtime runs
-them about as fast for their MACs as the other forms, and the device models find
-them as fast as the input form on tensor cores, faster than the three kernels of
-both. Only where 3x3 layers run by Winograd's algorithm (fp32 on a GPU), which
-does not know 1 x k, are they slower than the others.
+Coefficients behind it add nothing, the better of the two orders a few per
+cent. The whole network gains as its layers do. It is two kernels: ONNX Runtime
+runs them about as fast for their MACs as the other forms, and the device
+models find them as fast as the input form on tensor cores, faster than the
+three kernels of both. Only where 3x3 layers run by Winograd's algorithm (fp32
+on a GPU), which does not know 1 x k, are they slower than the others.
 
 ## What a layer loses
 
