@@ -107,14 +107,16 @@ class LayerRegression:
                 network. Without a sum it is the target.
         """
         layer = self.layer
-        if self.front is not None:
-            x = self.front(x)
+        seen = x if self.front is None else self.front(x)
         bias = layer.module.bias.view_as(self.scale) if layer.has_bias else 0
         if self.of_input:
-            regressors = sampling.input_samples(layer, x)
+            regressors = sampling.input_samples(layer, seen)
             unchanged = weight_matrix(layer).float() @ regressors
         else:
-            y = type(layer.module).forward(layer.module, x)  # no hooks
+            if self.front is None:
+                y = type(layer.module).forward(layer.module, x)  # no hooks
+            else:
+                y = layer.known_kind.run_behind(layer.module, x, seen)
             regressors = unchanged = sampling.output_samples(layer, y) - bias
         if target.shape != unchanged.shape:
             return

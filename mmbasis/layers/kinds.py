@@ -2,6 +2,7 @@
 """Which layers can be represented by a basis, and what is known of them."""
 from typing import Any, Optional, Tuple, Type
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
@@ -16,7 +17,7 @@ try:
         ops.DeformConv2d, ops.DeformConv2dPack, ops.ModulatedDeformConv2d,
         ops.ModulatedDeformConv2dPack)
     # a layer without bias says so everywhere else: here there is no attribute
-    ops.DeformConv2d.bias = None
+    ops.DeformConv2d.bias = property(lambda x: x._parameters.get('bias'))
 except ImportError:  # mmcv-lite has no operators, so no such layers
     DEFORM_TYPES = ()
 
@@ -51,8 +52,6 @@ class DenseKind:
     dense_types: Tuple[type, ...] = ()
     #: those that :meth:`patches` knows; a subclass may pad in its own way
     patch_types: Tuple[type, ...] = ()
-    #: whether a pointwise layer in front commutes with how the input is read
-    takes_input_basis: bool = False
 
     @classmethod
     def matrix_shape(cls, dense: nn.Module) -> Tuple[int, int, int]:
@@ -123,6 +122,37 @@ class DenseKind:
         window = dense.weight.shape[2:].numel()
         return cls.matrix_shape(dense)[2] // window
 
+    @staticmethod
+    def why_one_sided(dense: nn.Module) -> str:
+        """Why a layer can have no input basis; empty where it can, as a
+        pointwise layer in front commutes with how it reads its input."""
+        return 'no input basis is known for layers of its kind'
+
+    @staticmethod
+    def dense_reader(dense: nn.Module) -> Optional[nn.Module]:
+        """A module inside that reads the dense input also behind an input
+        basis, if there is one."""
+        return None
+
+    @staticmethod
+    def run_behind(layer: Any, x: Tensor, seen: Tensor, *args: Any,
+                   **kwargs: Any) -> Tensor:
+        """Run a layer behind an input basis.
+
+        Args:
+            layer (nn.Module): Of this kind, with as many input channels as the
+                input basis has outputs.
+            x (Tensor): The dense input.
+            seen (Tensor): What the input basis makes of it.
+            *args, **kwargs: What else the layer takes.
+        """
+        return layer(seen, *args, **kwargs)
+
+    @staticmethod
+    def can_have_bias(dense: nn.Module) -> bool:
+        """Whether a layer without a bias can be given one."""
+        return True
+
     @classmethod
     def build_input_basis(cls, dense: nn.Module, channels: int) -> nn.Module:
         """The pointwise layer from the input channels to ``channels``."""
@@ -148,15 +178,22 @@ class LinearKind(DenseKind):
     name = 'BasisLinear'
     dense_types = patch_types = (nn.Linear, wrappers.Linear)
 
+    @staticmethod
+    def why_one_sided(dense: nn.Module) -> str:
+        return 'a linear layer has one side'
+
 
 @LAYER_KINDS.register_module()
 class ConvKind(DenseKind):
     """Convolutions (1d, 2d or 3d, grouped or not), of which the basis keeps
     the geometry; the coefficients are a 1x1 convolution."""
     name = 'BasisConv'
-    takes_input_basis = True
     patch_types = (*_CONVS, wrappers.Conv2d, wrappers.Conv3d)
     dense_types: Tuple[type, ...] = (*patch_types, Conv2dAdaptivePadding)
+
+    @staticmethod
+    def why_one_sided(dense: nn.Module) -> str:
+        return ''
 
 
 @LAYER_KINDS.register_module()
@@ -186,10 +223,47 @@ class ConvTransposeKind(ConvKind):
 @LAYER_KINDS.register_module()
 class DeformConvKind(ConvKind):
     """Deformable convolutions of MMCV (v1 or v2, grouped or not), of which the
-    basis gets the offsets (and masks), or has a copy of the offset branch."""
+    basis gets the offsets (and masks), or has a copy of the offset branch.
+
+    Sampling is linear in the input, the same for all channels of a deformable
+    group, and zero outside of it: so it commutes with an input basis, which
+    has no bias, as long as that mixes no deformable groups."""
     name = 'BasisDeformConv'
-    takes_input_basis = False
     dense_types = DEFORM_TYPES
+
+    @staticmethod
+    def why_one_sided(dense: Any) -> str:
+        if dense.groups % dense.deform_groups == 0:
+            return ''
+        return (f'its {dense.deform_groups} deformable groups sample in '
+                'places of their own, and a basis of its '
+                f'{dense.groups} groups would mix them')
+
+    @staticmethod
+    def dense_reader(dense: nn.Module) -> Optional[nn.Module]:
+        return getattr(dense, 'conv_offset', None)
+
+    @staticmethod
+    def run_behind(layer: Any, x: Tensor, seen: Tensor, *args: Any,
+                   **kwargs: Any) -> Tensor:
+        modulated = isinstance(layer, ops.ModulatedDeformConv2d)
+        branch = DeformConvKind.dense_reader(layer)
+        if branch is not None:  # what the forward of a Pack does
+            args = (branch(x), )
+            if modulated:
+                *offsets, mask = args[0].chunk(3, 1)
+                args = torch.cat(offsets, 1), mask.sigmoid()
+        if modulated:
+            return ops.ModulatedDeformConv2d.forward(
+                layer, seen, *args, **kwargs)
+        y = ops.DeformConv2d.forward(layer, seen, *args, **kwargs)
+        # it knows no bias, but the last part of a basis layer may have one
+        return y if layer.bias is None else (
+            y + layer.bias.type_as(y).view(-1, 1, 1))
+
+    @staticmethod
+    def can_have_bias(dense: nn.Module) -> bool:
+        return not isinstance(dense, ops.DeformConv2d)
 
 
 def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:

@@ -64,6 +64,17 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
     return chosen
 
 
+def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
+    """Require a list of forms that a cost knows; the ValueError says it."""
+    if isinstance(forms, str) or not set(forms) <= set(FORMS) or not forms:
+        raise ValueError(f'BudgetPlanner: forms is a list of '
+                         f'{", ".join(FORMS)}, but got {forms!r}')
+    if tuple(forms) != FORMS[:1] and not cost.knows_inputs:
+        raise ValueError('BudgetPlanner: a latency table knows the output '
+                         f'form only, but got forms={forms!r}')
+    return tuple(forms)
+
+
 @PLANNERS.register_module()
 class BudgetPlanner(BasePlanner):
     """Least loss within a budget for the whole network.
@@ -129,17 +140,10 @@ class BudgetPlanner(BasePlanner):
         if table is not None:
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
+        knows_inputs = self.cost.knows_inputs and self.data_aware
         if forms is None:
-            knows_all = self.cost.knows_inputs and self.data_aware
-            forms = FORMS if knows_all else FORMS[:1]
-        if isinstance(forms, str) or not set(forms) <= set(FORMS) or (
-                not forms):
-            raise ValueError('BudgetPlanner: forms is a list of '
-                             f'{", ".join(FORMS)}, but got {forms!r}')
-        self.forms = tuple(forms)
-        if self.forms != ('output', ) and not self.cost.knows_inputs:
-            raise ValueError('BudgetPlanner: a latency table knows the output '
-                             f'form only, but got forms={forms!r}')
+            forms = FORMS if knows_inputs else FORMS[:1]
+        self.forms = check_forms(forms, self.cost)
 
     def _can_pay(self, costs: Costs) -> bool:
         nothing = np.zeros(costs.layer.full_rank + 1)

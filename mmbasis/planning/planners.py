@@ -66,9 +66,10 @@ def check_choice(layer: Layer, choice: int | Ranks | None) -> Ranks | None:
     inputs, output = ranks.input, ranks.output
     if inputs is not None:
         inputs = check_rank(layer, inputs, layer.in_channels)
-        if not layer.known_kind.takes_input_basis:
+        why = layer.known_kind.why_one_sided(layer.module)
+        if why:
             raise ValueError(f'{layer.name}, a {type(layer.module).__name__}, '
-                             'can have no input basis')
+                             f'can have no input basis: {why}')
     if output is not None or inputs is None:
         output = check_rank(layer, output, min(
             layer.full_rank, (inputs or layer.in_channels) * layer.window))
@@ -211,6 +212,9 @@ class BasePlanner(ABC):
             past = self.cost.why_not_at(costs, rank)
             pays = self.cost.pays(costs, rank)
             return (Ranks(rank), '') if pays else (None, past)
+        one_sided = costs.layer.why_one_sided
+        if one_sided and 'output' not in self.forms:
+            return None, f'no input basis: {one_sided}'
         if not self._can_pay(costs):
             return None, self.cost.why_not(
                 costs, self.step(costs.layer.full_rank))

@@ -19,7 +19,7 @@ from ..factorization import (
     spectrum_of_input,
     spectrum_of_moment,
 )
-from ..layers import observe
+from ..layers import first_argument, observe
 from . import samples as sampling
 from .layers import UNUSED, Layer, Selection, freeze
 
@@ -133,7 +133,7 @@ class LayerRecorder(ExitStack):
 
     def _record(self, layer: Layer, row: Tensor, module: nn.Module,
                 args: tuple, kwargs: dict, y: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_argument(module, args, kwargs)[0]
         channels = getattr(module, 'out_channels', None) or module.out_features
         positions = y.numel() // channels
         at_weights = positions if layer.kind is None else (
