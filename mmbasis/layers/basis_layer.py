@@ -8,8 +8,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import factorization
-from . import inheritance
-from .kinds import DenseKind, kind_of
+from . import inheritance, lines
+from .cloning import clone, liken, window_of
+from .kinds import kind_of
 
 
 class BasisLayer(nn.Module):
@@ -24,6 +25,9 @@ class BasisLayer(nn.Module):
     - *input*: ``input_basis`` in front, of which the basis sees
       ``input_rank`` channels per group.
     - *both*: Tucker-2.
+    - *spatial*: of a window of k x l, the basis is k x 1, with ``rank``
+      filters per group, and the coefficients 1 x l (Jaderberg et al., BMVC
+      2014).
 
     A new layer has the structure and the plain attributes of the dense one
     (``kernel_size``, …), but its basis is zero, and it has no hooks.
@@ -31,15 +35,18 @@ class BasisLayer(nn.Module):
     Args:
         dense (nn.Module): The layer to represent. It is not changed.
         rank (int, optional): Basis filters per group, at most the output
-            channels and the weights of each; None for no coefficients.
+            channels and the weights of each (*spatial*: l times the output
+            channels); None for no coefficients.
         bias (bool): Give the layer a bias even where the dense one has none.
             Defaults to False.
         norm (bool): Put a batch normalization between basis and coefficients.
             Defaults to False.
         input_rank (int, optional): Input channels of the basis per group, in
             ``[1, C / G]``; None for no input basis.
+        spatial (bool): Split the window. Defaults to False.
 
-    TypeError if the layer is of no kind, ValueError for a rank out of range.
+    TypeError if the layer is of no kind, ValueError for a rank out of range
+    and for a form that the layer cannot have.
     """
 
     def __init__(self,
@@ -47,7 +54,8 @@ class BasisLayer(nn.Module):
                  rank: Optional[int],
                  bias: bool = False,
                  norm: bool = False,
-                 input_rank: Optional[int] = None) -> None:
+                 input_rank: Optional[int] = None,
+                 spatial: bool = False) -> None:
         super().__init__()
         kind = kind_of(dense)
         if kind is None:
@@ -59,10 +67,17 @@ class BasisLayer(nn.Module):
             _check_rank('input rank', input_rank, dense,
                         0 if kind.why_one_sided(dense) else in_channels)
             in_size = in_size // in_channels * input_rank
+        largest = min(out_per_group, in_size)
+        if spatial:
+            _check_spatial(kind.why_not_spatial(dense), dense, norm,
+                           input_rank)
+            height, width = dense.weight.shape[2:]
+            in_size = height * in_channels
+            largest = min(in_size, width * out_per_group)
         if rank is not None or input_rank is None:
-            _check_rank('rank', rank, dense, min(out_per_group, in_size))
+            _check_rank('rank', rank, dense, largest)
         self.kind = kind
-        self.rank, self.input_rank = rank, input_rank
+        self.rank, self.input_rank, self.spatial = rank, input_rank, spatial
         self.groups = groups
         self.out_channels = groups * out_per_group
         for name, value in inheritance.own_attributes(dense).items():
@@ -78,14 +93,16 @@ class BasisLayer(nn.Module):
         rows = self.rank or self.out_channels // groups
         self.input_basis = None if self.input_rank is None else (
             kind.build_input_basis(dense, groups * self.input_rank))
-        self.basis = _clone(
-            dense, kind, weight.new_zeros((groups, rows, in_size)))
+        self.basis = clone(
+            dense, kind, weight.new_zeros((groups, rows, in_size)),
+            lines.geometry(dense, 0) if self.spatial else None)
         self.norm = self.coefficients = None
         if self.rank is not None:
             if norm:
                 self.norm = kind.build_norm(dense, groups * rows)
-            self.coefficients = kind.build_coefficients(
-                dense, groups * rows, bias)
+            self.coefficients = (
+                lines.build_rows if self.spatial
+                else kind.build_coefficients)(dense, groups * rows, bias)
         elif bias:
             self.basis.bias = nn.Parameter(
                 weight.new_zeros(self.out_channels))
@@ -95,9 +112,9 @@ class BasisLayer(nn.Module):
         for part in filter(None, parts):
             part.requires_grad_(weight.requires_grad)
             if part is not self.norm:
-                _liken(part.weight, weight)
+                liken(part.weight, weight)
         if dense.bias is not None:
-            _liken(self.last.bias, dense.bias)
+            liken(self.last.bias, dense.bias)
 
     @property
     def last(self) -> nn.Module:
@@ -162,7 +179,8 @@ class BasisLayer(nn.Module):
         """What has the shapes of :attr:`weights`, as matrices."""
         return tuple(
             self.kind.to_matrix(SimpleNamespace(weight=x, groups=self.groups))
-            if part is self.basis else x.reshape(self.groups, -1, x.shape[1])
+            if part is self.basis
+            else x.flatten(1).unflatten(0, (self.groups, -1))
             for part, x in zip(self.parts, weights))
 
     @property
@@ -176,7 +194,9 @@ class BasisLayer(nn.Module):
         """The weights of the equivalent dense layer, in evaluation mode: some
         models read the weights of their layers."""
         factors = [x.to(self.basis.weight) for x in self._folded()[0]]
-        return self.kind.from_matrix(factorization.merge(*factors), self.basis)
+        return self.kind.from_matrix(
+            factorization.merge(*factors),
+            window_of(self) if self.spatial else self.basis)
 
     @property
     def bias(self) -> Optional[Tensor]:
@@ -218,7 +238,8 @@ class BasisLayer(nn.Module):
                 dense: nn.Module,
                 vectors: Optional[Tensor] = None,
                 mean: Optional[Tensor] = None,
-                inputs: Optional[factorization.InputSpectrum] = None) -> None:
+                inputs: Optional[factorization.InputSpectrum] = None,
+                columns: Optional[factorization.InputSpectrum] = None) -> None:
         """Project the dense layer on subspaces of its inputs and outputs.
 
         Args:
@@ -231,12 +252,16 @@ class BasisLayer(nn.Module):
                 bias, if the layer has one. Defaults to zero.
             inputs (InputSpectrum, optional): Directions of the input, the
                 most important first. Defaults to those of the weights.
+            columns (InputSpectrum, optional): The same of the columns of its
+                windows, for the spatial form.
         """
+        if self.spatial:
+            inputs = columns
         factors, matrix = self._narrow(dense, inputs)
         bias = self.last.bias
         if bias is not None:
             bias = torch.zeros_like(bias) if dense.bias is None else dense.bias
-        if self.rank is None:
+        if self.rank is None or self.spatial:
             factors = (*factors, matrix)
         else:
             if vectors is None:
@@ -249,26 +274,34 @@ class BasisLayer(nn.Module):
             factors = (*factors, *factorization.factorize(matrix, vectors))
         self.set_factors(*factors, bias=bias)
 
-    def behind_input_basis(
+    @property
+    def front(self) -> Optional[nn.Module]:
+        """The part that chooses what the layer sees of its input, if any."""
+        return self.basis if self.spatial else self.input_basis
+
+    def behind_front(
             self, dense: nn.Module,
             inputs: Optional[factorization.InputSpectrum]) -> nn.Module:
         """The dense layer as it sees what :meth:`project` gives it of the
-        input: a dense layer of ``input_rank`` input channels per group."""
+        input, given its directions: a layer behind the :attr:`front`."""
         _, matrix = self._narrow(dense, inputs)
-        core = _clone(dense, self.kind, matrix)
+        core = clone(dense, self.kind, matrix,
+                     lines.geometry(dense, 1) if self.spatial else None)
         core.bias = dense.bias
         return core
 
     def _narrow(self, dense: nn.Module,
                 inputs: Optional[factorization.InputSpectrum]
                 ) -> Tuple[Tuple[Tensor, ...], Tensor]:
-        """Input basis, if any, and the weights of the layer behind it."""
+        """The :attr:`front`, if any, and the weights of the layer behind."""
         matrix = self.kind.to_matrix(dense).detach().double()
-        if self.input_rank is None:
+        channels, rank = self.kind.in_channels(dense), self.input_rank
+        if self.spatial:
+            channels, rank = channels * dense.weight.shape[2], self.rank
+        if rank is None:
             return (), matrix
-        inputs = inputs or factorization.spectrum_of_input(
-            matrix, self.kind.in_channels(dense))
-        basis, matrix = factorization.narrow(matrix, inputs, self.input_rank)
+        inputs = inputs or factorization.spectrum_of_input(matrix, channels)
+        basis, matrix = factorization.narrow(matrix, inputs, rank)
         return (basis, ), matrix
 
     @property
@@ -316,13 +349,15 @@ class BasisLayer(nn.Module):
                 'layer, which has one, cannot be merged: keep it as it is, '
                 'or compress with data_aware=False')
         matrix = factorization.merge(*(x.double() for x in factors))
-        dense = _clone(self.basis, self.kind, matrix)
+        dense = clone(
+            self.basis, self.kind, matrix,
+            lines.geometry(self, 0, 1) if self.spatial else None)
         dense.weight.requires_grad |= self.last.weight.requires_grad
         if bias is not None:
             dense.bias = nn.Parameter(
                 bias.to(dense.weight).clone(), dense.weight.requires_grad)
             if self.last.bias is not None:
-                _liken(dense.bias, self.last.bias)
+                liken(dense.bias, self.last.bias)
         for layer, other in self._counterparts(dense):
             inheritance.share_hooks(layer, other)
         vars(dense).update(inheritance.rebound_attributes(self, dense))
@@ -331,7 +366,19 @@ class BasisLayer(nn.Module):
     def extra_repr(self) -> str:
         ranks = dict(rank=self.rank, input_rank=self.input_rank)
         given = [f'{k}={v}' for k, v in ranks.items() if v is not None]
+        given += ['spatial'] * self.spatial
         return ', '.join([*given, f'groups={self.groups}'])
+
+
+def _check_spatial(why_not: str, dense: nn.Module, norm: bool,
+                   input_rank: Optional[int]) -> None:
+    if norm or input_rank is not None:
+        why_not = ('there is no normalization (padding would not be zero '
+                   'behind it) and no input basis in it')
+    if why_not:
+        raise ValueError(f'a {type(dense).__name__} with weights of shape '
+                         f'{tuple(dense.weight.shape)} cannot have this '
+                         f'spatial form: {why_not}')
 
 
 def _check_rank(name: str, rank: Optional[int], dense: nn.Module,
@@ -341,33 +388,3 @@ def _check_rank(name: str, rank: Optional[int], dense: nn.Module,
             f'the {name} of a {type(dense).__name__} with weights of shape '
             f'{tuple(dense.weight.shape)} must be in [1, {largest}], but got '
             f'{rank}')
-
-
-def _liken(parameter: nn.Parameter, model: nn.Parameter) -> None:
-    """Whether it is trained, and what models note on it (as: no decay)."""
-    parameter.requires_grad = model.requires_grad
-    vars(parameter).update(vars(model))
-
-
-def _clone(module: nn.Module, kind: Type[DenseKind],
-           matrix: Tensor) -> nn.Module:
-    """Copy a layer with other weights, no bias, no hooks and no methods of the
-    instance's own. Plain attributes are shared: a model may hang all that it
-    remembers on each of its layers."""
-    clone = type(module).__new__(type(module))
-    nn.Module.__init__(clone)
-    for name, value in inheritance.own_attributes(module).items():
-        if name != 'forward' and getattr(value, '__self__', 0) is not module:
-            vars(clone)[name] = value
-    weight = nn.Parameter(kind.from_matrix(matrix, module).to(module.weight))
-    _liken(weight, module.weight)
-    memo = {id(module): clone, id(module.weight): weight}
-    for name in ('_parameters', '_buffers', '_modules', 'training'):
-        vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
-    clone._parameters['bias'] = None
-    linear = hasattr(module, 'out_features')
-    vars(clone)['out_features' if linear else 'out_channels'] = (
-        matrix.shape[:2].numel())
-    if not linear:
-        vars(clone)['in_channels'] = len(matrix) * kind.in_channels(clone)
-    return clone

@@ -129,6 +129,12 @@ class DenseKind:
         return 'no input basis is known for layers of its kind'
 
     @staticmethod
+    def why_not_spatial(dense: nn.Module) -> str:
+        """Why a layer is never k x 1, then 1 x k; empty where it can be, as
+        padding and stride are the same in one axis as in two."""
+        return 'only convolutions have a window to split'
+
+    @staticmethod
     def dense_reader(dense: nn.Module) -> Optional[nn.Module]:
         """A module inside that reads the dense input also behind an input
         basis, if there is one."""
@@ -193,6 +199,16 @@ class ConvKind(DenseKind):
 
     @staticmethod
     def why_one_sided(dense: nn.Module) -> str:
+        return ''
+
+    @staticmethod
+    def why_not_spatial(dense: nn.Module) -> str:
+        window = dense.weight.shape[2:]
+        if len(window) != 2 or min(window) < 2:
+            return f'a window of {"x".join(map(str, window))} cannot be split'
+        # data must show what its windows see
+        if type(dense) not in ConvKind.patch_types:
+            return f'it is not known how a {type(dense).__name__} splits'
         return ''
 
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn as nn
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 
 from mmbasis.factorization import merge, orthonormalize
 from mmbasis.layers import BasisLayer
@@ -19,10 +20,29 @@ LAYERS = {
     'circular': (nn.Conv1d(6, 8, 5, padding=2, padding_mode='circular'),
                  (2, 6, 9)),
     'volume': (nn.Conv3d(6, 8, 2), (2, 6, 4, 4, 4)),
+    'same': (nn.Conv2d(6, 8, (2, 3), padding='same', dilation=2),
+             (2, 6, 7, 8)),
+    'uneven': (nn.Conv2d(6, 8, (2, 5), (2, 3), (1, 4), (3, 1), 2,
+                         padding_mode='circular'), (2, 6, 12, 15)),
+    'replicating': (nn.Conv2d(8, 3, 3, padding=(2, 1),
+                                    padding_mode='replicate'), (2, 8, 7, 7)),
     'transposed': (nn.ConvTranspose2d(6, 8, 4, stride=2, padding=1, groups=2),
                    (2, 6, 5, 5)),
 }
-FORMS = list(itertools.product(LAYERS, ['output', 'input', 'both']))
+SPATIAL = ['plain', 'strided', 'grouped', 'reflecting', 'same', 'uneven',
+           'replicating']
+FORMS = [*itertools.product(LAYERS, ['output', 'input', 'both']),
+         *((name, 'spatial') for name in SPATIAL)]
+
+
+def ranks(dense, form, less=0):
+    """Those of a form, that much below the full ones."""
+    rank, inputs = sides(dense, form, less)
+    if form == 'spatial':
+        height, width = dense.kernel_size
+        rank = min(height * (inputs + less), width * (rank + less)) - less
+        return dict(rank=rank, spatial=True)
+    return dict(rank=rank, input_rank=inputs)
 
 
 def sides(dense, form, less=0):
@@ -37,8 +57,7 @@ def built(name, form, less=0, **kwargs):
     torch.manual_seed(0)
     dense, shape = copy.deepcopy(LAYERS[name])
     dense = dense.double()
-    rank, inputs = sides(dense, form, less)
-    layer = BasisLayer(dense, rank, input_rank=inputs, **kwargs).eval()
+    layer = BasisLayer(dense, **ranks(dense, form, less), **kwargs).eval()
     layer.project(dense)
     return dense, layer, torch.randn(shape).double()
 
@@ -54,7 +73,7 @@ def test_full_rank_is_the_same_function(name, form):
 @pytest.mark.parametrize('name, form', FORMS)
 def test_parts_have_the_ranks(name, form):
     dense, layer, x = built(name, form, less=1, bias=True)
-    rank, inputs = sides(dense, form, less=1)
+    rank, inputs = map(ranks(dense, form, less=1).get, ('rank', 'input_rank'))
     keys = {'basis.weight', 'last'}
     keys |= {'input_basis.weight'} if inputs else set()
     keys |= {'coefficients.weight'} if rank else set()
@@ -108,8 +127,7 @@ def test_norm_is_folded(name):
 def test_trained_like_the_dense_layer(name, form):
     dense, _, x = built(name, form)
     dense.requires_grad_(False)
-    layer = BasisLayer(dense, sides(dense, form)[0], True,
-                       input_rank=sides(dense, form)[1])
+    layer = BasisLayer(dense, **ranks(dense, form), bias=True)
     assert not any(
         p.requires_grad for n, p in layer.named_parameters()
         if not n.endswith('bias') or dense.bias is not None)
@@ -125,6 +143,29 @@ def test_wrong_ranks_are_named():
             BasisLayer(dense, **kwargs)
     with pytest.raises(ValueError, match='input rank of a Linear'):
         BasisLayer(nn.Linear(6, 8), 2, input_rank=3)
+
+
+@pytest.mark.parametrize('dense, words', [
+    (nn.Conv2d(6, 8, 1), 'a window of 1x1 cannot be split'),
+    (nn.Conv2d(6, 8, (1, 3)), 'a window of 1x3 cannot be split'),
+    (nn.Conv1d(6, 8, 3), 'a window of 3 cannot be split'),
+    (nn.Conv3d(6, 8, 3), 'a window of 3x3x3 cannot be split'),
+    (nn.Linear(6, 8), 'only convolutions have a window'),
+    (nn.ConvTranspose2d(6, 8, 3), 'how a ConvTranspose2d splits'),
+    (Conv2dAdaptivePadding(6, 8, 3), 'how a Conv2dAdaptivePadding splits'),
+])
+def test_other_layers_are_not_split(dense, words):
+    with pytest.raises(ValueError, match=words):
+        BasisLayer(dense, 2, spatial=True)
+
+
+def test_what_split_windows_cannot_have():
+    dense = nn.Conv2d(6, 8, 3)
+    for kwargs in (dict(norm=True), dict(input_rank=3)):
+        with pytest.raises(ValueError, match='no normalization .* no input'):
+            BasisLayer(dense, 2, spatial=True, **kwargs)
+    with pytest.raises(ValueError, match=r'must be in \[1, 18\], but got 19'):
+        BasisLayer(dense, 19, spatial=True)
 
 
 def test_chains_of_factors():
