@@ -12,6 +12,9 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+#: steps of conjugate gradients that fit an input basis
+STEPS = 8
+
 
 def factorize(matrix: Tensor, vectors: Tensor) -> Tuple[Tensor, ...]:
     """Project the weights ``H``, shape ``(G, P, D)``, of a layer on a subspace
@@ -272,7 +275,8 @@ def reduced_rank_regression(
     root = torch.linalg.cholesky(_raised(second, ridge))
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
-    return (*_truncate(prior + change, root, _metric(weight), rank),
+    metric = None if weight is None else metric_of(weight)
+    return (*_truncate(prior + change, root, metric, rank),
             (cross * change).sum())
 
 
@@ -289,12 +293,12 @@ def two_sided_regression(
     """:func:`reduced_rank_regression` of a layer behind a basis of its input
     channels, which is fitted, too: Tucker-2 in the metric of the data, by
     alternating least squares. ``input_basis``, shape ``(G, R, C)``, is what it
-    starts from; it is fitted ``rounds`` times, each a linear system with
-    ``C R`` unknowns. The other arguments and what is returned are as there;
+    starts from; it is fitted ``rounds`` times. The other arguments and what is returned are as there;
     the input basis, with orthonormal rows, comes last."""
     second = _raised(second, ridge)
     change = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(second)).mT
-    mapping, metric = prior + change, _metric(weight)
+    mapping = prior + change
+    metric = None if weight is None else metric_of(weight)
     for left in range(rounds, -1, -1):
         behind, inner = _behind(mapping, second, input_basis)
         coefficients, basis = _truncate(behind, inner, metric, rank)
@@ -302,15 +306,13 @@ def two_sided_regression(
             wanted, layer = mapping, coefficients @ basis
             if metric is not None:
                 wanted, layer = metric @ wanted, metric @ layer
-            input_basis = _fit_input_basis(wanted, second, layer,
-                                           input_basis.shape[-2])
+            input_basis = _fit_input_basis(wanted, second, layer, input_basis)
     return coefficients, basis, (cross * change).sum(), input_basis
 
 
-def _metric(weight: Optional[Tensor]) -> Optional[Tensor]:
-    """Upper triangular ``C^T`` with ``W = C C^T``, None for the identity."""
-    if weight is None:
-        return None
+def metric_of(weight: Tensor) -> Tensor:
+    """Upper triangular ``C^T`` with ``W = C C^T``, for ``W`` of shape
+    ``(G, P, P)``, positive semi-definite."""
     # what the loss does not feel counts a little, too
     return torch.linalg.cholesky(_raised(weight.double(), 1e-3)).mT
 
@@ -346,20 +348,37 @@ def _see(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def _fit_input_basis(mapping: Tensor, second: Tensor, layer: Tensor,
-                     rank: int) -> Tensor:
-    """The input basis with which a layer is closest to a mapping: linear least
-    squares; with orthonormal rows."""
+                     basis: Tensor) -> Tensor:
+    """Nearer to the input basis with which a layer is closest to a mapping, by
+    conjugate gradients from a basis on; with orthonormal rows."""
+    rank, channels = basis.shape[-2:]
     blocks = layer.unflatten(-1, (rank, -1))
     places = blocks.shape[-1]
-    moments = second.unflatten(-1, (-1, places)).unflatten(1, (-1, places))
-    pairs = torch.einsum('gprk,gpsl->grskl', blocks, blocks)
-    normal = torch.einsum('grskl,gckdl->gcrds', pairs, moments)
-    normal = normal.flatten(1, 2).flatten(2, 3)
-    wanted = (mapping @ second).unflatten(-1, (-1, places))
-    right = torch.einsum('gprk,gpck->gcr', blocks, wanted).flatten(1)
-    root = torch.linalg.cholesky(_raised(normal, 1e-10))
-    found = torch.cholesky_solve(right.unsqueeze(-1), root)
-    return torch.linalg.qr(found.view(len(found), -1, rank))[0].mT
+    moments = second.unflatten(-1, (channels, -1)).unflatten(1, (channels, -1))
+    pairs = torch.einsum('gpsl,gprk->gsrkl', blocks, blocks)
+    # one matrix for each side, as preconditioner
+    left = torch.linalg.inv(_raised(
+        torch.einsum('gsrkk->gsr', pairs), 1e-6))
+    right = torch.linalg.inv(_raised(
+        torch.einsum('gckdk->gcd', moments), 1e-6))
+    moments, pairs = moments.flatten(2), pairs.flatten(2)
+
+    def normal(x: Tensor) -> Tensor:
+        seen = (x @ moments).unflatten(-1, (places, channels, places))
+        return pairs @ seen.transpose(-1, -2).flatten(1, 3)
+
+    wanted = (mapping @ second).unflatten(-1, (channels, places))
+    rest = torch.einsum('gprk,gpck->grc', blocks, wanted) - normal(basis)
+    step = direction = left @ rest @ right
+    size = (rest * step).sum((1, 2), True)
+    for _ in range(STEPS):
+        along = normal(direction)
+        length = size / (direction * along).sum((1, 2), True).clamp_min(1e-300)
+        basis, rest = basis + length * direction, rest - length * along
+        step = left @ rest @ right
+        size, before = (rest * step).sum((1, 2), True), size
+        direction = step + size / before.clamp_min(1e-300) * direction
+    return torch.linalg.qr(basis.mT)[0].mT
 
 
 def _raised(moment: Tensor, ridge: float) -> Tensor:

@@ -12,7 +12,8 @@ from .planning import Analysis, CompressionPlan
 from .utils.io import whole_file
 
 #: colours of the forms that a layer may have
-FORM_COLORS = dict(output='tab:blue', input='tab:green', both='tab:purple')
+FORM_COLORS = dict(output='tab:blue', input='tab:green', both='tab:purple',
+                   spatial='tab:red')
 
 
 @contextmanager

@@ -29,9 +29,6 @@ MIN_EXPLAINED = 0.5
 #: of an output channel; otherwise only combinations of the dense layer's
 #: outputs are.
 SAMPLES_PER_WEIGHT = 4
-#: Input bases with more numbers than this stay as their spectrum has them: to
-#: fit them takes linear systems of this size.
-MAX_UNKNOWNS = 4096
 #: Scales below this fraction of the largest count as it.
 MIN_SCALE = 1e-3
 
@@ -54,17 +51,18 @@ class LayerRegression:
                  targets: Sequence[Tensor], scale: Tensor | None = None,
                  target: nn.Module | None = None) -> None:
         self.statistics = statistics
-        #: the input basis in front of the layer, and one that is fitted, too
+        #: what is in front of the layer: an input basis or, of a spatial
+        #: form, k x 1; and its weights if they are fitted, too
         self.front: nn.Module | None = None
         self.input_basis: Tensor | None = None
-        if isinstance(target, BasisLayer) and target.input_basis is not None:
-            if self._sees_all(layer, targets) and layer.in_channels * (
-                    target.input_rank or 0) <= MAX_UNKNOWNS:
+        if isinstance(target, BasisLayer) and target.front is not None:
+            if self._sees_all(layer, targets):
                 self.input_basis = target.factors[0].double()
             else:
-                self.front = target.input_basis
-                layer = replace(layer, module=target.behind_input_basis(
-                    layer.module, statistics.inputs))
+                self.front = target.front
+                layer = replace(layer, module=target.behind_front(
+                    layer.module, statistics.columns if target.spatial
+                    else statistics.inputs))
         self.layer = layer
         groups, self.rows, in_size = layer.matrix_shape
         weight = layer.module.weight

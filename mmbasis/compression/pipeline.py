@@ -96,7 +96,7 @@ def analyze(model: nn.Module, recipe: Recipe,
     planning.check_finite(layers)
     selection = _select(adapter, recipe, layers, batches[0])
     analysis = planning.measure(
-        adapter, selection, batches, recipe.data_aware, recipe.two_sided)
+        adapter, selection, batches, recipe.data_aware, recipe.forms)
     if recipe.loss_aware is False:
         return analysis
     try:
@@ -216,9 +216,10 @@ def make_plan(recipe: Recipe, analysis: Analysis) -> CompressionPlan:
 
 
 def bases_of(analysis: Analysis) -> dict:
-    """Directions and mean of each layer's output, and directions of its input,
-    for :func:`apply_plan`."""
-    return {name: (known.spectrum.vectors, known.mean, known.inputs)
+    """Directions and mean of each layer's output, and directions of its input
+    and of its windows' columns, for :func:`apply_plan`."""
+    return {name: (known.spectrum.vectors, known.mean, known.inputs,
+                   known.columns)
             for name, known in analysis.statistics.items()
             if known.spectrum is not None}
 

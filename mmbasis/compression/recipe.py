@@ -251,12 +251,12 @@ class Recipe(_Checked):
             'loss_aware', False)
 
     @property
-    def two_sided(self) -> bool:
-        """Whether layers may get input bases."""
+    def forms(self) -> Tuple[str, ...]:
+        """What layers may become."""
         if self.planner is not None:
-            return self.planner.forms != ('output', )
-        return self.plan is not None and any(
-            x.input_rank is not None for x in self.plan.layers.values())
+            return self.planner.forms
+        layers = self.plan.layers if self.plan is not None else {}
+        return tuple(dict.fromkeys(x.form for x in layers.values()))
 
     @property
     def is_sequential(self) -> bool:

@@ -239,13 +239,13 @@ class Reconstruction:
         target = self.model.get_submodule(layer.name)
         compressed = isinstance(target, BasisLayer)
         old_bias = target.last.bias if compressed else target.bias
-        solution = regression.solve(target.rank if compressed else None,
+        solution = regression.solve(target.output_rank if compressed else None,
                                     old_bias is not None)
         if solution is None:
             return False
         factors, bias = solution
         if compressed:
-            if target.rank is None:
+            if target.output_rank is None:
                 factors[-2:] = [merge(*factors[-2:])]
             if len(factors) < len(target.factors):  # it was not fitted
                 factors.insert(0, target.factors[0])

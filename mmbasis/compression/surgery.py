@@ -181,7 +181,7 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
             # new layers draw random numbers that nobody keeps
             with torch.random.fork_rng():
                 layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm,
-                                   entry.input_rank)
+                                   entry.input_rank, entry.spatial)
             if project:
                 layer.project(dense, *bases.get(name, ()))
             new[dense] = layer

@@ -10,9 +10,10 @@ from .kinds import (
     kind_of,
     why_not,
 )
+from .lines import columns_of
 
 __all__ = [
     'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
-    'DeformConvKind', 'LinearKind', 'copy_module', 'first_argument',
-    'kind_of', 'observe', 'why_not'
+    'DeformConvKind', 'LinearKind', 'columns_of', 'copy_module',
+    'first_argument', 'kind_of', 'observe', 'why_not'
 ]

@@ -261,18 +261,23 @@ class BasisLayer(nn.Module):
         bias = self.last.bias
         if bias is not None:
             bias = torch.zeros_like(bias) if dense.bias is None else dense.bias
-        if self.rank is None or self.spatial:
+        if self.output_rank is None:
             factors = (*factors, matrix)
         else:
             if vectors is None:
                 vectors = factorization.spectrum_of_factor(matrix).vectors
-            vectors = vectors[..., :self.rank]
+            vectors = vectors[..., :self.output_rank]
             if bias is not None and mean is not None:
                 mean = mean.unsqueeze(-1).to(vectors)
                 lost = mean - vectors @ (vectors.mT @ mean)
                 bias = bias + lost.flatten().to(bias)
             factors = (*factors, *factorization.factorize(matrix, vectors))
         self.set_factors(*factors, bias=bias)
+
+    @property
+    def output_rank(self) -> Optional[int]:
+        """Directions of the output per group, if that is what ``rank`` is."""
+        return None if self.spatial else self.rank
 
     @property
     def front(self) -> Optional[nn.Module]:

@@ -12,12 +12,11 @@ from ..registry import PLANNERS
 from .costs import Cost, Costs, DeviceCost, Form, Ranks
 from .devices import device_at_hand
 from .latency_table import LatencyTable
+from .layers import FORMS
 from .plan import CompressionPlan
 from .planners import BasePlanner, Choice, Decided, check_fraction
 from .statistics import Analysis
 
-#: what a layer may become
-FORMS = ('output', 'input', 'both')
 #: ranks of a side that are tried, beside those of the output form
 GRID = 64
 
@@ -99,9 +98,10 @@ class BudgetPlanner(BasePlanner):
             that would not be faster stays dense.
         forms (Sequence[str], optional): What a layer may become: ``'output'``
             (basis filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1
-            basis of the input channels in front), ``'both'``. Defaults to all
-            of them where data are looked at; a latency table, and a planner
-            without data, know the first only.
+            basis of the input channels in front), ``'both'``, ``'spatial'``
+            (k x 1, then 1 x k). Defaults to all of them where data are looked
+            at; a latency table, and a planner without data, know the first
+            only. With a normalization behind the basis none is spatial.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
@@ -185,16 +185,18 @@ class BudgetPlanner(BasePlanner):
                 pays = self.cost.pays(x, ranks)
                 cost.append(self.cost.of(x, ranks)[pays])
                 loss.append(lost[pays])
-                sides = (0 * lost if side is None else side for side in ranks)
+                sides = (0 * lost + (0 if side is None else side)
+                         for side in ranks)
                 found.append(np.stack([*sides])[:, pays].astype(int))
         cost.append([self.cost.of(x, None)])
         loss.append([0.])
-        found.append(np.zeros((2, 1), int))
+        found.append(np.zeros((3, 1), int))
         costs, losses = np.concatenate(cost), np.concatenate(loss)
         front = _front(costs, losses)
         options: list[Ranks | None] = [
-            Ranks(output or None, inputs or None) if output or inputs else None
-            for output, inputs in np.concatenate(found, 1)[:, front].T.tolist()
+            Ranks(output or None, inputs or None, bool(spatial))
+            if output or inputs else None for output, inputs, spatial in
+            np.concatenate(found, 1)[:, front].T.tolist()
         ]
         return costs[front], losses[front], options
 
@@ -217,12 +219,17 @@ class BudgetPlanner(BasePlanner):
             outputs, inputs = outputs[some], inputs[some]
             forms['both'] = (Ranks(outputs, inputs),
                              lost[outputs] + narrow[inputs])
+        if x.statistics.columns is not None and not x.form.norm:
+            shares = x.statistics.columns.shares.cpu().numpy()
+            ranks = self._grid(x.layer.full_spatial_rank, x.layer.full_rank)
+            forms['spatial'] = (Ranks(ranks, None, True),
+                                lost[0] * _behind(shares)[ranks])
         return forms
 
-    def _grid(self, size: int) -> np.ndarray:
+    def _grid(self, size: int, channels: int | None = None) -> np.ndarray:
         """Ranks up to a size, at most ``GRID`` of them, each a multiple of
-        :meth:`step`."""
-        step = self.step(size)
+        :meth:`step` for so many channels (the size by default)."""
+        step = self.step(channels or size)
         step *= -(-size // (GRID * step))
         return np.arange(step, size + 1, step)
 

@@ -16,10 +16,12 @@ from .statistics import LayerStatistics
 
 class Ranks(NamedTuple):
     """How a layer is represented: basis filters per group, and input channels
-    per group of an input basis; None for no basis on that side. For costs,
-    arrays of both, which broadcast."""
+    per group of an input basis; None for no basis on that side; and whether
+    the basis is k x 1 and the coefficients 1 x k. For costs, arrays of both
+    ranks, which broadcast."""
     output: Any = None
     input: Any = None
+    spatial: bool = False
 
     @classmethod
     def of(cls, ranks: int | Ranks | None) -> Ranks | None:
@@ -91,7 +93,9 @@ class Costs:
         return Convolution(
             groups * layer.in_channels, groups * rows, layer.window,
             known.in_positions, known.out_positions, groups,
-            weight_positions=known.weight_positions, adds=known.adds)
+            weight_positions=known.weight_positions, adds=known.adds,
+            sides=tuple(layer.module.weight.shape[2:]),
+            middle_positions=known.middle_positions)
 
     def _kernels(self, ranks: int | Ranks | None) -> tuple[Kernel, ...]:
         return self.convolution.kernels(*(Ranks.of(ranks) or Ranks()))
@@ -106,6 +110,10 @@ class Costs:
         """Fraction of the energy that the directions of the output and of the
         input keep, rounded to six digits."""
         kept = 1.
+        if ranks.spatial:
+            assert self.statistics.columns is not None
+            shares = self.statistics.columns.shares
+            return round(max(1 - float(shares[ranks.output:].sum()), 0.), 6)
         if ranks.output is not None:
             kept = self.spectrum.energy_kept(ranks.output)
         if ranks.input is not None:

@@ -124,6 +124,10 @@ class Convolution:
             to ``out_positions``.
         adds (bool): Whether a shortcut is added to its output. Defaults to
             False.
+        sides (tuple[int, ...]): Of the window, for the spatial form.
+        middle_positions (float, optional): Positions of an image behind the
+            first half of the spatial form: as high as the output, as wide as
+            the input.
     """
     in_channels: int
     out_channels: int
@@ -134,10 +138,14 @@ class Convolution:
     batch: float = 1
     weight_positions: Optional[float] = None
     adds: bool = False
+    sides: Tuple[int, ...] = ()
+    middle_positions: Optional[float] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != 'adds' and value is not None and value <= 0:
+            if name in ('adds', 'sides', 'middle_positions'):
+                continue
+            if value is not None and value <= 0:
                 raise ValueError(f'{name} must be positive, got {value}')
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
@@ -147,7 +155,8 @@ class Convolution:
 
     def kernels(self,
                 rank: Optional[Number] = None,
-                input_rank: Optional[Number] = None) -> Tuple[Kernel, ...]:
+                input_rank: Optional[Number] = None,
+                spatial: bool = False) -> Tuple[Kernel, ...]:
         """The kernels of a form of the layer.
 
         Args:
@@ -157,6 +166,8 @@ class Convolution:
                 convolution in front at the resolution of the input; None for
                 no input basis. Both None: the dense layer. Arrays of both
                 broadcast, ``rank[:, None]`` and ``input_rank`` give a grid.
+            spatial (bool): Whether the basis has the first of the ``sides``
+                and the coefficients the second. Defaults to False.
 
         Returns:
             tuple[Kernel]: One to three kernels, in the order they run.
@@ -170,6 +181,14 @@ class Convolution:
         inputs: Number = self.in_channels // self.groups
         outputs: Number = self.out_channels // self.groups
         kernels = []
+        if spatial:
+            assert rank is not None and self.middle_positions
+            middle = self.batch * self.middle_positions
+            height, width = self.sides
+            return (
+                Kernel(inputs, rank, before, middle, height, self.groups),
+                Kernel(rank, outputs, middle, after, width, self.groups,
+                       adds=self.adds))
         if input_rank is not None:
             kernels.append(
                 Kernel(inputs, input_rank, before, before, 1, self.groups))

@@ -18,6 +18,10 @@ from ..layers import BasisLayer, DenseKind, kind_of, why_not
 from ..running import Targets
 
 
+#: what a layer may become
+FORMS = ('output', 'input', 'both', 'spatial')
+
+
 class Reason(enum.Enum):
     """Why a layer stays dense."""
     UNSUPPORTED = 'unsupported'
@@ -86,6 +90,22 @@ class Layer:
         if self.window == 1:
             return 'a pointwise layer has one side'
         return self.known_kind.why_one_sided(self.module)
+
+    def why_not(self, form: str) -> str:
+        """Why a layer cannot have one of the ``FORMS``, or why that saves
+        nothing; empty where it may."""
+        if form == 'output':
+            return ''
+        if form == 'spatial':
+            why = self.known_kind.why_not_spatial(self.module)
+            return why and f'no spatial form: {why}'
+        return self.why_one_sided and f'no input basis: {self.why_one_sided}'
+
+    @property
+    def full_spatial_rank(self) -> int:
+        """The rank at which the spatial form loses nothing, per group."""
+        height, width = self.module.weight.shape[2:]
+        return min(height * self.in_channels, width * self.matrix_shape[1])
 
     @property
     def narrowable(self) -> bool:

@@ -20,7 +20,8 @@ class LayerPlan:
     shape of the dense weights, whether it has a bias, fraction of its energy
     that is kept, multiply-accumulates of one image and parameters, each before
     and after, and input channels of the basis per group (None for no input
-    basis)."""
+    basis); and whether the basis is k x 1 and the coefficients 1 x k, in which
+    case more filters lose nothing."""
     rank: Optional[int]
     full_rank: int
     kind: str
@@ -30,13 +31,18 @@ class LayerPlan:
     macs: List[float]
     params: List[int]
     input_rank: Optional[int] = None
+    spatial: bool = False
 
     def __post_init__(self) -> None:
-        given = [x for x in self.ranks if x is not None] or [self.rank]
+        sides = self.rank, self.input_rank
+        given = [x for x in sides if x is not None] or [self.rank]
         for rank in given:
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError('the plan has a layer whose rank is no '
                                  f'positive integer: {rank!r}')
+        if not isinstance(self.spatial, bool):
+            raise ValueError('the plan has a layer whose spatial is neither '
+                             f'true nor false: {self.spatial!r}')
         for key in ('shape', 'macs', 'params'):
             if not isinstance(getattr(self, key), (list, tuple)):
                 raise ValueError(f'the plan has a layer whose {key} is no '
@@ -44,11 +50,14 @@ class LayerPlan:
 
     @property
     def ranks(self) -> Ranks:
-        return Ranks(self.rank, self.input_rank)
+        return Ranks(self.rank, self.input_rank, self.spatial)
 
     @property
     def form(self) -> str:
-        """``'output'``, ``'input'`` or ``'both'``: where it has a basis."""
+        """``'output'``, ``'input'`` or ``'both'``: where it has a basis; or
+        ``'spatial'``."""
+        if self.spatial:
+            return 'spatial'
         if self.input_rank is None:
             return 'output'
         return 'input' if self.rank is None else 'both'
@@ -61,7 +70,8 @@ class LayerPlan:
                    list(layer.module.weight.shape), costs.form.bias
                    or layer.has_bias, costs.energy_kept(ranks),
                    [costs.macs(), costs.macs(ranks)],
-                   [costs.params(), costs.params(ranks)], ranks.input)
+                   [costs.params(), costs.params(ranks)], ranks.input,
+                   ranks.spatial)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,13 @@ def check_choice(layer: Layer, choice: int | Ranks | None) -> Ranks | None:
     if ranks is None:
         return None
     inputs, output = ranks.input, ranks.output
+    if ranks.spatial:
+        why = layer.why_not('spatial')
+        if why or inputs is not None:
+            raise ValueError(f'{layer.name}, a {type(layer.module).__name__}: '
+                             + (why or 'a spatial form has no input basis'))
+        return Ranks(check_rank(layer, output, layer.full_spatial_rank), None,
+                     True)
     if inputs is not None:
         inputs = check_rank(layer, inputs, layer.in_channels)
         why = layer.known_kind.why_one_sided(layer.module)
@@ -212,9 +219,9 @@ class BasePlanner(ABC):
             past = self.cost.why_not_at(costs, rank)
             pays = self.cost.pays(costs, rank)
             return (Ranks(rank), '') if pays else (None, past)
-        one_sided = costs.layer.why_one_sided
-        if one_sided and 'output' not in self.forms:
-            return None, f'no input basis: {one_sided}'
+        why_not = [costs.layer.why_not(form) for form in self.forms]
+        if all(why_not):
+            return None, '; '.join(dict.fromkeys(why_not))
         if not self._can_pay(costs):
             return None, self.cost.why_not(
                 costs, self.step(costs.layer.full_rank))

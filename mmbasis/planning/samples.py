@@ -1,9 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Samples of what layers take and return, and moments of them."""
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..layers import columns_of
 from .layers import Layer
 
 #: Positions of one image that a layer's moments are computed from. More add
@@ -80,6 +84,13 @@ def output_samples(layer: Layer, y: Tensor) -> Tensor:
     if y.shape[-1] > MAX_POSITIONS:
         y = y[..., chosen_positions(y.shape[-1], y.device)]
     return _by_group(y, layer.matrix_shape[0])
+
+
+def column_samples(layer: Layer, x: Tensor) -> Tensor:
+    """Columns of the windows of a layer that can be split, at positions as
+    high as its output and as wide as its input, ``(G, C k, positions)``."""
+    columns: Any = columns_of(layer.module)
+    return input_samples(replace(layer, module=columns), x)
 
 
 def input_samples(layer: Layer, x: Tensor) -> Tensor:

@@ -15,13 +15,17 @@ from .. import running
 from ..factorization import (
     InputSpectrum,
     Spectrum,
+    metric_of,
     spectrum_of_factor,
     spectrum_of_input,
     spectrum_of_moment,
 )
 from ..layers import first_argument, observe
 from . import samples as sampling
-from .layers import UNUSED, Layer, Selection, freeze
+from .layers import FORMS, UNUSED, Layer, Selection, freeze
+
+#: forms with an input basis
+TWO_SIDED = 'input', 'both'
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,12 @@ class LayerStatistics:
             it can have no input basis.
         adds (bool): Whether its output, perhaps normalised, goes into a sum
             with a tensor of the same shape, and nowhere else.
+        middle_positions (float): Positions for one image as high as its
+            output and as wide as its input.
+        column_covariance (Tensor, optional): Of the columns of its windows,
+            ``(G, C k / G, C k / G)``.
+        columns (InputSpectrum, optional): Directions of these, in the metric
+            of the ``gradient``; None where the layer has no spatial form.
     """
     weight_positions: float = 0
     out_positions: float = 0
@@ -61,6 +71,9 @@ class LayerStatistics:
     input_covariance: Optional[Tensor] = None
     inputs: Optional[InputSpectrum] = None
     adds: bool = False
+    middle_positions: float = 0
+    column_covariance: Optional[Tensor] = None
+    columns: Optional[InputSpectrum] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +100,8 @@ class LayerRecorder(ExitStack):
     def __init__(self,
                  layers: Sequence[Layer],
                  moments: Sequence[Layer] = (),
-                 inputs: Sequence[Layer] = ()) -> None:
+                 inputs: Sequence[Layer] = (),
+                 columns: Sequence[Layer] = ()) -> None:
         super().__init__()
         self.layers = layers
         self.images = self.passes = 0
@@ -96,15 +110,20 @@ class LayerRecorder(ExitStack):
         self.moments: Dict[str, Tensor] = {}
         #: the same of input channels, where they can have a basis
         self.inputs: Dict[str, Tensor] = {}
+        #: and of the columns of windows, where these can be split
+        self.columns: Dict[str, Tensor] = {}
         for layer in moments:
             groups, rows, in_size = layer.matrix_shape
             size = in_size if sampling.is_expansion(layer) else rows
             self.moments[layer.name] = _no_moment(layer, size)
         for layer in inputs:
             self.inputs[layer.name] = _no_moment(layer, layer.in_channels)
-        #: positions of weights, outputs and inputs, calls, and whether it ends
-        #: in a sum, of each layer
-        self._table = torch.zeros(len(layers), 5, dtype=torch.float64)
+        for layer in columns:
+            self.columns[layer.name] = _no_moment(
+                layer, layer.module.weight.shape[2] * layer.in_channels)
+        #: positions of weights, outputs and inputs, calls, whether it ends in
+        #: a sum, and positions between the halves of its window, of each layer
+        self._table = torch.zeros(len(layers), 6, dtype=torch.float64)
         self._watch: Optional[running.SumWatch] = None
         for layer, row in zip(layers, self._table):
             hook = partial(self._record, layer, row)
@@ -142,6 +161,7 @@ class LayerRecorder(ExitStack):
         row[:4] += torch.tensor(
             [at_weights, positions, x.numel() // in_channels, 1],
             dtype=torch.float64)
+        row[5] += positions * x.shape[-1] / max(y.shape[-1], 1)
         if layer.name in self.moments:
             if sampling.is_expansion(layer):
                 samples = sampling.input_samples(layer, x)
@@ -151,6 +171,9 @@ class LayerRecorder(ExitStack):
         if layer.name in self.inputs:
             _add_moment(self.inputs[layer.name],
                         sampling.output_samples(layer, x))
+        if layer.name in self.columns:
+            _add_moment(self.columns[layer.name],
+                        sampling.column_samples(layer, x))
         if self._watch is not None:
             self._watch.follow(layer.name, module, args, kwargs, y)
 
@@ -176,20 +199,30 @@ class LayerRecorder(ExitStack):
                 row[1] / images,
                 row[3] / passes,
                 in_positions=row[2] / images,
-                adds=row[4] > 0)
+                adds=row[4] > 0,
+                middle_positions=row[5] / images)
             moment = self.moments.pop(layer.name, None)
-            inputs = self.inputs.pop(layer.name, None)
             if moment is not None:
                 all_reduce(moment)
                 if known.weight_positions:
                     known = _with_spectrum(layer, known, moment)
-            if inputs is not None:
-                all_reduce(inputs)
-                if known.weight_positions:
-                    covariance = _mean_and_covariance(inputs)[1]
-                    known = replace(known, input_covariance=covariance)
-            found[layer.name] = known
+            found[layer.name] = replace(
+                known,
+                input_covariance=_pop_covariance(self.inputs, layer),
+                column_covariance=_pop_covariance(self.columns, layer))
         return found
+
+
+def _pop_covariance(moments: Dict[str, Tensor],
+                    layer: Layer) -> Optional[Tensor]:
+    """Over processes; None of a layer that is not looked at, or did not
+    run."""
+    moment = moments.pop(layer.name, None)
+    if moment is None:
+        return None
+    all_reduce(moment)
+    ran = bool(moment[0, -1, -1])
+    return _mean_and_covariance(moment)[1] if ran else None
 
 
 def _no_moment(layer: Layer, size: int) -> Tensor:
@@ -235,7 +268,7 @@ def measure(adapter: running.Adapter,
             selection: Selection,
             batches: Sequence[Any],
             data_aware: bool = True,
-            two_sided: bool = True) -> Analysis:
+            forms: Sequence[str] = FORMS) -> Analysis:
     """Measure positions and spectra of layers.
 
     Args:
@@ -246,8 +279,9 @@ def measure(adapter: running.Adapter,
         data_aware (bool): Take spectra of the chosen layers from the
             covariance of their outputs, instead of from their weights. One
             batch is looked at without it. Defaults to True.
-        two_sided (bool): Measure the input channels of the chosen layers, too.
-            Defaults to True.
+        forms (Sequence[str]): What layers may become: input channels and
+            windows of the chosen ones are measured where they may need it.
+            Defaults to all of them.
 
     Returns:
         Analysis: Layers that did not run are excluded.
@@ -257,9 +291,10 @@ def measure(adapter: running.Adapter,
         ValueError: If an output is not finite.
     """
     moments = selection.chosen if data_aware else []
-    inputs = [x for x in moments if two_sided and x.narrowable]
+    inputs = [x for x in moments if _may_be(x, forms, *TWO_SIDED)]
+    columns = [x for x in moments if _may_be(x, forms, 'spatial')]
     with running.evaluation(adapter.model), LayerRecorder(
-            selection.layers, moments, inputs) as recorder:
+            selection.layers, moments, inputs, columns) as recorder:
         recorder.run(adapter, batches if data_aware else batches[:1])
     statistics = recorder.finish()
     selection = selection.without({
@@ -268,17 +303,37 @@ def measure(adapter: running.Adapter,
     })
     for layer in selection.chosen:
         statistics[layer.name] = _with_defaults(
-            layer, statistics[layer.name], two_sided)
+            layer, statistics[layer.name], forms)
     return Analysis(selection, statistics)
 
 
+def _may_be(layer: Layer, allowed: Sequence[str], *forms: str) -> bool:
+    """Whether a layer may have one of some forms, if that is allowed."""
+    return any(x in allowed and not layer.why_not(x) for x in forms)
+
+
 def _with_defaults(layer: Layer, known: LayerStatistics,
-                   two_sided: bool) -> LayerStatistics:
+                   forms: Sequence[str]) -> LayerStatistics:
     """With what weights alone say, where nothing else is known."""
     matrix = weight_matrix(layer)
     if known.spectrum is None:
         known = replace(known, spectrum=spectrum_of_factor(matrix))
-    if two_sided and layer.narrowable:
+    if _may_be(layer, forms, *TWO_SIDED):
         known = replace(known, inputs=spectrum_of_input(
             matrix, layer.in_channels, known.input_covariance))
+    if _may_be(layer, forms, 'spatial'):
+        known = replace(known, columns=spectrum_of_columns(layer, known))
     return known
+
+
+def spectrum_of_columns(layer: Layer, known: LayerStatistics) -> InputSpectrum:
+    """Directions of the columns of a layer's windows, by what their errors do
+    to the output, in the metric of the loss' gradients where it is known."""
+    matrix = weight_matrix(layer)
+    if known.gradient is not None:
+        assert known.spectrum is not None
+        if known.gradient.shape[-1] != matrix.shape[-2]:
+            matrix = known.spectrum.vectors.mT @ matrix
+        matrix = metric_of(known.gradient) @ matrix
+    size = layer.module.weight.shape[2] * layer.in_channels
+    return spectrum_of_input(matrix, size, known.column_covariance)
