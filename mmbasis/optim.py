@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from .factorization import merge, widen
-from .layers import BasisLayer
+from .layers import BasisLayer, as_square
 from .registry import OPTIM_WRAPPERS
 
 
@@ -214,9 +214,8 @@ def _gradients(old: nn.Module, new: BasisLayer,
     ``H = w F``, of least norm among those with the old gradients ``w^T M`` and
     ``M F^T``; its shape is ``(G, P / G, D)``."""
     if isinstance(old, BasisLayer):
-        product = _of_product([x.double() for x in old.factors],
-                              [x.double() for x in old.matrices(values)],
-                              old.rank is not None)
+        product = _of_product(old, [x.double() for x in old.factors],
+                              [x.double() for x in old.matrices(values)])
     else:
         dense = SimpleNamespace(weight=values[0], groups=new.groups)
         product = new.kind.to_matrix(dense).double()
@@ -227,15 +226,21 @@ def _gradients(old: nn.Module, new: BasisLayer,
             for part, x in zip(new.parts, found)]
 
 
-def _of_product(factors: List[Tensor], gradients: List[Tensor],
-                has_coefficients: bool) -> Tensor:
-    """The gradient of the product of factors; that of the input basis follows
-    from it."""
-    product = gradients[-1]
+def _of_product(layer: BasisLayer, factors: List[Tensor],
+                gradients: List[Tensor]) -> Tensor:
+    """The gradient of the product of a layer's factors; that of the input
+    basis follows from it."""
+    product, has_coefficients = gradients[-1], layer.rank is not None
+    if layer.spatial:
+        for pair in (factors, gradients):
+            pair[-1] = as_square(pair[-1], factors[0].shape[1])
     if has_coefficients:
         (basis, w), (by_basis, by_w) = factors[-2:], gradients[-2:]
         inside = by_w @ basis.mT.pinverse()
         rest = w.mT.pinverse() @ by_basis
         product = inside + rest - rest @ basis.pinverse() @ basis
+    if layer.spatial:
+        blocks = product.unflatten(1, (-1, layer.weights[-1].shape[-1]))
+        return blocks.transpose(2, 3).flatten(2)
     front = factors[:len(factors) - 1 - has_coefficients]
     return widen(product, front[0].mT.pinverse()) if front else product

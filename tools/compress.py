@@ -28,6 +28,7 @@ from mmbasis.compression import (
 )
 from mmbasis.datasets import calibration_dataloader
 from mmbasis.models import build_dense, standalone_config
+from mmbasis.planning.layers import FORMS
 from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
@@ -65,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--forms',
         nargs='+',
-        choices=['output', 'input', 'both'],
+        choices=FORMS,
         help='what layers may become (default: all; output with --table); not '
         'with --energy')
     parser.add_argument(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compression import basis_layers, recalibrate_if_better, take_batches
 from ..datasets import calibration_dataloader
 from ..factorization import merge, spectrum_of_factor
+from ..layers import as_square
 from ..models import unwrap
 from ..optim import bare_model
 from ..registry import HOOKS
@@ -82,6 +83,8 @@ class SpectrumHook(PeriodicHook):
             weights = merge(*(factor.double() for factor in layer.factors))
             # of an input form, the basis decides what rank there can be
             basis = layer.factors[layer.parts.index(layer.basis)]
+            if layer.spatial:
+                weights = as_square(weights, basis.shape[-1])
             energy = spectrum_of_factor(weights).energy[:min(basis.shape[1:])]
             # the exponential of the entropy (Roy and Vetterli, 2007)
             entropy = torch.special.entr(energy / energy.sum()).sum()

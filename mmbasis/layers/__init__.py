@@ -10,10 +10,10 @@ from .kinds import (
     kind_of,
     why_not,
 )
-from .lines import columns_of
+from .lines import as_square, columns_of
 
 __all__ = [
     'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
-    'DeformConvKind', 'LinearKind', 'columns_of', 'copy_module',
-    'first_argument', 'kind_of', 'observe', 'why_not'
+    'DeformConvKind', 'LinearKind', 'as_square', 'columns_of',
+    'copy_module', 'first_argument', 'kind_of', 'observe', 'why_not'
 ]

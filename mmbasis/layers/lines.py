@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, Dict
 
 import torch.nn as nn
+from torch import Tensor
 
 
 def geometry(conv: Any, *axes: int) -> Dict[str, Any]:
@@ -31,6 +32,13 @@ def columns_of(conv: Any) -> Any:
     return SimpleNamespace(
         weight=conv.weight, groups=conv.groups,
         padding_mode=conv.padding_mode, **geometry(conv, 0))
+
+
+def as_square(weights: Tensor, channels: int) -> Tensor:
+    """Weights ``(G, P, C k)`` as a matrix ``(G, P k, C)``: of the product of a
+    spatial form, with columns as channels, its rank is that of the form."""
+    blocks = weights.unflatten(-1, (channels, -1))
+    return blocks.transpose(-1, -2).flatten(1, 2)
 
 
 def build_rows(dense: Any, channels: int, bias: bool) -> nn.Module:

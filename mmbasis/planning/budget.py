@@ -219,7 +219,7 @@ class BudgetPlanner(BasePlanner):
             outputs, inputs = outputs[some], inputs[some]
             forms['both'] = (Ranks(outputs, inputs),
                              lost[outputs] + narrow[inputs])
-        if x.statistics.columns is not None and not x.form.norm:
+        if x.statistics.columns is not None and not x.why_not('spatial'):
             shares = x.statistics.columns.shares.cpu().numpy()
             ranks = self._grid(x.layer.full_spatial_rank, x.layer.full_rank)
             forms['spatial'] = (Ranks(ranks, None, True),

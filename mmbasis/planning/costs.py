@@ -76,6 +76,14 @@ class Costs:
             params = params + 2 * self.convolution.groups * ranks.output
         return params
 
+    def why_not(self, form: str) -> str:
+        """:meth:`Layer.why_not`, and why not as basis layers are built."""
+        why = self.layer.why_not(form)
+        if form == 'spatial' and self.form.norm:
+            why = why or ('no spatial form: padding would not be zero behind a '
+                          'normalization')
+        return why
+
     @property
     def is_measured(self) -> bool:
         """Whether its time is known: its kind, and where it ran."""

@@ -219,7 +219,7 @@ class BasePlanner(ABC):
             past = self.cost.why_not_at(costs, rank)
             pays = self.cost.pays(costs, rank)
             return (Ranks(rank), '') if pays else (None, past)
-        why_not = [costs.layer.why_not(form) for form in self.forms]
+        why_not = [costs.why_not(form) for form in self.forms]
         if all(why_not):
             return None, '; '.join(dict.fromkeys(why_not))
         if not self._can_pay(costs):

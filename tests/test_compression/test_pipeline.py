@@ -70,6 +70,7 @@ def test_full_rank_of_a_plain_module():
     dict(type='BudgetPlanner', macs=0.5, forms=['output']),
     dict(type='BudgetPlanner', macs=0.5, forms=['input']),
     dict(type='BudgetPlanner', macs=0.5, forms=['both']),
+    dict(type='BudgetPlanner', macs=0.5, forms=['both', 'spatial']),
     dict(type='EnergyPlanner', threshold=0.6),
     dict(type='RatioPlanner', ratio=0.5),
 ])
@@ -84,6 +85,7 @@ def test_plan_says_what_was_done(planner, norm):
         entry = plan.layers[name]
         assert layer.rank == entry.rank
         assert layer.input_rank == entry.input_rank
+        assert layer.spatial == entry.spatial
         # it stands in front of coefficients
         assert (layer.norm is not None) == (norm and entry.form != 'input')
         assert (layer.last.bias is not None) == entry.bias
@@ -159,11 +161,12 @@ def test_result_does_not_depend_on_the_run():
     assert torch.equal(models[0](x), models[1](x))
 
 
-@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+@pytest.mark.parametrize('form', ['output', 'input', 'both', 'spatial'])
 def test_compressed_model_trains(form):
     model = network()
     planner = BudgetPlanner(macs=0.5, forms=[form])
-    plan = mmbasis.compress(model, planner, batches(), norm=True)
+    plan = mmbasis.compress(
+        model, planner, batches(), norm=form != 'spatial')
     assert {x.form for x in plan.layers.values()} == {form}
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     x, = batches(1)
@@ -179,12 +182,12 @@ def test_compressed_model_trains(form):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+@pytest.mark.parametrize('form', ['output', 'input', 'both', 'spatial'])
 def test_mode_is_kept(form):
     for training in (True, False):
         model = network().train(training)
         planner = BudgetPlanner(macs=0.5, forms=[form])
-        mmbasis.compress(model, planner, batches(), norm=True)
+        mmbasis.compress(model, planner, batches(), norm=form != 'spatial')
         assert {m.training for m in model.modules()} == {training}
         assert names(model)
 
@@ -308,7 +311,7 @@ def test_attention_is_left_alone():
     assert model(x).shape == (4, 33, 12)
 
 
-@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+@pytest.mark.parametrize('form', ['output', 'input', 'both', 'spatial'])
 def test_deepcopy_of_a_compressed_model(form):
     model = network()
     planner = BudgetPlanner(macs=0.5, forms=[form])
@@ -466,7 +469,7 @@ class Parts(Momentum):
         return nn.Sequential(self.encoder, nn.Identity())
 
 
-@pytest.mark.parametrize('form', ['output', 'input', 'both'])
+@pytest.mark.parametrize('form', ['output', 'input', 'both', 'spatial'])
 @pytest.mark.parametrize('cls, prefix', [(Momentum, 'average.module.'),
                                          (Parts, 'average.module.0.')])
 def test_moving_average_inside_the_model_follows(cls, prefix, form):
@@ -487,6 +490,7 @@ def test_moving_average_inside_the_model_follows(cls, prefix, form):
     name = next(x for x in plan.layers if x.startswith('encoder.'))
     layer = layers[name]
     follower = layers[name.replace('encoder.', prefix)]
+    assert follower.spatial == layer.spatial == (form == 'spatial')
     assert (follower.rank, follower.input_rank) == (layer.rank,
                                                     layer.input_rank)
     assert not any(x.requires_grad for x in follower.weights)

@@ -62,7 +62,7 @@ def error(model, reference, x):
 
 class Given(FixedPlanner):
     """Gives layers ranks of any form, whatever they cost."""
-    forms = ('output', 'input', 'both')
+    forms = ('output', 'input', 'both', 'spatial')
 
     def __init__(self, ranks):
         super().__init__(dict.fromkeys(ranks, 'full'), allow_costlier=True)
@@ -94,8 +94,9 @@ def compressed(model, batches, reconstruction, ranks, **planner):
 
 
 RANKS = dict(stem=5, left=3, shared=6, expand=7)
-every_form = pytest.mark.parametrize('ranks', [RANKS, 'input', 'both'],
-                                     ids=['output', 'input', 'both'])
+every_form = pytest.mark.parametrize('ranks', [RANKS, 'input', 'both', 'spatial'],
+                                     ids=['output', 'input', 'both',
+                                          'spatial'])
 
 
 @every_form
@@ -236,8 +237,9 @@ def test_finds_layers_that_end_in_a_sum():
     assert watch.order == list(layers)
 
 
-@pytest.mark.parametrize('conv2', [10, Ranks(None, 10), Ranks(12, 12)],
-                         ids=['output', 'input', 'both'])
+@pytest.mark.parametrize('conv2', [
+    10, Ranks(None, 10), Ranks(12, 12), Ranks(18, None, True)],
+                         ids=['output', 'input', 'both', 'spatial'])
 def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches, conv2):
     """The sum is nearer to the dense one than where the branch alone is fitted
     to its own target."""
@@ -265,8 +267,8 @@ def test_last_layer_of_a_block_makes_up_for_the_shortcut(batches, conv2):
 
 
 @pytest.mark.parametrize(
-    'ranks', [dict(stem=6, conv2=10, down=8), 'input', 'both'],
-    ids=['output', 'input', 'both'])
+    'ranks', [dict(stem=6, conv2=10, down=8), 'input', 'both', 'spatial'],
+    ids=['output', 'input', 'both', 'spatial'])
 def test_passes_go_on_as_before(batches, ranks):
     """A stopped and patched pass returns what the fitted model returns."""
     torch.manual_seed(0)

@@ -48,14 +48,14 @@ class Net(nn.Module):
         return self.conv(self.first(x))
 
 
-def a_plan(model, *names, rank=3, input_rank=None, **kwargs):
+def a_plan(model, *names, rank=3, input_rank=None, spatial=False, **kwargs):
     layers = {}
     for name in names:
         module = model.get_submodule(name)
         shape = list(module.weight.shape)
         layers[name] = LayerPlan(rank, 6,
                                  kind_of(module).name, shape, True, 1.,
-                                 [2., 1.], [2, 1], input_rank)
+                                 [2., 1.], [2, 1], input_rank, spatial)
     return CompressionPlan(layers, **kwargs)
 
 
@@ -124,18 +124,20 @@ def test_another_rank():
         model.load_state_dict(other.state_dict())
 
 
-RANKS = dict(output=(8, None), input=(None, 8), both=(8, 8))
+RANKS = dict(output=dict(rank=8), input=dict(rank=None, input_rank=8),
+             both=dict(rank=8, input_rank=8),
+             spatial=dict(rank=8, spatial=True))
 
 
 @pytest.mark.parametrize('form', RANKS)
 @pytest.mark.parametrize('given', RANKS)
 def test_another_form(form, given):
-    """Basis filters alone do not tell: here they are of one shape."""
+    """Basis filters alone do not tell: here they are of one shape, if they
+    are not split."""
     models = []
-    for rank, input_rank in (RANKS[form], RANKS[given]):
+    for ranks in (RANKS[form], RANKS[given]):
         models.append(Net())
-        plan = a_plan(Net(), 'conv', rank=rank, input_rank=input_rank)
-        apply_plan(models[-1], plan)
+        apply_plan(models[-1], a_plan(Net(), 'conv', **ranks))
     model, state = models[0], models[1].state_dict()
     if form == given:
         model.load_state_dict(state)

@@ -122,6 +122,7 @@ EMA = dict(type='EMAHook', momentum=.1)
         dict(forms=['output'], norm=True),
         dict(forms=['both'], norm=True),
         dict(forms=['both'], ema=True),
+        dict(forms=['spatial'], ema=True),
         dict(door=2),
     ],
     ids=str)
@@ -131,7 +132,7 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, dense, variant):
         planner=dict(
             type='BudgetPlanner',
             macs=.5,
-            forms=variant.pop('forms', ['output', 'input', 'both'])),
+            forms=variant.pop('forms', ['output', 'input', 'both', 'spatial'])),
         norm=variant.pop('norm', False),
         orthogonality=dict(weight=.01))
     cfg = toy_cfg(tmp_path / 'run', dense, settings, epochs=3)

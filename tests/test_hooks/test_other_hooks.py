@@ -17,7 +17,8 @@ def dense(tmp_path):
     return dense_checkpoint(tmp_path / 'dense.pth')
 
 
-every_form = pytest.mark.parametrize('form', ['output', 'input', 'both'])
+every_form = pytest.mark.parametrize(
+    'form', ['output', 'input', 'both', 'spatial'])
 
 
 def budget(form, **options):
@@ -91,8 +92,23 @@ def test_effective_rank_is_a_fraction_of_what_the_form_allows():
         layer = BasisLayer(conv, ranks[0], input_rank=ranks[1])
         layer.set_factors(*(torch.eye(len(x[0]), x.shape[2])[None]
                             for x in layer.factors))
-        runner = Mock(model=nn.ModuleDict(dict(conv=layer)))
-        SpectrumHook().act(runner, 1)
-        found[name] = runner.visualizer.add_scalars.call_args[0][0]
-    assert found['output']['spectrum/conv'] == pytest.approx(1)
-    assert found['input']['spectrum/conv'] == pytest.approx(1)
+        found[name] = effective_rank(layer)
+    assert found == dict(output=pytest.approx(1), input=pytest.approx(1))
+
+
+def effective_rank(layer):
+    runner = Mock(model=nn.ModuleDict(dict(conv=layer)))
+    SpectrumHook().act(runner, 1)
+    return runner.visualizer.add_scalars.call_args[0][0]['spectrum/conv']
+
+
+def test_effective_rank_of_a_split_window():
+    """Of a rank that no output form has; two filters of four weigh much."""
+    layer = BasisLayer(nn.Conv2d(16, 2, 3), 4, spatial=True)
+    for strength, expected in ((1., 1.), (1e-6, .5)):
+        rows = torch.eye(4, 6) * torch.tensor([1, 1, strength, strength])[
+            :, None]
+        layer.set_factors(
+            torch.eye(4, 48)[None],
+            rows.view(4, 2, 3).transpose(0, 1).reshape(1, 2, 12))
+        assert effective_rank(layer) == pytest.approx(expected, rel=1e-3)

@@ -11,7 +11,7 @@ from mmbasis.models import BasisModel
 from mmbasis.optim import carry_over
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
-FORMS = ['output', 'input', 'both']
+FORMS = ['output', 'input', 'both', 'spatial']
 
 
 def budget(macs, forms=FORMS):
@@ -134,11 +134,14 @@ def test_gradient_averages_are_those_of_the_new_factors(form):
             atol=1e-4)
 
 
-@pytest.mark.parametrize('rank, input_rank', [(4, None), (None, 4), (4, 5)])
-def test_factors_of_a_dense_layer_count_steps_of_their_own(rank, input_rank):
+@pytest.mark.parametrize('rank, input_rank, spatial', [
+    (4, None, False), (None, 4, False), (4, 5, False), (4, None, True)])
+def test_factors_of_a_dense_layer_count_steps_of_their_own(
+        rank, input_rank, spatial):
     """Optimizers count in place, so what they count with is not shared."""
     before, after = ToyNet(), ToyNet()
-    after.conv2 = BasisLayer(before.conv2, rank, input_rank=input_rank)
+    after.conv2 = BasisLayer(
+        before.conv2, rank, input_rank=input_rank, spatial=spatial)
     old, new = (
         OptimWrapper(torch.optim.AdamW(net.parameters()))
         for net in (before, after))

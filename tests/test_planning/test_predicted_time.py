@@ -26,7 +26,7 @@ from mmbasis.planning.devices import DEVICES, Convolution, device_at_hand
 from mmbasis.running import Targets
 from tests.analyses import make_plan, measured
 
-ALL = ['output', 'input', 'both']
+ALL = ['output', 'input', 'both', 'spatial']
 H100 = SimpleNamespace(name='NVIDIA H100 80GB HBM3', multi_processor_count=132)
 
 
@@ -181,7 +181,7 @@ def check_never_slower(name, planner, analysis, plan):
                 name in plan.dense[x.name].reason)
 
 
-@pytest.mark.parametrize('forms', [['output'], ['input'], ['both'], ALL],
+@pytest.mark.parametrize('forms', [['output'], ['input'], ['both'], ['spatial'], ALL],
                          ids='-'.join)
 @pytest.mark.parametrize('name', DEVICES)
 def test_no_layer_gets_slower_by_a_budget_of_time(name, forms, analyses):

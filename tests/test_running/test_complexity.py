@@ -62,7 +62,7 @@ def detection():
     init_default_scope('mmengine')
 
 
-@pytest.mark.parametrize('forms', [['output'], ['output', 'input', 'both']])
+@pytest.mark.parametrize('forms', [['output'], ['output', 'input', 'both', 'spatial']])
 def test_detector_with_deformable_convolutions(detection, forms):
     """The counter, the plan and what the plan saves agree."""
     from mmdet.testing import demo_mm_inputs

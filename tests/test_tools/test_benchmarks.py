@@ -42,4 +42,5 @@ def test_each_method_meets_its_budget(methods):
         assert all(torch.equal(dense.state_dict()[k], state[k]) for k in state)
     assert forms['input form alone'] == {'input'}
     assert forms['both sides alone'] == {'both'}
+    assert forms['spatial form alone'] == {'spatial'}
     assert forms['+ automatic recalibration'] == {'output'}

@@ -132,7 +132,7 @@ def test_wrong_input_basis_is_our_failure(monkeypatch):
     monkeypatch.setattr(BasisLayer, 'project', wrong)
     result = check(entry_of(SMALL[0]))
     assert (result['status'], result['step']) == ('failed',
-                                                  'full rank, both sides')
+                                                  'full rank, both')
 
 
 def test_costlier_plan_is_our_failure(monkeypatch):

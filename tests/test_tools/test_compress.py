@@ -144,7 +144,7 @@ def test_following_the_plan(workplace, compressed, tmp_path):
 
 def test_parameters_in_multiples(workplace, tmp_path):
     result = workplace.run('--params', 0.4, '--round-to', 4, '--forms',
-                           'output', 'input', 'both', '--calib-batches',
+                           'output', 'input', 'both', 'spatial', '--calib-batches',
                            1, '--work-dir', tmp_path, '--cfg-options',
                            'train_dataloader.batch_size=2')
     assert result.returncode == 0, result.stderr

@@ -60,6 +60,7 @@ METHODS = {
     '+ automatic recalibration': (OUTPUT, {}, ()),
     'input form alone': (dict(forms=['input'], round_to=1), {}, ()),
     'both sides alone': (dict(forms=['both'], round_to=1), {}, ()),
+    'spatial form alone': (dict(forms=['spatial'], round_to=1), {}, ()),
     'all forms, any rank': (dict(round_to=1), {}, ()),
     'all forms (default)': (dict(), {}, ()),
 }

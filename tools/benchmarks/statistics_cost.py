@@ -108,9 +108,10 @@ def ours(model, batches, forms) -> None:
                 layer.module,
                 entry.rank,
                 bias=True,
-                input_rank=entry.input_rank)
+                input_rank=entry.input_rank,
+                spatial=entry.spatial)
             basis.project(layer.module, known.spectrum.vectors, known.mean,
-                          known.inputs)
+                          known.inputs, known.columns)
 
 
 def everything(model, batches, forms) -> None:
@@ -122,11 +123,14 @@ def everything(model, batches, forms) -> None:
 def our_bytes(model, forms) -> int:
     """Memory of the moments alone."""
     layers = [x for x in find_layers(model) if x.obstacle is None]
-    two_sided = set(forms) != {'output'}
-    narrowable = [x for x in layers if two_sided and x.narrowable]
-    with LayerRecorder(layers, layers, narrowable) as recorder:
-        moments = *recorder.moments.values(), *recorder.inputs.values()
-        return sum(m.numel() * m.element_size() for m in moments)
+    narrow, split = (
+        [x for x in layers if any(
+            form in forms and not x.why_not(form) for form in some)]
+        for some in (('input', 'both'), ('spatial', )))
+    with LayerRecorder(layers, layers, narrow, split) as recorder:
+        moments = [recorder.moments, recorder.inputs, recorder.columns]
+        return sum(m.numel() * m.element_size()
+                   for x in moments for m in x.values())
 
 
 def timed(function, *args) -> float:

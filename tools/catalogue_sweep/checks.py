@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -83,6 +84,18 @@ class BothSides(FixedPlanner):
         ]
 
 
+class Split(FixedPlanner):
+    """Full rank, windows split where they can be."""
+    forms = FORMS
+
+    def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
+        layers = [x.layer for x in free]
+        return [
+            Ranks(x.full_rank) if x.why_not('spatial') else
+            Ranks(x.full_spatial_rank, None, True) for x in layers
+        ]
+
+
 class Checked:
     """One model on its way through the checks.
 
@@ -128,19 +141,20 @@ class Checked:
         self._step('dense')
         self._find_size()
         self._step('analysis')
-        one_side, both_sides = (
+        one_side, *others = (
             Recipe.of(
                 planner=planner({'.*': 'full'},
                                 allow_costlier=True,
                                 prediction_layers=True))
-            for planner in (FixedPlanner, BothSides))
-        analysis = analyze(self.model, both_sides, [self.data])
+            for planner in (FixedPlanner, BothSides, Split))
+        analysis = analyze(self.model, others[0], [self.data])
         self._step('full rank')
         self._full_rank(make_plan(one_side, analysis), analysis)
-        plan = make_plan(both_sides, analysis)
-        if any(x.form == 'both' for x in plan.layers.values()):
-            self._step('full rank, both sides')
-            self._keep_worse(lambda: self._full_rank(plan, analysis))
+        for form, recipe in zip(('both', 'spatial'), others):
+            plan = make_plan(recipe, analysis)
+            if any(x.form == form for x in plan.layers.values()):
+                self._step(f'full rank, {form}')
+                self._keep_worse(partial(self._full_rank, plan, analysis))
         self._step('half')
         plan = self._half(analysis)
         self._step('round trip')
