@@ -12,7 +12,8 @@ from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 
 from ..compression import basis_layers, recalibrate_if_better, take_batches
 from ..datasets import calibration_dataloader
-from ..factorization import merge, spectrum_of_factor
+from ..factorization import merge, orthogonality_error, spectrum_of_factor
+from ..layers import retract
 from ..models import unwrap
 from ..optim import bare_model
 from ..registry import HOOKS
@@ -56,8 +57,7 @@ class OrthogonalityHook(PeriodicHook):
     priority = 'HIGH'
 
     def act(self, runner: Runner, step: int) -> None:
-        for _, layer in basis_layers(runner.model):
-            layer.retract()
+        retract([layer for _, layer in basis_layers(runner.model)])
 
 
 @HOOKS.register_module()
@@ -75,18 +75,23 @@ class SpectrumHook(PeriodicHook):
 
     @torch.no_grad()
     def act(self, runner: Runner, step: int) -> None:
-        errors, scalars = [], {}
+        errors, ranks = [], {}
         for name, layer in basis_layers(runner.model):
-            errors.append(layer.orthogonality_error)
+            errors.append(
+                torch.stack([orthogonality_error(x.float())
+                             for x in layer.bases]).max())
             weights = merge(*(factor.double() for factor in layer.factors))
             # of an input form, the basis decides what rank there can be
             basis = layer.factors[layer.parts.index(layer.basis)]
             energy = spectrum_of_factor(weights).energy[:min(basis.shape[1:])]
             # the exponential of the entropy (Roy and Vetterli, 2007)
             entropy = torch.special.entr(energy / energy.sum()).sum()
-            scalars[f'spectrum/{name}'] = float(entropy.exp()) / len(energy)
+            ranks[f'spectrum/{name}'] = entropy.exp() / len(energy)
         if not errors:
             return
+        # read at once: a GPU is waited for a single time
+        scalars = dict(zip(ranks, torch.stack([*ranks.values()]).tolist()))
+        errors = torch.stack(errors).tolist()
         mean, largest = sum(errors) / len(errors), max(errors)
         scalars['orthogonality/mean'] = mean
         scalars['orthogonality/max'] = largest

@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from .basis_layer import BasisLayer
+from .basis_layer import BasisLayer, retract
 from .inheritance import copy_module, observe
 from .kinds import (
     ConvKind,
@@ -14,5 +14,5 @@ from .kinds import (
 __all__ = [
     'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
     'DeformConvKind', 'LinearKind', 'copy_module', 'kind_of', 'observe',
-    'why_not'
+    'retract', 'why_not'
 ]

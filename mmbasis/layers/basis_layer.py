@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Iterator, List, Optional, Sequence, Tuple, Type
 
@@ -275,15 +276,9 @@ class BasisLayer(nn.Module):
             float(factorization.orthogonality_error(x.detach().float()))
             for x in self.bases)
 
-    @torch.no_grad()
     def retract(self) -> None:
-        """Make the bases orthonormal; the function of the layer stays.
-        RuntimeError if a normalization stands between the factors."""
-        if self.norm is not None:
-            raise RuntimeError('a layer with a normalization between basis '
-                               'and coefficients cannot be retracted; call '
-                               'fold_norm() first')
-        self.set_factors(*factorization.orthonormalize(*self.factors))
+        """Make the bases orthonormal, see :func:`retract`."""
+        retract([self])
 
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
@@ -329,6 +324,30 @@ class BasisLayer(nn.Module):
         ranks = dict(rank=self.rank, input_rank=self.input_rank)
         given = [f'{k}={v}' for k, v in ranks.items() if v is not None]
         return ', '.join([*given, f'groups={self.groups}'])
+
+
+@torch.no_grad()
+def retract(layers: Sequence[BasisLayer]) -> None:
+    """Make the bases of layers orthonormal; their functions stay. Layers of
+    one shape are decomposed together.
+
+    RuntimeError, and nothing is changed, if a normalization stands between
+    the factors of a layer.
+    """
+    groups = defaultdict(list)
+    for layer in layers:
+        if layer.norm is not None:
+            raise RuntimeError('a layer with a normalization between basis '
+                               'and coefficients cannot be retracted; call '
+                               'fold_norm() first')
+        shapes = tuple(factor.shape[1:] for factor in layer.factors)
+        groups[shapes, layer.basis.weight.device].append(layer)
+    for same in groups.values():
+        stacks = map(torch.cat, zip(*(layer.factors for layer in same)))
+        sizes = [layer.groups for layer in same]
+        found = [x.split(sizes) for x in factorization.orthonormalize(*stacks)]
+        for layer, *factors in zip(same, *found):
+            layer.set_factors(*factors)
 
 
 def _check_rank(name: str, rank: Optional[int], dense: nn.Module,
