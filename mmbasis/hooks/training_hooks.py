@@ -75,9 +75,9 @@ class SpectrumHook(PeriodicHook):
 
     @torch.no_grad()
     def act(self, runner: Runner, step: int) -> None:
-        errors, ranks = [], {}
+        deviations, ranks = [], {}
         for name, layer in basis_layers(runner.model):
-            errors.append(
+            deviations.append(
                 torch.stack([orthogonality_error(x.float())
                              for x in layer.bases]).max())
             weights = merge(*(factor.double() for factor in layer.factors))
@@ -87,11 +87,11 @@ class SpectrumHook(PeriodicHook):
             # the exponential of the entropy (Roy and Vetterli, 2007)
             entropy = torch.special.entr(energy / energy.sum()).sum()
             ranks[f'spectrum/{name}'] = entropy.exp() / len(energy)
-        if not errors:
+        if not deviations:
             return
         # read at once: a GPU is waited for a single time
         scalars = dict(zip(ranks, torch.stack([*ranks.values()]).tolist()))
-        errors = torch.stack(errors).tolist()
+        errors = torch.stack(deviations).tolist()
         mean, largest = sum(errors) / len(errors), max(errors)
         scalars['orthogonality/mean'] = mean
         scalars['orthogonality/max'] = largest

@@ -107,8 +107,9 @@ class Distillation:
 
         Args:
             student (nn.Module): The model, or its compressed self.
-            args, kwargs: What it is called with, in mode ``'loss'``; so is
-                the teacher.
+            args (tuple): What it is called with, as is the teacher, in mode
+                ``'loss'``.
+            kwargs (Mapping): The same by keyword.
 
         Raises:
             RuntimeError: If there is no teacher, or nothing to compare.
