@@ -45,7 +45,7 @@ import mmbasis
 from mmbasis.compression import Recipe, analyze, apply_plan, make_plan
 from mmbasis.deploy.layer_models import RawOutputs
 from mmbasis.models import build_dense
-from mmbasis.planning import Costs, EnergyPlanner, Ranks
+from mmbasis.planning import Costs, Ranks
 from mmbasis.planning.budget import FORMS
 from mmbasis.planning.costs import DeviceCost
 from mmbasis.running import tensors
@@ -80,7 +80,6 @@ PRESETS = {
     'orin nx': 'orin-nx-fp16',
     'orin': 'orin-agx-fp16',
 }
-COMMON = dict(data_aware=False, exclude=['Linear'])
 
 
 def preset_of(name: str) -> 'str | None':
@@ -109,12 +108,14 @@ class Plans:
     """Plans of one model by different planners, from one analysis."""
 
     def __init__(self, model, batch) -> None:
+        linear = any(type(x) is nn.Linear for x in model.modules())
+        self.common = dict(
+            data_aware=False, exclude=['Linear'] if linear else [])
         recipe = self._recipe(type='BudgetPlanner', macs=.5, forms=FORMS)
         self.analysis = analyze(model, recipe, [batch])
 
-    @staticmethod
-    def _recipe(**planner):
-        return Recipe.of(planner=dict(COMMON, **planner))
+    def _recipe(self, **planner):
+        return Recipe.of(planner=dict(self.common, **planner))
 
     def make(self, **planner):
         """A plan; a ValueError if there is none."""
@@ -127,7 +128,7 @@ class Plans:
             middle = (low + high) / 2
             plan = self.make(type='EnergyPlanner', threshold=middle)
             low, high = (low, middle) if kept(plan) > .5 else (middle, high)
-        return EnergyPlanner(low, **COMMON).plan(self.analysis)
+        return self.make(type='EnergyPlanner', threshold=low)
 
     def fastest(self, **planner):
         """Half the latency, or as near to it as there is a plan."""
