@@ -67,7 +67,12 @@ def test_dense_model_has_nothing_to_learn_from_itself(detector):
     train_deterministically(model)
     data = model.data_preprocessor(data, True)
     kwargs = dict(data, mode='loss')
-    losses = distillation.losses(model, (), kwargs, lambda: model(**kwargs))
-    terms = {k: float(v) for k, v in losses.items() if 'distill' in k}
-    assert 'loss_distill_bbox_head' in terms
-    assert max(terms.values()) < 1e-9
+    # in the second step, the teacher may take the short way
+    for _ in range(2):
+        losses = distillation.losses(model, (), kwargs)
+        terms = {k: float(v) for k, v in losses.items() if 'distill' in k}
+        assert 'loss_distill_bbox_head' in terms
+        assert max(terms.values()) < 1e-9
+    # DINO's queries to denoise are made of the annotations
+    needs_samples = type(model).__name__ == 'DINO'
+    assert distillation._images_suffice is not needs_samples
