@@ -175,8 +175,8 @@ def markdown(result: dict, args: argparse.Namespace) -> str:
         '# What a training step launches', '',
         'ResNet-56, basis with 0.359 of the MACs; the teacher is compared in '
         'the logits and in three stages. What is counted: '
-        '`tools/benchmarks/step_cost.py`. Before → after. Rows whose code is the '
-        'same (dense) show how much of the times is noise.', '',
+        '`tools/benchmarks/step_cost.py`. Before → after. Rows whose code is '
+        'the same (dense) show how much of the times is noise.', '',
         *(f'| {" | ".join(map(str, line))} |' for line in lines), '',
         *(f'- {line}' for line in about)]) + '\n'
 
