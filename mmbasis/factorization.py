@@ -271,10 +271,10 @@ def reduced_rank_regression(
         ``(G, Q, N)`` with the map as product, and how much of
         ``E ||y - M0 r||^2`` full rank explains, a scalar.
     """
-    root = _cholesky(second, ridge)
+    root = torch.linalg.cholesky(_raised(second, ridge))
     # M - M0 = cross (L L^T)^-1
     change = torch.cholesky_solve(cross.mT, root).mT
-    return (*_truncate(prior + change, root, _metric(weight, prior), rank),
+    return (*_truncate(prior + change, root, _metric(weight), rank),
             (cross * change).sum())
 
 
@@ -294,36 +294,42 @@ def two_sided_regression(
     starts from; it is fitted ``rounds`` times, each a linear system with
     ``C R`` unknowns. The other arguments and what is returned are as there;
     the input basis, with orthonormal rows, comes last."""
-    root = _cholesky(second, ridge)
-    change = torch.cholesky_solve(cross.mT, root).mT
-    mapping, metric = prior + change, _metric(weight, prior)
-    second = root @ root.mT
+    second = _raised(second, ridge)
+    change = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(second)).mT
+    mapping, metric = prior + change, _metric(weight)
     for left in range(rounds, -1, -1):
         behind, inner = _behind(mapping, second, input_basis)
         coefficients, basis = _truncate(behind, inner, metric, rank)
         if left:
-            input_basis = _fit_input_basis(mapping, second, metric,
-                                           coefficients @ basis,
+            wanted, layer = mapping, coefficients @ basis
+            if metric is not None:
+                wanted, layer = metric @ wanted, metric @ layer
+            input_basis = _fit_input_basis(wanted, second, layer,
                                            input_basis.shape[-2])
     return coefficients, basis, (cross * change).sum(), input_basis
 
 
-def _metric(weight: Optional[Tensor], mapping: Tensor) -> Tensor:
-    """Upper triangular ``C^T`` with ``W = C C^T``."""
+def _metric(weight: Optional[Tensor]) -> Optional[Tensor]:
+    """Upper triangular ``C^T`` with ``W = C C^T``, None for the identity."""
     if weight is None:
-        return torch.eye(mapping.shape[-2]).to(mapping).expand(
-            len(mapping), -1, -1)
+        return None
     # what the loss does not feel counts a little, too
-    return _cholesky(weight.double(), 1e-3).mT
+    return torch.linalg.cholesky(_raised(weight.double(), 1e-3)).mT
 
 
-def _truncate(mapping: Tensor, root: Tensor, metric: Tensor,
+def _truncate(mapping: Tensor, root: Tensor, metric: Optional[Tensor],
               rank: Optional[int]) -> Tuple[Tensor, Tensor]:
-    """The left singular vectors of ``C^T M L`` with most energy."""
-    weighted = metric @ mapping
+    """The left singular vectors of ``C^T M L`` with most energy, or the whole
+    mapping."""
+    if rank is None:
+        identity = torch.eye(mapping.shape[-2]).to(mapping)
+        return identity.expand(len(mapping), -1, -1), mapping
+    weighted = mapping if metric is None else metric @ mapping
     vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]
-    coefficients = torch.linalg.solve_triangular(metric, vectors, upper=True)
-    return coefficients, vectors.mT @ weighted
+    basis = vectors.mT @ weighted
+    if metric is not None:
+        vectors = torch.linalg.solve_triangular(metric, vectors, upper=True)
+    return vectors, basis
 
 
 def _behind(mapping: Tensor, second: Tensor,
@@ -331,7 +337,7 @@ def _behind(mapping: Tensor, second: Tensor,
     """The best mapping from what an input basis lets through, and the Cholesky
     factor of its second moment."""
     half = _see(second, basis)
-    root = _cholesky(_see(half.mT, basis), 1e-8)
+    root = torch.linalg.cholesky(_raised(_see(half.mT, basis), 1e-8))
     return torch.cholesky_solve((mapping @ half).mT, root).mT, root
 
 
@@ -341,32 +347,33 @@ def _see(matrix: Tensor, basis: Tensor) -> Tensor:
     return torch.einsum('gnck,grc->gnrk', blocks, basis).flatten(-2)
 
 
-def _fit_input_basis(mapping: Tensor, second: Tensor, metric: Tensor,
-                     layer: Tensor, rank: int) -> Tensor:
+def _fit_input_basis(mapping: Tensor, second: Tensor, layer: Tensor,
+                     rank: int) -> Tensor:
     """The input basis with which a layer is closest to a mapping: linear least
     squares; with orthonormal rows."""
     blocks = layer.unflatten(-1, (rank, -1))
-    weighted = torch.einsum('gpq,gqrk->gprk', metric.mT @ metric, blocks)
     places = blocks.shape[-1]
     moments = second.unflatten(-1, (-1, places)).unflatten(1, (-1, places))
-    pairs = torch.einsum('gprk,gpsl->grskl', blocks, weighted)
+    pairs = torch.einsum('gprk,gpsl->grskl', blocks, blocks)
     normal = torch.einsum('grskl,gckdl->gcrds', pairs, moments)
     normal = normal.flatten(1, 2).flatten(2, 3)
     wanted = (mapping @ second).unflatten(-1, (-1, places))
-    right = torch.einsum('gprk,gpck->gcr', weighted, wanted).flatten(1)
-    found = torch.cholesky_solve(right.unsqueeze(-1), _cholesky(normal, 1e-10))
+    right = torch.einsum('gprk,gpck->gcr', blocks, wanted).flatten(1)
+    root = torch.linalg.cholesky(_raised(normal, 1e-10))
+    found = torch.cholesky_solve(right.unsqueeze(-1), root)
     return torch.linalg.qr(found.view(len(found), -1, rank))[0].mT
 
 
-def _cholesky(moment: Tensor, ridge: float) -> Tensor:
-    """Lower Cholesky factor of a moment whose diagonal is raised by a
-    fraction of the largest eigenvalue, or by 1 where the moment is zero."""
+def _raised(moment: Tensor, ridge: float) -> Tensor:
+    """A moment whose diagonal is raised by a fraction of the largest
+    eigenvalue, or by 1 where the moment is zero."""
     # power iteration: within a few per cent, for less than eigh
     vector = (moment.sum(-1) + moment.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
     for _ in range(20):
         size = vector.norm(dim=-2, keepdim=True).clamp_min(1e-300)
         vector = moment @ (vector / size)
     strength = ridge * vector.norm(dim=-2, keepdim=True)
-    identity = torch.eye(moment.shape[-1]).to(moment)
-    strength = strength + (strength == 0)
-    return torch.linalg.cholesky(moment + strength * identity)
+    raised = moment.clone()
+    raised.diagonal(dim1=-2, dim2=-1).add_(
+        (strength + (strength == 0)).squeeze(-1))
+    return raised

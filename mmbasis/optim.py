@@ -157,8 +157,10 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
     state = dict(old.optimizer.state)
     new.optimizer.state.clear()
     before = dict(old_model.named_parameters())
+    dense = _dense_names(new_model)
     for name, parameter in new_model.named_parameters():
-        same = before.get(name, parameter)
+        # biases and offset branches move when a layer gets a basis
+        same = before.get(name, before.get(dense.get(name, ''), parameter))
         if same in state and same.shape == parameter.shape:
             new.optimizer.state[parameter] = state[same]
     modules = dict(old_model.named_modules())

@@ -23,7 +23,8 @@ NO_TARGETS = Targets(set(), set())
 
 def analysis_of(model, planner=None, positions=None):
     """With spectra of the weights, and given positions of each layer, or
-    pairs of those of the weights and of the output."""
+    pairs of those of the weights and of the output. Inputs are as large as
+    the places of the weights."""
     layers = find_layers(model)
     selection = (planner or Rules()).select(layers, NO_TARGETS)
     statistics = {}
@@ -33,7 +34,8 @@ def analysis_of(model, planner=None, positions=None):
         spectrum = None
         if layer.obstacle is None:
             spectrum = spectrum_of_factor(weight_matrix(layer))
-        statistics[layer.name] = LayerStatistics(*pair, 1, spectrum)
+        statistics[layer.name] = LayerStatistics(
+            *pair, 1, spectrum, in_positions=pair[0])
     return Analysis(selection, statistics)
 
 

@@ -65,16 +65,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--forms',
         nargs='+',
-        default=['output'],
         choices=['output', 'input', 'both'],
-        help='what layers may become (default: output); not with --energy')
+        help='what layers may become (default: all; output with --table); not '
+        'with --energy')
     parser.add_argument(
         '--calib-batches',
         type=int,
         default=8,
         help='batches of the training loader for the statistics (default 8)')
     parser.add_argument(
-        '--round-to', type=int, default=1, help='ranks are multiples of this')
+        '--round-to',
+        type=int,
+        help='ranks are multiples of this (default: 8 where a side has 64 '
+        'channels or more, else 1; with --energy 1)')
     parser.add_argument(
         '--reconstruction',
         choices=['local', 'sequential'],
@@ -137,6 +140,11 @@ def print_report(report: dict) -> None:
         before, after = (report[key][k] for k in ('before', 'after'))
         table.add_row(key, f'{before / 1e6:.3f} M', f'{after / 1e6:.3f} M',
                       f'{after / before:.2%}' if before else '')
+    table.add_section()
+    for device, time in report['predicted_ms'].items():
+        before, after = time['before'], time['after']
+        table.add_row(f'predicted, {device}', f'{before:.3f} ms',
+                      f'{after:.3f} ms', f'{after / before:.2%}')
     Console().print(table)
 
 
@@ -170,6 +178,7 @@ def main() -> None:
         uncounted=after['uncounted'],
         compressible=plan.totals(),
         conv_macs=plan.totals(convs_only=True)['macs'],
+        predicted_ms=plan.predicted_ms,
         **{
             key: dict(before=before[key], after=after[key])
             for key in ('macs', 'params')

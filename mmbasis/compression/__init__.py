@@ -1,7 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a dense model to a compressed one, and to its checkpoint."""
 from .pipeline import analyze, compress, make_plan, run_recipe, take_batches
-from .recalibration import output_error, recalibrate, recalibrate_if_better
+from .recalibration import (
+    output_error,
+    output_errors,
+    recalibrate,
+    recalibrate_if_better,
+)
 from .recipe import PlanLike, Recipe, Teaching, Term, as_plan
 from .start import (
     META_KEY,
@@ -20,6 +25,7 @@ __all__ = [
     'META_KEY', 'TEACHER_KEY', 'Action', 'PlanLike', 'Recipe', 'Run', 'Source',
     'Teaching', 'Term', 'analyze', 'apply_plan', 'as_plan', 'basis_layers',
     'compress', 'get_plan', 'load_weights', 'make_plan', 'output_error',
-    'plan_of', 'read_checkpoint', 'recalibrate', 'recalibrate_if_better',
-    'resolve', 'run_recipe', 'save_checkpoint', 'take_batches'
+    'output_errors', 'plan_of', 'read_checkpoint', 'recalibrate',
+    'recalibrate_if_better', 'resolve', 'run_recipe', 'save_checkpoint',
+    'take_batches'
 ]

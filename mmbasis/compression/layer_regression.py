@@ -107,24 +107,25 @@ class LayerRegression:
                 network. Without a sum it is the target.
         """
         layer = self.layer
-        if self.front is not None:
-            x = self.front(x)
-        y = type(layer.module).forward(layer.module, x)  # no hooks
-        unchanged = sampling.output_samples(layer, y)
+        seen = x if self.front is None else self.front(x)
+        bias = layer.module.bias.view_as(self.scale) if layer.has_bias else 0
+        if self.of_input:
+            regressors = sampling.input_samples(layer, seen)
+            unchanged = weight_matrix(layer).float() @ regressors
+        else:
+            if self.front is None:
+                y = type(layer.module).forward(layer.module, x)  # no hooks
+            else:
+                y = layer.known_kind.run_behind(layer.module, x, seen)
+            regressors = unchanged = sampling.output_samples(layer, y) - bias
         if target.shape != unchanged.shape:
             return
-        change = (target - unchanged) * self.scale
+        change = (target - unchanged - bias) * self.scale
         if error is not None:
             change += error
-        regressors = unchanged
-        if self.of_input:
-            regressors = sampling.input_samples(layer, x, y)
-        elif layer.module.bias is not None:
-            regressors = unchanged - layer.module.bias.view(
-                len(unchanged), -1, 1)
         right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
-        self.joint += sampling.sum_of_products(
-            torch.cat([change, right], 1), right)
+        sampling.add_products(self.joint[:, :self.rows], change, right)
+        sampling.add_products(self.joint[:, self.rows:], right, right)
         wanted = target if wanted is None else wanted
         for sums, samples in zip(self.sums, (change, wanted)):
             samples = samples.double()

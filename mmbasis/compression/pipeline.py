@@ -14,7 +14,7 @@ from .. import planning, running
 from ..layers import copy_module
 from ..planning import Analysis, CompressionPlan, Layer, Selection
 from ..quirks import two_copies
-from .recalibration import output_error, recalibrate, recalibrate_if_better
+from .recalibration import output_errors, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
@@ -198,7 +198,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         if choose:
             recalibrate_if_better(
                 model, batches,
-                lambda: output_error(model, reference, held_out))
+                lambda: output_errors(model, reference, held_out))
         if recipe.recalibration is True:
             recalibrate(model, batches)
     log_plan(plan)
@@ -224,7 +224,8 @@ def bases_of(analysis: Analysis) -> dict:
 
 
 def log_plan(plan: CompressionPlan) -> None:
-    """Log what a plan saves, and why layers stay dense."""
+    """Log what a plan saves, in MACs and in predicted time, and why layers
+    stay dense."""
     logger = MMLogger.get_current_instance()
     for name, entry in plan.dense.items():
         logger.info('Layer %s stays dense: %s', name, entry.reason)
@@ -233,3 +234,8 @@ def log_plan(plan: CompressionPlan) -> None:
              for key, x in plan.totals().items()]
     logger.info('Compressed %d of %d layers: %s', len(plan.layers),
                 len(plan.layers) + len(plan.dense), ', '.join(saved))
+    times = [f'{name} {x["after"] / x["before"]:.2f}x'
+             for name, x in plan.predicted_ms.items()]
+    if times:
+        logger.info('Predicted time of the layers, of dense: %s',
+                    ', '.join(times))

@@ -42,38 +42,54 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
 
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
-                          error: Callable[[], float]) -> bool:
-    """Recalibrate, and take it back unless an error falls by it: new
-    statistics help after rough truncation, less after reconstruction.
+                          errors: Callable[[], Tensor]) -> bool:
+    """Recalibrate, and take it back unless errors clearly fall by it: new
+    statistics help after rough truncation, and add noise after reconstruction.
 
     Args:
         model (nn.Module): Changed in place, or as before.
         batches (Sequence): Batches for the statistics.
-        error (Callable): The error of the model as it is, on images that are
-            not among them.
+        errors (Callable): Errors of the model as it is, ``(N, )``, one for
+            each of the same images (or batches), which are not among
+            ``batches``.
 
     Returns:
-        bool: Whether it helped.
+        bool: Whether it helped: the mean error fell by more than twice its
+        standard error, over all processes.
     """
     norms = _norms(model)
     if not norms:
         return False
-    before = error()
+    before = errors()
     states = [copy.deepcopy(norm.state_dict()) for norm in norms]
     recalibrate(model, batches)
-    after = error()
-    kept = after < before
+    change, margin = _change(before, errors())
+    kept = change < -margin
     for norm, state in zip(norms, states):
         if not kept:
             norm.load_state_dict(state)
     MMLogger.get_current_instance().info(
-        'Recalibration of batch normalisations: error %.4g -> %.4g on '
-        'held-out images, %s', before, after, 'kept' if kept else 'taken back')
+        'Recalibration of batch normalisations changes the error on held-out '
+        'images by %.4g, with a margin of %.4g: %s', change, margin,
+        'kept' if kept else 'taken back')
     return kept
 
 
-def output_error(model: nn.Module, reference: nn.Module,
-                 batches: Sequence[Any]) -> float:
+def _change(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Mean of a paired difference over all processes, and twice its standard
+    error; this is 0 for a single pair."""
+    rise = (after - before).double()
+    sums = torch.tensor(
+        [len(rise), rise.sum(), rise.square().sum()], dtype=torch.float64)
+    all_reduce(sums)
+    count = max(float(sums[0]), 1.)
+    mean, square = (sums[1:] / count).tolist()
+    variance = max(square - mean**2, 0.) / max(count - 1, 1.)
+    return mean, 2 * variance**.5
+
+
+def output_errors(model: nn.Module, reference: nn.Module,
+                  batches: Sequence[Any]) -> Tensor:
     """How far a model's outputs are from the dense model's: the Kullback-
     Leibler divergence of a classifier's predictions, otherwise the normalised
     squared error of the output tensors.
@@ -81,18 +97,32 @@ def output_error(model: nn.Module, reference: nn.Module,
     Args:
         model (nn.Module): The compressed model.
         reference (nn.Module): The dense model.
-        batches (Sequence): Batches as both take them; the error is the mean
-            over these and over processes.
+        batches (Sequence): Batches as both take them, at least one.
+
+    Returns:
+        Tensor: The error of each image of this process, ``(N, )``; of each
+        output tensor of each batch where its first axis is not that of images.
     """
     errors = []
     found, wanted = adapter_of(model), adapter_of(reference)
     with evaluation(model), evaluation(reference):
         for data in batches:
-            for x, y in zip(found.outputs(data), wanted.outputs(data)):
-                if x.shape == y.shape:
-                    error = kl_divergence if x.dim() == 2 else normalized_mse
-                    errors.append(error(x.float().cpu(), y.float().cpu()))
-    total = torch.tensor([sum(errors), len(errors)])
+            images = found.count_images(data)
+            rows = [_rows(x.float().cpu(), y.float().cpu()) for x, y in zip(
+                found.outputs(data), wanted.outputs(data))
+                    if x.shape == y.shape]
+            if rows and all(len(x) == images for x in rows):
+                errors.append(torch.stack(rows).mean(0))
+            else:
+                errors.extend(x.mean().view(1) for x in rows)
+    return torch.cat(errors) if errors else torch.zeros(0)
+
+
+def output_error(model: nn.Module, reference: nn.Module,
+                 batches: Sequence[Any]) -> float:
+    """The mean of :func:`output_errors` over all processes."""
+    errors = output_errors(model, reference, batches)
+    total = torch.tensor([float(errors.sum()), len(errors)])
     all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
 
@@ -154,6 +184,18 @@ def kl_divergence(student: Tensor, teacher: Tensor,
 def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared error of features, each channel (axis 1) in units of the
     teacher's variance of it, so that layers and levels count alike."""
+    return _normalized(student, teacher).mean()
+
+
+def _normalized(student: Tensor, teacher: Tensor) -> Tensor:
     axes = [axis for axis in range(teacher.dim()) if axis != 1]
     variance = teacher.var(axes, unbiased=False, keepdim=True)
-    return ((student - teacher).square() / (variance + 1e-6)).mean()
+    return (student - teacher).square() / (variance + 1e-6)
+
+
+def _rows(student: Tensor, teacher: Tensor) -> Tensor:
+    """The error of an output, for each index of its first axis."""
+    if student.dim() == 2:
+        return torch.stack([kl_divergence(x[None], y[None])
+                            for x, y in zip(student, teacher)])
+    return _normalized(student, teacher).flatten(1).mean(1)

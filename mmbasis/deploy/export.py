@@ -239,7 +239,8 @@ def merge_layers(model: nn.Module, names: List[str],
         dense[name] = DensePlan(reason, True, entry.shape, entry.macs[0],
                                 params, merged.bias is not None)
     replace_modules(model, replacements)
-    plan = replace(plan, layers=layers, dense=dense)
+    # the predicted time is that of all layers together: no longer known
+    plan = replace(plan, layers=layers, dense=dense, predicted_ms={})
     attach_plan(model, plan)
     return plan
 

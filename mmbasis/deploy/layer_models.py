@@ -17,7 +17,7 @@ import torch.nn as nn
 from ..compression.surgery import replace_modules
 from ..layers import BasisLayer, observe
 from ..planning import Costs, Layer, find_layers
-from ..planning.costs import CARRIER, COMPRESSED_ID, MODEL_ID
+from ..planning.latency_table import CARRIER, COMPRESSED_ID, MODEL_ID
 from ..planning.statistics import LayerStatistics
 from ..running import evaluation
 from ..utils.io import write_atomically
@@ -137,10 +137,11 @@ def _run_layers(raw: RawOutputs, shape: Sequence[int]) -> Dict[str, tuple]:
     def look(layer: Layer, module: nn.Module, args: tuple, kwargs: dict,
              y: torch.Tensor) -> None:
         size = tuple(args[0].shape)
-        times, rows, _ = layer.matrix_shape
+        blocks, rows, _ = layer.matrix_shape
         known = LayerStatistics(
             layer.known_kind.weight_positions(module, args[0], y),
-            y.numel() // (times * rows))
+            y.numel() // (blocks * rows),
+            in_positions=args[0].numel() // (blocks * layer.in_channels))
         group = f'{_geometry(module)}/{"x".join(map(str, size))}'
         _, _, uses = groups.setdefault(
             group, (Costs(layer, known), size, Counter()))

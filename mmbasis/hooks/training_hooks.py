@@ -6,9 +6,10 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 from mmengine.dataset import worker_init_fn
-from mmengine.dist import all_reduce, get_rank
+from mmengine.dist import get_rank
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
+from torch import Tensor
 
 from ..compression import basis_layers, recalibrate_if_better, take_batches
 from ..datasets import calibration_dataloader
@@ -103,7 +104,7 @@ class SpectrumHook(PeriodicHook):
 @HOOKS.register_module()
 class RecalibrationHook(Hook):
     """Compute the statistics of batch normalisations again at the end of
-    training, and keep them if the loss falls by it.
+    training, and keep them if the loss clearly falls by it.
 
     Running averages lag behind weights that move, and come from augmented
     images. The new ones come from training images with the transforms of
@@ -142,19 +143,17 @@ class RecalibrationHook(Hook):
                    if isinstance(hook, EMAHook)]
         for model in map(unwrap, models):
             recalibrate_if_better(model, batches,
-                                  partial(mean_loss, model, held_out))
+                                  partial(losses_of, model, held_out))
 
 
-def mean_loss(model: torch.nn.Module, batches: Sequence[Any]) -> float:
-    """The training loss of a model, with normalisations as in evaluation mode
-    and without dropout; mean over batches and processes."""
+def losses_of(model: torch.nn.Module, batches: Sequence[Any]) -> Tensor:
+    """The training loss of a model on each batch of this process, with
+    normalisations as in evaluation mode and without dropout."""
     adapter = adapter_of(model)
     with evaluation(model):
         train_deterministically(model)
         torch.manual_seed(0)  # two-stage detectors draw among proposals
-        total = torch.stack([adapter.loss(data) for data in batches]).mean()
-    all_reduce(total, 'mean')
-    return float(total)
+        return torch.stack([adapter.loss(data) for data in batches]).cpu()
 
 
 @HOOKS.register_module()

@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from .basis_layer import BasisLayer, retract
-from .inheritance import copy_module, observe
+from .inheritance import copy_module, first_argument, observe
 from .kinds import (
     ConvKind,
     ConvTransposeKind,
@@ -13,6 +13,6 @@ from .kinds import (
 
 __all__ = [
     'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
-    'DeformConvKind', 'LinearKind', 'copy_module', 'kind_of', 'observe',
-    'retract', 'why_not'
+    'DeformConvKind', 'LinearKind', 'copy_module', 'first_argument',
+    'kind_of', 'observe', 'retract', 'why_not'
 ]

@@ -57,8 +57,8 @@ class BasisLayer(nn.Module):
         groups, out_per_group, in_size = kind.matrix_shape(dense)
         in_channels = kind.in_channels(dense)
         if input_rank is not None:
-            _check_rank('input rank', input_rank, dense, in_channels
-                        if kind.takes_input_basis else 0)
+            _check_rank('input rank', input_rank, dense,
+                        0 if kind.why_one_sided(dense) else in_channels)
             in_size = in_size // in_channels * input_rank
         if rank is not None or input_rank is None:
             _check_rank('rank', rank, dense, min(out_per_group, in_size))
@@ -130,10 +130,13 @@ class BasisLayer(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Compute the output from the arguments of the dense layer."""
-        if self.input_basis is not None:
-            args = tuple(args) + tuple(kwargs.values())
-            args, kwargs = (self.input_basis(args[0]), *args[1:]), {}
-        x = self.basis(*args, **kwargs)
+        if self.input_basis is None:
+            x = self.basis(*args, **kwargs)
+        else:
+            x, args, kwargs = inheritance.first_argument(
+                self.basis, args, kwargs)
+            x = self.kind.run_behind(
+                self.basis, x, self.input_basis(x), *args, **kwargs)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.coefficients is None else self.coefficients(x)
@@ -302,7 +305,7 @@ class BasisLayer(nn.Module):
         represented, with the hooks and the own ``forward`` of this one;
         ValueError if this layer has a bias, and the dense one cannot."""
         factors, bias = self._folded()
-        if bias is not None and 'bias' not in self.basis._parameters:
+        if bias is not None and not self.kind.can_have_bias(self.basis):
             raise ValueError(
                 f'a {type(self.basis).__name__} has no bias, so this basis '
                 'layer, which has one, cannot be merged: keep it as it is, '
@@ -380,8 +383,7 @@ def _clone(module: nn.Module, kind: Type[DenseKind],
     memo = {id(module): clone, id(module.weight): weight}
     for name in ('_parameters', '_buffers', '_modules', 'training'):
         vars(clone)[name] = copy.deepcopy(vars(module)[name], memo)
-    if module.bias is not None:
-        clone.register_parameter('bias', None)
+    clone._parameters['bias'] = None
     linear = hasattr(module, 'out_features')
     vars(clone)['out_features' if linear else 'out_channels'] = (
         matrix.shape[:2].numel())

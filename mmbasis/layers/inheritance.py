@@ -3,10 +3,20 @@
 hooks, attributes, and a ``forward`` of the instance's own."""
 import copy
 import gc
+import inspect
 import weakref
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Callable, Dict, Iterable, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch.nn as nn
 from torch import Tensor
@@ -24,6 +34,17 @@ def own_attributes(module: nn.Module) -> Dict[str, Any]:
     """The attributes of an instance that :class:`nn.Module` does not have."""
     plain = vars(nn.Module())
     return {k: v for k, v in vars(module).items() if k not in plain}
+
+
+def first_argument(module: nn.Module, args: Sequence[Any],
+                   kwargs: Mapping[str, Any]) -> Tuple[Any, tuple, dict]:
+    """What a layer takes first, given by position or by name, and its other
+    arguments."""
+    if args:
+        return args[0], tuple(args[1:]), dict(kwargs)
+    rest = dict(kwargs)
+    name = list(inspect.signature(type(module).forward).parameters)[1]
+    return rest.pop(name), (), rest
 
 
 def why_not_inherited(module: nn.Module) -> Optional[str]:

@@ -1,8 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Which layers can be represented by a basis, and what is known of them."""
-from typing import Any, Optional, Sequence, Tuple, Type
+from typing import Any, Optional, Tuple, Type
 
-import numpy as np
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
@@ -17,7 +17,7 @@ try:
         ops.DeformConv2d, ops.DeformConv2dPack, ops.ModulatedDeformConv2d,
         ops.ModulatedDeformConv2dPack)
     # a layer without bias says so everywhere else: here there is no attribute
-    ops.DeformConv2d.bias = None
+    ops.DeformConv2d.bias = property(lambda x: x._parameters.get('bias'))
 except ImportError:  # mmcv-lite has no operators, so no such layers
     DEFORM_TYPES = ()
 
@@ -52,8 +52,6 @@ class DenseKind:
     dense_types: Tuple[type, ...] = ()
     #: those that :meth:`patches` knows; a subclass may pad in its own way
     patch_types: Tuple[type, ...] = ()
-    #: whether a pointwise layer in front commutes with how the input is read
-    takes_input_basis: bool = False
 
     @classmethod
     def matrix_shape(cls, dense: nn.Module) -> Tuple[int, int, int]:
@@ -90,22 +88,19 @@ class DenseKind:
         return type(dense) in cls.patch_types
 
     @staticmethod
-    def patches(dense: nn.Module, x: Tensor, out_shape: Sequence[int],
-                positions: Tensor) -> Tensor:
-        """What the weights are multiplied with at some output positions.
+    def patches(dense: nn.Module, x: Tensor) -> Tensor:
+        """What the weights are multiplied with, at all output positions.
 
         Args:
             dense (nn.Module): A layer for which :meth:`sees_patches` holds.
-            x (Tensor): The input.
-            out_shape (Sequence[int]): Spatial shape of the output.
-            positions (Tensor): Flat indices, shape ``(positions, )``.
+            x (Tensor): The input, with an axis of images.
 
         Returns:
-            Tensor: Shape ``(N, G * D, positions)``: ``H`` times its blocks of
-            ``D`` rows is the output at these positions, without bias.
+            Tensor: Shape ``(N, C, *kernel, *out)``, or ``(N, C, positions)``
+            of a linear layer: a view, which repeats what windows share.
         """
         if dense.weight.dim() == 2:
-            return x.reshape(len(x), -1, x.shape[-1]).mT[..., positions]
+            return x.reshape(len(x), -1, x.shape[-1]).mT
         mode = dense.padding_mode
         x = F.pad(x, dense._reversed_padding_repeated_twice,
                   'constant' if mode == 'zeros' else mode)
@@ -113,11 +108,8 @@ class DenseKind:
                 zip(dense.kernel_size, dense.stride, dense.dilation), 2):
             x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)
             x = x[..., ::dilation]
-        # (N, C, *kernel, *out), without a copy
-        axes = len(out_shape)
-        x = x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
-        places = np.unravel_index(positions.cpu().numpy(), tuple(out_shape))
-        return x[(..., *places)].flatten(1, -2)
+        axes = len(dense.kernel_size)
+        return x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
 
     @staticmethod
     def build_norm(dense: nn.Module, channels: int) -> nn.Module:
@@ -129,6 +121,38 @@ class DenseKind:
         """Input channels of a group."""
         window = dense.weight.shape[2:].numel()
         return cls.matrix_shape(dense)[2] // window
+
+    @staticmethod
+    def why_one_sided(dense: nn.Module) -> str:
+        """Why a layer can have no input basis; empty where it can, as a
+        pointwise layer in front commutes with how it reads its input."""
+        return 'no input basis is known for layers of its kind'
+
+    @staticmethod
+    def dense_reader(dense: nn.Module) -> Optional[nn.Module]:
+        """A module inside that reads the dense input also behind an input
+        basis, if there is one."""
+        return None
+
+    @staticmethod
+    def run_behind(layer: Any, x: Tensor, seen: Tensor, *args: Any,
+                   **kwargs: Any) -> Tensor:
+        """Run a layer behind an input basis.
+
+        Args:
+            layer (nn.Module): Of this kind, with as many input channels as the
+                input basis has outputs.
+            x (Tensor): The dense input.
+            seen (Tensor): What the input basis makes of it.
+            *args: What else the layer takes.
+            **kwargs: The same by keyword.
+        """
+        return layer(seen, *args, **kwargs)
+
+    @staticmethod
+    def can_have_bias(dense: nn.Module) -> bool:
+        """Whether a layer without a bias can be given one."""
+        return True
 
     @classmethod
     def build_input_basis(cls, dense: nn.Module, channels: int) -> nn.Module:
@@ -155,15 +179,22 @@ class LinearKind(DenseKind):
     name = 'BasisLinear'
     dense_types = patch_types = (nn.Linear, wrappers.Linear)
 
+    @staticmethod
+    def why_one_sided(dense: nn.Module) -> str:
+        return 'a linear layer has one side'
+
 
 @LAYER_KINDS.register_module()
 class ConvKind(DenseKind):
     """Convolutions (1d, 2d or 3d, grouped or not), of which the basis keeps
     the geometry; the coefficients are a 1x1 convolution."""
     name = 'BasisConv'
-    takes_input_basis = True
     patch_types = (*_CONVS, wrappers.Conv2d, wrappers.Conv3d)
     dense_types: Tuple[type, ...] = (*patch_types, Conv2dAdaptivePadding)
+
+    @staticmethod
+    def why_one_sided(dense: nn.Module) -> str:
+        return ''
 
 
 @LAYER_KINDS.register_module()
@@ -193,10 +224,47 @@ class ConvTransposeKind(ConvKind):
 @LAYER_KINDS.register_module()
 class DeformConvKind(ConvKind):
     """Deformable convolutions of MMCV (v1 or v2, grouped or not), of which the
-    basis gets the offsets (and masks), or has a copy of the offset branch."""
+    basis gets the offsets (and masks), or has a copy of the offset branch.
+
+    Sampling is linear in the input, the same for all channels of a deformable
+    group, and zero outside of it: so it commutes with an input basis, which
+    has no bias, as long as that mixes no deformable groups."""
     name = 'BasisDeformConv'
-    takes_input_basis = False
     dense_types = DEFORM_TYPES
+
+    @staticmethod
+    def why_one_sided(dense: Any) -> str:
+        if dense.groups % dense.deform_groups == 0:
+            return ''
+        return (f'its {dense.deform_groups} deformable groups sample in '
+                'places of their own, and a basis of its '
+                f'{dense.groups} groups would mix them')
+
+    @staticmethod
+    def dense_reader(dense: nn.Module) -> Optional[nn.Module]:
+        return getattr(dense, 'conv_offset', None)
+
+    @staticmethod
+    def run_behind(layer: Any, x: Tensor, seen: Tensor, *args: Any,
+                   **kwargs: Any) -> Tensor:
+        modulated = isinstance(layer, ops.ModulatedDeformConv2d)
+        branch = DeformConvKind.dense_reader(layer)
+        if branch is not None:  # what the forward of a Pack does
+            args = (branch(x), )
+            if modulated:
+                *offsets, mask = args[0].chunk(3, 1)
+                args = torch.cat(offsets, 1), mask.sigmoid()
+        if modulated:
+            return ops.ModulatedDeformConv2d.forward(
+                layer, seen, *args, **kwargs)
+        y = ops.DeformConv2d.forward(layer, seen, *args, **kwargs)
+        # it knows no bias, but the last part of a basis layer may have one
+        return y if layer.bias is None else (
+            y + layer.bias.type_as(y).view(-1, 1, 1))
+
+    @staticmethod
+    def can_have_bias(dense: nn.Module) -> bool:
+        return not isinstance(dense, ops.DeformConv2d)
 
 
 def kind_of(module: nn.Module) -> Optional[Type[DenseKind]]:

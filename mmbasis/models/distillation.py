@@ -60,10 +60,9 @@ class Distillation:
         self.teacher: nn.Module | None = None
         #: the file that its weights are in, for resuming
         self.source: str | None = None
-        #: how it is run, see :meth:`_adapt` and :meth:`_teach`
+        #: how it is run, see :meth:`_adapt`
         self._adapted: tuple[torch.device, torch.dtype | None] | None = None
         self._full: list[tuple[nn.Parameter, Tensor]] = []
-        self._images_suffice: bool | None = None
         self._recorders: dict[str, Recorder] = {}
         if teaching.checkpoint is not None:
             self.load(architecture, teaching.checkpoint)
@@ -75,7 +74,6 @@ class Distillation:
         # its outputs must be those of the student in training
         train_deterministically(self.teacher)
         self._adapted, self._full = None, []
-        self._images_suffice = None
         if source is not None and osp.isfile(source):
             source = osp.abspath(source)
         self.source = source
@@ -149,30 +147,11 @@ class Distillation:
     def _teach(self, args: tuple[Any, ...],
                kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
         """What the teacher's modules return. It goes the same way through the
-        code as the student: detectors return other things in other modes.
-        Where the first batch shows that the modules return the same without
-        data samples and losses, these are left out from then on: copies of
-        samples cost more than many a network."""
-        # the first argument alone, which MMEngine's models call inputs
-        named = {} if args else dict([*kwargs.items()][:1])
-        short = args[:1], {**named, 'mode': 'tensor'}
-        if self._images_suffice:
-            return self._run_teacher(*short)
+        code as the student: detectors return other things in other modes."""
+        assert self.teacher is not None
         # tensors of inputs, but not of samples, which models may change
         shared = {id(x): x for x in tensors([args, kwargs])}
-        found = self._run_teacher(*copy.deepcopy((args, kwargs), shared))
-        if self._images_suffice is None:
-            try:
-                other = self._run_teacher(*short)
-            except Exception:  # whatever a model does without its samples
-                other = {}
-            self._images_suffice = _agree(found, other)
-        return found
-
-    @torch.compiler.disable(recursive=False)
-    def _run_teacher(self, args: tuple[Any, ...],
-                     kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
-        assert self.teacher is not None
+        args, kwargs = copy.deepcopy((args, kwargs), shared)
         device = next(self.teacher.parameters()).device
         # both draw the same queries to denoise
         devices = [device] if device.type == 'cuda' else []
@@ -256,16 +235,6 @@ def _cast_weights(model: nn.Module) -> list[nn.Parameter]:
         and kind_of(module) for parameter in module.parameters(recurse=False)
         if uses[id(parameter)] == 1
     ]
-
-
-@torch.compiler.disable
-def _agree(outputs: dict[str, list[Any]], others: dict[str,
-                                                       list[Any]]) -> bool:
-    """Whether modules returned the same, up to rounding."""
-    found, other = list(tensors(outputs)), list(tensors(others))
-    return len(found) == len(other) and all(
-        x.shape == y.shape and torch.allclose(x.float(), y.float(), 1e-3, 1e-3)
-        for x, y in zip(found, other))
 
 
 def _find(module: str, names: Iterable[str]) -> list[str]:

@@ -1,7 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
-from .costs import Costs, Form, LatencyTable, Ranks
+from .costs import Costs, Form, Ranks
+from .latency_table import LatencyTable
 from .layers import (
     Exclusion,
     Layer,

@@ -6,10 +6,15 @@ import heapq
 from typing import Any, Sequence
 
 import numpy as np
+from mmengine.logging import MMLogger
 
 from ..registry import PLANNERS
-from .costs import Cost, Costs, DeviceCost, LatencyTable, Ranks
+from .costs import Cost, Costs, DeviceCost, Form, Ranks
+from .devices import device_at_hand
+from .latency_table import LatencyTable
+from .plan import CompressionPlan
 from .planners import BasePlanner, Choice, Decided, check_fraction
+from .statistics import Analysis
 
 #: what a layer may become
 FORMS = ('output', 'input', 'both')
@@ -59,6 +64,17 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
     return chosen
 
 
+def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
+    """Require a list of forms that a cost knows; the ValueError says it."""
+    if isinstance(forms, str) or not set(forms) <= set(FORMS) or not forms:
+        raise ValueError(f'BudgetPlanner: forms is a list of '
+                         f'{", ".join(FORMS)}, but got {forms!r}')
+    if tuple(forms) != FORMS[:1] and not cost.knows_inputs:
+        raise ValueError('BudgetPlanner: a latency table knows the output '
+                         f'form only, but got forms={forms!r}')
+    return tuple(forms)
+
+
 @PLANNERS.register_module()
 class BudgetPlanner(BasePlanner):
     """Least loss within a budget for the whole network.
@@ -81,16 +97,17 @@ class BudgetPlanner(BasePlanner):
         device (str, optional): A model of a device instead of a table, such as
             ``'xavier-fp16'``: see :mod:`mmbasis.planning.devices`. A layer
             that would not be faster stays dense.
-        forms (Sequence[str]): What a layer may become: ``'output'`` (basis
-            filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1 basis
-            of the input channels in front), ``'both'``. Defaults to the first;
-            all of them lose less at the same MACs. A latency table knows the
-            first only.
+        forms (Sequence[str], optional): What a layer may become: ``'output'``
+            (basis filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1
+            basis of the input channels in front), ``'both'``. Defaults to all
+            of them where data are looked at; a latency table, and a planner
+            without data, know the first only.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
         **kwargs: See :class:`BasePlanner`.
     """
+    ALIGNED = True
     why_dense = 'worth more dense than what it costs'
 
     def __init__(self,
@@ -99,7 +116,7 @@ class BudgetPlanner(BasePlanner):
                  latency: float | None = None,
                  table: str | dict | None = None,
                  device: str | None = None,
-                 forms: Sequence[str] = ('output', ),
+                 forms: Sequence[str] | None = None,
                  loss_aware: bool | None = None,
                  **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -123,14 +140,17 @@ class BudgetPlanner(BasePlanner):
         if table is not None:
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
-        if isinstance(forms, str) or not set(forms) <= set(FORMS) or (
-                not forms):
-            raise ValueError('BudgetPlanner: forms is a list of '
-                             f'{", ".join(FORMS)}, but got {forms!r}')
-        self.forms = tuple(forms)
-        if self.forms != ('output', ) and not self.cost.knows_inputs:
-            raise ValueError('BudgetPlanner: a latency table knows the output '
-                             f'form only, but got forms={forms!r}')
+        knows_inputs = self.cost.knows_inputs and self.data_aware
+        if forms is None:
+            forms = FORMS if knows_inputs else FORMS[:1]
+        self.forms = check_forms(forms, self.cost)
+
+    def _can_pay(self, costs: Costs) -> bool:
+        nothing = np.zeros(costs.layer.full_rank + 1)
+        return any(
+            self.cost.pays(costs, ranks).any()
+            for form, (ranks, lost) in self._forms(costs, nothing).items()
+            if form in self.forms and len(lost))
 
     def choose(self, free: Sequence[Costs], decided: Decided) -> Choice:
         of = self.cost.of
@@ -144,6 +164,14 @@ class BudgetPlanner(BasePlanner):
             raise ValueError(f'BudgetPlanner: {self.metric}={self.budget:g} '
                              f'cannot be met: {error}') from None
         return [ranks[index] for (*_, ranks), index in zip(tables, chosen)]
+
+    def plan(self,
+             analysis: Analysis,
+             form: Form = Costs.form) -> CompressionPlan:
+        plan = super().plan(analysis, form)
+        if self.metric != 'latency':
+            warn_if_slower(plan, self.metric, self.budget)
+        return plan
 
     def _options(
         self, x: Costs, sensitivity: np.ndarray
@@ -192,10 +220,26 @@ class BudgetPlanner(BasePlanner):
         return forms
 
     def _grid(self, size: int) -> np.ndarray:
-        """Ranks up to a size, at most ``GRID`` of them, of which each is a
-        multiple of ``round_to``."""
-        step = self.round_to * -(-size // (GRID * self.round_to))
+        """Ranks up to a size, at most ``GRID`` of them, each a multiple of
+        :meth:`step`."""
+        step = self.step(size)
+        step *= -(-size // (GRID * step))
         return np.arange(step, size + 1, step)
+
+
+def warn_if_slower(plan: CompressionPlan, metric: str,
+                   fraction: float) -> None:
+    """Warn of a plan for a budget that is predicted to be slower than the
+    dense layers on the machine at hand, where that is one of the presets."""
+    here = device_at_hand()
+    times = plan.predicted_ms.get(here.name) if here else None
+    if here and times and times['after'] > times['before']:
+        MMLogger.get_current_instance().warning(
+            'With %s=%g the layers are predicted to take %.2f times as long '
+            "as dense on this machine (%s). BudgetPlanner(latency=%g, "
+            "device='%s') keeps layers dense that would get slower", metric,
+            fraction, times['after'] / times['before'], here.name, fraction,
+            here.name)
 
 
 def _behind(values: np.ndarray) -> np.ndarray:

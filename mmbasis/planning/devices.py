@@ -5,8 +5,13 @@ A roofline: a kernel takes the longer of its arithmetic and its memory traffic,
 and its launch on top. Numbers may be arrays that broadcast: one call times a
 whole grid of ranks. It is not a measurement. What it assumes:
 
-- A convolution, its bias, BatchNorm, activation and the sum of a shortcut are
-  one kernel. What all forms share, as reading the shortcut, is left out.
+- A convolution, its bias, BatchNorm, activation and the sum with a shortcut
+  are one kernel, which reads the shortcut, too. In a form these are its last
+  kernel's: nothing stands between its parts. All else in a network (pooling,
+  activations elsewhere, heads' arithmetic) takes as long as before and is left
+  out, so a network gains less than its layers do.
+- Each kernel of a form reads what the one before wrote: behind an input basis,
+  the k x k one reads its few channels, and so on.
 - Channels fill whole blocks: outputs are computed in multiples of
   ``Device.tile``, inputs in multiples of ``Device.alignment``. Grouped
   convolutions have kernels of their own, with blocks of ``alignment``;
@@ -22,12 +27,13 @@ whole grid of ranks. It is not a measurement. What it assumes:
 - 3x3 convolutions of stride 1 need ``Device.winograd`` times less arithmetic,
   1x1 parts of a form never do: there, half the MACs are not half the time.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Dict, Iterable, Optional, Tuple, Union
 
 import numpy as np
+import torch
 
 Number = Union[int, float, np.ndarray]
 
@@ -61,8 +67,11 @@ class Kernel:
         window (int): Weights for a pair of channels, 9 for 3x3; 0 for a
             kernel without weights (activation, pooling).
         groups (int): Groups of channels. Defaults to 1.
-        transposed (bool): Whether it is a transposed convolution, whose
-            weights are applied where it reads. Defaults to False.
+        weight_positions (float, optional): How often its weights are applied,
+            as a transposed convolution does where it reads. Defaults to
+            ``write_positions``.
+        adds (bool): Whether it adds a tensor as large as its output, which it
+            reads: a shortcut. Defaults to False.
     """
     inputs: Number
     outputs: Number
@@ -70,7 +79,8 @@ class Kernel:
     write_positions: float
     window: int = 1
     groups: int = 1
-    transposed: bool = False
+    weight_positions: Optional[float] = None
+    adds: bool = False
 
     @property
     def weights(self) -> Number:
@@ -81,7 +91,8 @@ class Kernel:
     def macs(self) -> Number:
         """Multiply-accumulates."""
         return self.weights * (
-            self.read_positions if self.transposed else self.write_positions)
+            self.write_positions
+            if self.weight_positions is None else self.weight_positions)
 
     @property
     def read(self) -> Number:
@@ -96,7 +107,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A dense layer, as far as time depends on it.
+    """A dense layer, as far as its MACs and its time depend on it.
 
     Args:
         in_channels (int): Input channels, of all groups.
@@ -106,8 +117,13 @@ class Convolution:
             images may differ.
         out_positions (float): The same at its output.
         groups (int): Groups of channels. Defaults to 1.
-        batch (int): Images at once. Defaults to 1.
-        transposed (bool): A transposed convolution. Defaults to False.
+        batch (float): Images at once; a fraction is one of several calls for
+            an image. Defaults to 1.
+        weight_positions (float, optional): How often the weights are applied
+            for an image, as at the input of a transposed convolution. Defaults
+            to ``out_positions``.
+        adds (bool): Whether a shortcut is added to its output. Defaults to
+            False.
     """
     in_channels: int
     out_channels: int
@@ -115,12 +131,13 @@ class Convolution:
     in_positions: float
     out_positions: float
     groups: int = 1
-    batch: int = 1
-    transposed: bool = False
+    batch: float = 1
+    weight_positions: Optional[float] = None
+    adds: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != 'transposed' and value <= 0:
+            if name != 'adds' and value is not None and value <= 0:
                 raise ValueError(f'{name} must be positive, got {value}')
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
@@ -159,11 +176,18 @@ class Convolution:
             inputs = input_rank
         kernels.append(
             Kernel(inputs, outputs if rank is None else rank, before, after,
-                   self.window, self.groups, self.transposed))
+                   self.window, self.groups, self._at_weights))
         if rank is not None:
             kernels.append(
                 Kernel(rank, outputs, after, after, 1, self.groups))
+        kernels[-1] = replace(kernels[-1], adds=self.adds)
         return tuple(kernels)
+
+    @property
+    def _at_weights(self) -> Optional[float]:
+        if self.weight_positions is None:
+            return None
+        return self.batch * self.weight_positions
 
 
 @dataclass(frozen=True)
@@ -212,7 +236,7 @@ class Device:
         """Seconds of one kernel, its launch included."""
         moved = (
             kernel.weights * self.number_bytes + self._moved(kernel.read)
-            + self._moved(kernel.written))
+            + self._moved(kernel.written) * (1 + kernel.adds))
         seconds = np.maximum(
             self._arithmetic(kernel), moved / (self.bandwidth * MEMORY))
         return seconds + self.launch + self._copy(kernel)
@@ -260,13 +284,13 @@ class Device:
             channels > self.alignment, channels % self.alignment != 0)
 
 
-def _ranks(ranks: Optional[Number]) -> Optional[np.ndarray]:
-    """In 64 bits: in 32, the MACs of a grid overflow."""
+def _ranks(ranks: Optional[Number]) -> Optional[Number]:
+    """Arrays in 64 bits: in 32, the MACs of a grid overflow."""
     if ranks is None:
         return None
-    wide = np.asarray(ranks, dtype=np.int64)
-    if (wide < 1).any():
-        raise ValueError(f'ranks must be at least 1, got {wide.min()}')
+    wide = ranks if isinstance(ranks, int) else np.asarray(ranks, np.int64)
+    if np.less(wide, 1).any():
+        raise ValueError(f'ranks must be at least 1, got {np.min(wide)}')
     return wide
 
 
@@ -329,3 +353,21 @@ def device(name: str) -> Device:
         raise ValueError(
             f'no device model is named {name!r}; there are: '
             + ', '.join(DEVICES)) from None
+
+
+def device_at_hand() -> Optional[Device]:
+    """The preset of the machine that this runs on.
+
+    Returns:
+        Device | None: ``'cpu'`` without CUDA. Else the first preset with the
+        name and the number of processors of PyTorch's current GPU; None if
+        there is none.
+    """
+    if not torch.cuda.is_available():
+        return DEVICES['cpu']
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    name = found.name.lower().replace(' ', '')
+    # a Jetson's name is that of its family only: 'Xavier', 'Orin'
+    return next(
+        (x for x in _PRESETS if x.name.split('-')[0] in name
+         and x.processors == found.multi_processor_count), None)

@@ -79,11 +79,18 @@ class Layer:
         return self.matrix_shape[2] // self.in_channels
 
     @property
+    def why_one_sided(self) -> str:
+        """Why an input basis is impossible or saves nothing, or empty."""
+        if self.in_channels == 1:
+            return 'one input channel'
+        if self.window == 1:
+            return 'a pointwise layer has one side'
+        return self.known_kind.why_one_sided(self.module)
+
+    @property
     def narrowable(self) -> bool:
-        """Whether an input basis can save anything: a pointwise layer has one
-        side."""
-        return (self.known_kind.takes_input_basis and self.in_channels > 1
-                and self.window > 1)
+        """Whether an input basis can save anything."""
+        return not self.why_one_sided
 
     @property
     def full_rank(self) -> int:

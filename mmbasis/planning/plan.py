@@ -2,6 +2,7 @@
 """What becomes of each layer of a model."""
 import json
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Any, Dict, List, Optional
 
 from ..utils.io import write_atomically
@@ -90,11 +91,13 @@ class CompressionPlan:
     """What becomes of each layer of one model: plain data, JSON on disk. By
     name, in order of definition, the layers that get a basis and those that
     stay dense; whether a batch normalisation stands between basis and
-    coefficients; and the record of the planner."""
+    coefficients; the record of the planner; and, where it was predicted, the
+    time of the layers for one image by device: see :func:`predicted_ms`."""
     layers: Dict[str, LayerPlan]
     dense: Dict[str, DensePlan] = field(default_factory=dict)
     norm: bool = False
     planner: Dict[str, Any] = field(default_factory=dict)
+    predicted_ms: Dict[str, Dict[str, float]] = field(default_factory=dict)
 
     @property
     def structure(self) -> tuple:
@@ -138,7 +141,8 @@ class CompressionPlan:
         """The plan as plain types, as it stands in checkpoints and JSON."""
         own = asdict(self)
         head = dict(version=PLAN_VERSION, mmbasis=__version__)
-        head.update(planner=own.pop('planner'), norm=own.pop('norm'))
+        head.update({
+            key: own.pop(key) for key in ('planner', 'norm', 'predicted_ms')})
         return dict(head, totals=self.totals(), **own)
 
     @classmethod
@@ -161,7 +165,8 @@ class CompressionPlan:
             dense = data.get('dense', {}).items()
             return cls(layers, {k: DensePlan(**v) for k, v in dense},
                        bool(data.get('norm', False)),
-                       dict(data.get('planner', {})))
+                       dict(data.get('planner', {})),
+                       _times(data.get('predicted_ms', {})))
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f'the plan has a malformed layer: {error}') from None
@@ -172,7 +177,7 @@ class CompressionPlan:
         blocks = []
         for key, value in self.to_dict().items():
             text = json.dumps(value)
-            if key in ('layers', 'dense'):
+            if key in ('layers', 'dense', 'predicted_ms'):
                 rows = ',\n'.join(f'    {json.dumps(k)}: {json.dumps(v)}'
                                   for k, v in value.items())
                 text = f'{{\n{rows}\n  }}'
@@ -198,3 +203,16 @@ class CompressionPlan:
             raise ValueError(f'{path} is not JSON: {error}') from None
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None
+
+
+def _times(data: Any) -> Dict[str, Dict[str, float]]:
+    """The predicted times of a plan, as plain types."""
+    try:
+        times = {name: {k: float(row[k]) for k in ('before', 'after')}
+                 for name, row in data.items()}
+        if all(0 < x < inf for row in times.values() for x in row.values()):
+            return times
+    except (AttributeError, LookupError, TypeError, ValueError):
+        pass
+    raise ValueError('the plan has predicted_ms that are not, by device, '
+                     f'positive numbers "before" and "after": {data!r}')

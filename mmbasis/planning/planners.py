@@ -11,11 +11,14 @@ from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.io import to_json
-from .costs import Cost, Costs, Form, Ranks
+from .costs import Cost, Costs, Form, Ranks, predicted_ms
 from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .statistics import Analysis
 
+#: what hardware wants channels to be multiples of (tensor cores in half
+#: precision, blocks of a CPU), and channels from which that is worth the loss
+ALIGNMENT, WIDE = 8, 64
 #: layers that are decided already, with their rank or None for dense
 Decided = Sequence[Tuple[Costs, Optional[Ranks]]]
 #: what :meth:`BasePlanner.choose` returns
@@ -63,9 +66,10 @@ def check_choice(layer: Layer, choice: int | Ranks | None) -> Ranks | None:
     inputs, output = ranks.input, ranks.output
     if inputs is not None:
         inputs = check_rank(layer, inputs, layer.in_channels)
-        if not layer.known_kind.takes_input_basis:
+        why = layer.known_kind.why_one_sided(layer.module)
+        if why:
             raise ValueError(f'{layer.name}, a {type(layer.module).__name__}, '
-                             'can have no input basis')
+                             f'can have no input basis: {why}')
     if output is not None or inputs is None:
         output = check_rank(layer, output, min(
             layer.full_rank, (inputs or layer.in_channels) * layer.window))
@@ -89,13 +93,18 @@ class BasePlanner(ABC):
             ranks are not rounded.
         prediction_layers (bool): Compress the layers whose outputs are
             predictions or sampling offsets, too. Defaults to False.
-        round_to (int): Ranks are multiples of this. Defaults to 1.
+        round_to (int, optional): Ranks are multiples of this. By default
+            planners with a budget take multiples of 8 where a side has 64
+            channels or more: odd ranks cost a GPU copies and padding. The
+            others take any rank.
         data_aware (bool, optional): Take the basis from the covariance of the
             layer's outputs on calibration images instead of from its weights
             alone. The default depends on the planner.
     """
     #: default of ``data_aware``
     DATA_AWARE = True
+    #: whether ranks are by default aligned to what hardware wants
+    ALIGNED = False
     #: whether sensitivities are wanted; None: where they can be had
     loss_aware: bool | None = False
     #: what makes a rank pay, and what a budget counts
@@ -119,12 +128,12 @@ class BasePlanner(ABC):
                  exclude: Sequence[str] = (),
                  overrides: dict[str, int | str] | None = None,
                  prediction_layers: bool = False,
-                 round_to: int = 1,
+                 round_to: int | None = None,
                  data_aware: bool | None = None) -> None:
         if isinstance(include, str) or isinstance(exclude, str):
             raise ValueError('include and exclude are lists of patterns, but '
                              'one of them is a single string')
-        if not is_rank(round_to):
+        if round_to is not None and not is_rank(round_to):
             raise ValueError(f'round_to must be a positive integer, but got '
                              f'{round_to!r}')
         self.overrides = check_ranks('overrides', overrides or {}, 'dense')
@@ -133,6 +142,13 @@ class BasePlanner(ABC):
         self.rules = Rules(tuple(include), tuple(exclude), prediction_layers)
         self.round_to = round_to
         self.data_aware = self.DATA_AWARE if data_aware is None else data_aware
+
+    def step(self, channels: int) -> int:
+        """What the ranks of a side with so many channels are multiples of,
+        by ``round_to``."""
+        if self.round_to is not None:
+            return self.round_to
+        return ALIGNMENT if self.ALIGNED and channels >= WIDE else 1
 
     def describe(self) -> dict[str, Any]:
         """What the plan records of its planner: what it was constructed with,
@@ -160,8 +176,8 @@ class BasePlanner(ABC):
         decided: list[tuple[Costs, Ranks | None]] = []
         for layer in analysis.selection.chosen:
             costs = Costs(layer, analysis.statistics[layer.name], form)
-            costs = replace(
-                costs, ranks=self.cost.ranks(costs, self.round_to))
+            costs = replace(costs, ranks=self.cost.ranks(
+                costs, self.step(layer.full_rank)))
             settled = self._settle(costs)
             if settled is None:
                 free.append(costs)
@@ -173,10 +189,12 @@ class BasePlanner(ABC):
                 costs.break_even + 1)
             decided.append((costs, rank))
         ranks = {x.layer.name: rank for x, rank in decided}
-        plan = CompressionPlan({}, {}, form.norm, self.describe())
-        for layer in analysis.layers:
-            name, rank = layer.name, ranks.get(layer.name)
-            costs = Costs(layer, analysis.statistics[name], form)
+        layers = [(Costs(x, analysis.statistics[x.name], form),
+                   ranks.get(x.name)) for x in analysis.layers]
+        plan = CompressionPlan({}, {}, form.norm, self.describe(),
+                               predicted_ms(layers))
+        for costs, rank in layers:
+            name = costs.layer.name
             if rank is not None:
                 plan.layers[name] = LayerPlan.of(costs, rank)
             else:
@@ -191,12 +209,20 @@ class BasePlanner(ABC):
             return None, 'dense by override'
         if override is not None:
             rank = check_rank(costs.layer, override)
-            past = BasePlanner.why_dense.format(costs.break_even + 1)
+            past = self.cost.why_not_at(costs, rank)
             pays = self.cost.pays(costs, rank)
             return (Ranks(rank), '') if pays else (None, past)
-        if not costs.ranks and self.forms == ('output', ):
-            return None, self.cost.why_not(costs, self.round_to)
+        one_sided = costs.layer.why_one_sided
+        if one_sided and 'output' not in self.forms:
+            return None, f'no input basis: {one_sided}'
+        if not self._can_pay(costs):
+            return None, self.cost.why_not(
+                costs, self.step(costs.layer.full_rank))
         return None
+
+    def _can_pay(self, costs: Costs) -> bool:
+        """Whether there is a rank at which a layer costs less than dense."""
+        return bool(costs.ranks)
 
     def _chosen(self, free: Sequence[Costs],
                 decided: Decided) -> list[Ranks | None]:
@@ -255,6 +281,7 @@ class RatioPlanner(BasePlanner):
             A layer whose smallest rank costs more gets that rank.
         **kwargs: See :class:`BasePlanner`.
     """
+    ALIGNED = True
 
     def __init__(self, ratio: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -318,6 +345,7 @@ class FixedPlanner(BasePlanner):
         for x in free:
             rank, full = x.layer.look_up(self.ranks), x.layer.full_rank
             rank = full if rank == 'full' else check_rank(x.layer, rank)
-            rank = min(-(-rank // self.round_to) * self.round_to, full)
+            step = self.step(full)
+            rank = min(-(-rank // step) * step, full)
             chosen.append(rank if self.cost.pays(x, rank) else None)
         return chosen

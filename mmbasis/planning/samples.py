@@ -9,6 +9,8 @@ from .layers import Layer
 #: Positions of one image that a layer's moments are computed from. More add
 #: time, not accuracy: neighbours are alike.
 MAX_POSITIONS = 256
+#: Rows of a symmetric product that are computed at a time.
+BLOCK = 256
 
 
 def chosen_positions(count: int, device: torch.device) -> Tensor:
@@ -19,7 +21,8 @@ def chosen_positions(count: int, device: torch.device) -> Tensor:
     # a grid would see one phase of a strided transposed convolution only
     generator = torch.Generator().manual_seed(count)
     chosen = torch.randperm(count, generator=generator)
-    return chosen[:MAX_POSITIONS].to(device)
+    # in their order they are next to each other in memory
+    return chosen[:MAX_POSITIONS].sort()[0].to(device)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -28,21 +31,37 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x.view(groups, -1, x.shape[-1])
 
 
-def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``sum left right^T`` over positions, of shapes ``(G, M, positions)`` and
-    ``(G, N, positions)``: float64, ``(G, M, N)``.
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``sum left right^T`` over positions, of shapes ``(G, M, positions)``
+    and ``(G, N, positions)``, to a float64 total, ``(G, M, N)``.
 
     The fast product is of centred float32 samples; what the means contribute
     is added in float64. Where means dwarf deviations, a plain product would
     round the covariance away.
     """
-    mean_l, mean_r = left.mean(-1, True), right.mean(-1, True)
-    left, right = left - mean_l, right - mean_r
+    same = left is right
+    mean_r = right.mean(-1, True)
+    mean_l = mean_r if same else left.mean(-1, True)
+    right = right - mean_r
+    left = right if same else left - mean_l
+    total += gram(right) if same else left @ right.mT
     rest_l, rest_r = (x.sum(-1, True).double() for x in (left, right))
     mean_l, mean_r = mean_l.double(), mean_r.double()
-    products = (left @ right.mT).double()
-    products += mean_l @ rest_r.mT + rest_l @ mean_r.mT
-    return products + left.shape[-1] * mean_l @ mean_r.mT
+    total += torch.cat([mean_l, rest_l], -1) @ torch.cat(
+        [rest_r + left.shape[-1] * mean_r, mean_r], -1).mT
+
+
+def gram(samples: Tensor) -> Tensor:
+    """``samples samples^T``, of shape ``(G, N, positions)``: what is above the
+    diagonal is copied from below, and costs no products where ``N`` is
+    large."""
+    products = samples.new_empty((*samples.shape[:2], samples.shape[1]))
+    for start in range(0, samples.shape[1], BLOCK):
+        rows = slice(start, start + BLOCK)
+        block = samples[:, rows] @ samples[:, :start + BLOCK].mT
+        products[:, rows, :start + BLOCK] = block
+        products[:, :start, rows] = block[..., :start].mT
+    return products
 
 
 def is_expansion(layer: Layer) -> bool:
@@ -63,15 +82,15 @@ def output_samples(layer: Layer, y: Tensor) -> Tensor:
     return _by_group(y, layer.matrix_shape[0])
 
 
-def input_samples(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """Patches of a layer's input ``x`` at the positions of
-    :func:`output_samples`, shape ``(G, D, positions)``: ``H`` times it is the
-    output without bias. Of the output ``y`` only the shape counts."""
+def input_samples(layer: Layer, x: Tensor) -> Tensor:
+    """Patches of a layer's input at the positions of :func:`output_samples`,
+    shape ``(G, D, positions)``: ``H`` times it is the output without bias."""
     module, kind = layer.module, layer.known_kind
-    axis = kind.channel_axis(module) % y.dim()
-    if axis == 0:
-        x, y, axis = x.unsqueeze(0), y.unsqueeze(0), 1
-    shape = [size for i, size in enumerate(y.shape) if i not in (0, axis)]
-    positions = chosen_positions(int(np.prod(shape)), x.device)
+    if kind.channel_axis(module) % x.dim() == 0:
+        x = x.unsqueeze(0)
+    x = kind.patches(module, x)
+    shape = x.shape[-max(module.weight.dim() - 2, 1):]
+    positions = chosen_positions(shape.numel(), x.device)
+    places = np.unravel_index(positions.cpu().numpy(), shape)
     return _by_group(
-        kind.patches(module, x, shape, positions), layer.matrix_shape[0])
+        x[(..., *places)].flatten(1, -2), layer.matrix_shape[0])

@@ -37,6 +37,16 @@ class _Gradients:
         #: the same at the input
         self.inputs = None if known.inputs is None else zeros(
             (groups, layer.in_channels, layer.in_channels))
+        #: the input while the layer runs
+        self._whole: Optional[Tensor] = None
+
+    def attach(self, stack: ExitStack) -> None:
+        """Watch the layer until the stack is closed."""
+        module = self.layer.module
+        stack.callback(observe(module, self.watch, self.watch_input).remove)
+        reader = self.layer.known_kind.dense_reader(module)
+        if reader is not None:
+            stack.callback(observe(reader, before=self.pass_by).remove)
 
     def watch_input(self, module: nn.Module, args: tuple) -> Optional[tuple]:
         """Called before the layer runs."""
@@ -46,7 +56,13 @@ class _Gradients:
         # the gradient of this use of the tensor alone
         x = args[0].view_as(args[0])
         x.register_hook(self._add_input)
+        self._whole = args[0]
         return (x, *args[1:])
+
+    def pass_by(self, module: nn.Module, args: tuple) -> Optional[tuple]:
+        """Called before a part of the layer runs that would not see an input
+        basis: its gradients do not count."""
+        return None if self._whole is None else (self._whole, *args[1:])
 
     def _add_input(self, gradient: Tensor) -> None:
         samples = sampling.output_samples(self.layer, gradient)
@@ -56,6 +72,7 @@ class _Gradients:
     def watch(self, module: nn.Module, args: tuple, kwargs: dict,
               output: Tensor) -> Optional[Tensor]:
         """Hook on the forward pass of the layer."""
+        self._whole = None
         if not torch.is_grad_enabled():
             return None  # checkpointing runs it again with gradients
         if not output.requires_grad:
@@ -104,7 +121,7 @@ def _products(samples: Tensor) -> Tensor:
     float32."""
     size = samples.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     samples = samples / size
-    return (samples @ samples.mT).double() * size.double()**2
+    return sampling.gram(samples).double() * size.double()**2
 
 
 def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
@@ -134,8 +151,7 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
         stack.enter_context(running.undisturbed(model))
         stack.enter_context(running.evaluation(model))
         for x in gradients:
-            watch = observe(x.layer.module, x.watch, x.watch_input)
-            stack.callback(watch.remove)
+            x.attach(stack)
         _backward(adapter, batches)
     found = {x.layer.name: x.finish() for x in gradients}
     unknown = [name for name, x in found.items() if x.sensitivity is None]

@@ -1,9 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What a few batches say of each layer: its outputs, and what they matter."""
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ from ..factorization import (
     spectrum_of_input,
     spectrum_of_moment,
 )
-from ..layers import observe
+from ..layers import first_argument, observe
 from . import samples as sampling
 from .layers import UNUSED, Layer, Selection, freeze
 
@@ -47,6 +47,8 @@ class LayerStatistics:
             ``(G, C / G, C / G)``.
         inputs (InputSpectrum, optional): Directions of its input; None where
             it can have no input basis.
+        adds (bool): Whether its output, perhaps normalised, goes into a sum
+            with a tensor of the same shape, and nowhere else.
     """
     weight_positions: float = 0
     out_positions: float = 0
@@ -58,6 +60,7 @@ class LayerStatistics:
     in_positions: float = 0
     input_covariance: Optional[Tensor] = None
     inputs: Optional[InputSpectrum] = None
+    adds: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +102,10 @@ class LayerRecorder(ExitStack):
             self.moments[layer.name] = _no_moment(layer, size)
         for layer in inputs:
             self.inputs[layer.name] = _no_moment(layer, layer.in_channels)
-        #: positions of weights, outputs and inputs, and calls, of each layer
-        self._table = torch.zeros(len(layers), 4, dtype=torch.float64)
+        #: positions of weights, outputs and inputs, calls, and whether it ends
+        #: in a sum, of each layer
+        self._table = torch.zeros(len(layers), 5, dtype=torch.float64)
+        self._watch: Optional[running.SumWatch] = None
         for layer, row in zip(layers, self._table):
             hook = partial(self._record, layer, row)
             self.callback(observe(layer.module, hook).remove)
@@ -108,33 +113,46 @@ class LayerRecorder(ExitStack):
     def run(self, adapter: running.Adapter, batches: Sequence[Any]) -> None:
         """Run a model on batches."""
         for data in batches:
-            adapter.predict(data)
+            with nullcontext() if self.passes else self._find_sums():
+                adapter.predict(data)
             self.images += adapter.count_images(data)
             self.passes += 1
             MMLogger.get_current_instance().info(
                 'Calibration: batch %d/%d, %d images', self.passes,
                 len(batches), self.images)
 
+    @contextmanager
+    def _find_sums(self) -> Iterator[None]:
+        """Note, in a pass, where the model adds shortcuts."""
+        self._watch = running.SumWatch()
+        with self._watch:
+            yield
+        self._table[:, 4] = torch.tensor(
+            [x.name in self._watch.residual for x in self.layers])
+        self._watch = None
+
     def _record(self, layer: Layer, row: Tensor, module: nn.Module,
                 args: tuple, kwargs: dict, y: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_argument(module, args, kwargs)[0]
         channels = getattr(module, 'out_channels', None) or module.out_features
         positions = y.numel() // channels
         at_weights = positions if layer.kind is None else (
             layer.kind.weight_positions(module, x, y))
         in_channels = getattr(module, 'in_channels', None) or x.shape[-1]
-        row += torch.tensor(
+        row[:4] += torch.tensor(
             [at_weights, positions, x.numel() // in_channels, 1],
             dtype=torch.float64)
         if layer.name in self.moments:
             if sampling.is_expansion(layer):
-                samples = sampling.input_samples(layer, x, y)
+                samples = sampling.input_samples(layer, x)
             else:
                 samples = sampling.output_samples(layer, y)
             _add_moment(self.moments[layer.name], samples)
         if layer.name in self.inputs:
             _add_moment(self.inputs[layer.name],
                         sampling.output_samples(layer, x))
+        if self._watch is not None:
+            self._watch.follow(layer.name, module, args, kwargs, y)
 
     def finish(self) -> Dict[str, LayerStatistics]:
         """Sum over processes: statistics by layer name, with spectra where
@@ -157,7 +175,8 @@ class LayerRecorder(ExitStack):
                 row[0] / images,
                 row[1] / images,
                 row[3] / passes,
-                in_positions=row[2] / images)
+                in_positions=row[2] / images,
+                adds=row[4] > 0)
             moment = self.moments.pop(layer.name, None)
             inputs = self.inputs.pop(layer.name, None)
             if moment is not None:
@@ -180,7 +199,7 @@ def _no_moment(layer: Layer, size: int) -> Tensor:
 
 def _add_moment(moment: Tensor, samples: Tensor) -> None:
     samples = torch.cat([samples, torch.ones_like(samples[:, :1])], 1)
-    moment += sampling.sum_of_products(samples, samples)
+    sampling.add_products(moment, samples, samples)
 
 
 def _mean_and_covariance(moment: Tensor) -> Tuple[Tensor, Tensor]:

@@ -242,17 +242,18 @@ class SumWatch(TorchFunctionMode):
               data: Any) -> None:
         """Run a model on a batch to find which of its layers, given by name,
         are residual."""
-
-        def ran(name: str, module: nn.Module, args: tuple, kwargs: dict,
-                y: Any) -> None:
-            if name not in self.order and len(args) == 1:
-                self.order.append(name)
-                self.mark(name, y)
-
         with self, ExitStack() as stack:
             for name, module in layers.items():
-                stack.callback(observe(module, partial(ran, name)).remove)
+                hook = partial(self.follow, name)
+                stack.callback(observe(module, hook).remove)
             adapter.predict(data)
+
+    def follow(self, name: str, module: nn.Module, args: tuple, kwargs: dict,
+               y: Any) -> None:
+        """The hook of a layer in :meth:`probe`, or in a pass of one's own."""
+        if name not in self.order and len(args) == 1:
+            self.order.append(name)
+            self.mark(name, y)
 
     @staticmethod
     def mark(name: str, y: Tensor) -> None:
@@ -290,9 +291,12 @@ class SumWatch(TorchFunctionMode):
                          Sum(branch, other, scale))
 
 
-def _is_plain_sum(left: Any, right: Any, **kwargs: Any) -> bool:
-    return (not kwargs and isinstance(left, Tensor)
-            and isinstance(right, Tensor) and left is not right
+def _is_plain_sum(*args: Any, **kwargs: Any) -> bool:
+    if kwargs or len(args) != 2:
+        return False
+    left, right = args
+    return (isinstance(left, Tensor) and isinstance(right, Tensor)
+            and left is not right
             and (left.shape, left.dtype) == (right.shape, right.dtype))
 
 

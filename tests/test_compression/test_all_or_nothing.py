@@ -194,8 +194,8 @@ def test_plan_of_another_model(model, batches):
     (Reconstruction, '_set', 1),
     (Reconstruction, '_set', 3),
     (Reconstruction, 'run', 1),
-    (pipeline, 'output_error', 1),
-    (pipeline, 'output_error', 2),
+    (pipeline, 'output_errors', 1),
+    (pipeline, 'output_errors', 2),
     (pipeline, 'recalibrate_if_better', 1),
     (pipeline, 'recalibrate', 1),
 ], ids=str)

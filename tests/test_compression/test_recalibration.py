@@ -8,6 +8,7 @@ import torch.nn as nn
 import mmbasis
 from mmbasis.compression import (
     output_error,
+    output_errors,
     recalibrate,
     recalibrate_if_better,
 )
@@ -75,7 +76,7 @@ def test_kept_where_truncation_is_rough(model):
     rough = copy.deepcopy(model)
     mmbasis.compress(rough, planner, batches(3))
     assert recalibrate_if_better(rough, batches(3),
-                                 lambda: output_error(rough, model, held_out))
+                                 lambda: output_errors(rough, model, held_out))
     assert output_error(rough, model, held_out) == pytest.approx(errors[1])
 
 
@@ -83,11 +84,37 @@ def test_taken_back_where_it_does_not_help(model):
     state = copy.deepcopy(model.state_dict())
     shifted = [x + 1 for x in batches(2)]
     kept = recalibrate_if_better(
-        model, shifted, lambda: float(
-            (model.bn1.running_mean - state['bn1.running_mean']).norm()))
+        model, shifted,
+        lambda: (model.bn1.running_mean - state['bn1.running_mean']).abs())
     assert not kept
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize('changes, kept', [
+    ([-1., -1.1, -.9, -1.], True),
+    ([-1., 1.5, -.9, -1.], False),  # on average less, but by chance
+    ([1., 1., 1., 1.], False),
+    ([-1.], True),  # one value, as of a single batch, says all there is
+    ([], False),
+])
+def test_kept_where_the_change_is_beyond_chance(model, changes, kept):
+    before = torch.full((len(changes), ), 3.)
+    errors = iter([before, before + torch.tensor(changes)])
+    assert recalibrate_if_better(
+        model, batches(2), lambda: next(errors)) is kept
+
+
+def test_errors_of_images(model):
+    """One error per image, whichever batch it comes in."""
+    small, held_out = copy.deepcopy(model), batches(2, seed=9)
+    small.conv1.weight.data[0] = 0
+    errors = output_errors(small, model, held_out)
+    assert len(errors) == sum(map(len, held_out))
+    assert output_error(small, model, held_out) == pytest.approx(
+        float(errors.mean()), rel=1e-5)
+    torch.testing.assert_close(
+        errors[:len(held_out[0])], output_errors(small, model, held_out[:1]))
 
 
 def test_automatic_needs_a_batch_to_spare(model, monkeypatch):

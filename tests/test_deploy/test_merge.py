@@ -59,6 +59,8 @@ def test_slow_layers_are_merged(classifier, deploy_cfg, tmp_path):
     assert not set(slow) & set(plan.layers)
     assert 'merged' in plan.dense[slow[0]].reason
     assert set(plan.layers) == set(classifier.plan.layers) - set(slow)
+    # the prediction was that of more basis layers
+    assert classifier.plan.predicted_ms and not plan.predicted_ms
     # config and checkpoint are those of the same function
     new = Deployment(deploy_cfg(CLS), cfg, checkpoint).model
     old = Deployment(

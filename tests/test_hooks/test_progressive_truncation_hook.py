@@ -51,8 +51,11 @@ def test_ranks_fall_and_schedule_goes_on(tmp_path, cfg):
     for content, limit in zip(saved, (.7, .5, .5, .3)):
         assert .8 * limit < kept(content) <= limit
     # costs are those of the model that was dense
-    before = {c['meta']['mmbasis']['totals']['macs']['before'] for c in saved}
-    assert len(before) == 1
+    plans = [c['meta']['mmbasis'] for c in saved]
+    assert len({x['totals']['macs']['before'] for x in plans}) == 1
+    times = [x['predicted_ms']['cpu'] for x in plans]
+    assert len({x['before'] for x in times}) == 1
+    assert len({x['after'] for x in times}) == 3
     # MMEngine takes no step after the last epoch
     assert runner.optim_wrapper.get_lr()['lr'] == pytest.approx([.01 / 8])
     groups = saved[-1]['optimizer']['param_groups']

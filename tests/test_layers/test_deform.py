@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from mmcv.cnn import fuse_conv_bn
 from mmcv.ops import (
     DeformConv2d,
     DeformConv2dPack,
@@ -31,6 +32,11 @@ LAYERS = {
                        dict(GEOMETRY, stride=2, groups=2, deform_groups=2)),
 }
 every_layer = pytest.mark.parametrize('name', LAYERS)
+#: those whose deformable groups an input basis would mix
+ONE_SIDED = ['v1_pack', 'v2_groups']
+two_sided = pytest.mark.parametrize('form, name', [
+    (form, name) for form in ('input', 'both') for name in LAYERS
+    if name not in ONE_SIDED])
 PACKS = [name for name in LAYERS if 'pack' in name]
 every_pack = pytest.mark.parametrize('name', PACKS)
 
@@ -60,6 +66,16 @@ def represent(dense, rank=None, **kwargs):
     layer = BasisLayer(dense, rank or full_rank, **kwargs)
     layer.project(dense)
     return layer
+
+
+def narrowed(dense, form, less=0, **kwargs):
+    """With an input basis that drops as many channels of each group."""
+    _, rows, _ = DeformConvKind.matrix_shape(dense)
+    layer = BasisLayer(
+        dense, None if form == 'input' else rows - less,
+        input_rank=DeformConvKind.in_channels(dense) - less, **kwargs)
+    layer.project(dense)
+    return layer.eval()
 
 
 def assert_same(actual, expected, tolerance=1e-5):
@@ -221,3 +237,134 @@ def test_subclass_with_a_forward_of_its_own_is_named():
     assert why_not(Doubled(
         8, 12, 3)) == ('Doubled computes its output in a way of its own')
     assert 'depthwise' in why_not(DeformConv2d(8, 8, 3, groups=8))
+
+
+# ------------------------------------------------------------ input bases
+@two_sided
+def test_full_input_rank_is_the_same_function(name, form):
+    dense, args = build(name)
+    layer = narrowed(dense, form)
+    assert_same(layer(*args), dense(*args))
+    # also where samples lie outside of the input, which is zero there
+    args[0][..., [0, -1]] += 9
+    if name in PACKS:
+        dense.conv_offset.bias.data *= 4
+        layer = narrowed(dense, form)
+    else:
+        args[1] *= 4
+    assert_same(layer(*args), dense(*args))
+
+
+@two_sided
+def test_below_full_rank_it_is_a_dense_layer(name, form):
+    dense, args = build(name)
+    layer = narrowed(dense, form, less=1)
+    with torch.no_grad():
+        for weight in layer.weights:
+            weight += .1 * torch.randn_like(weight)
+    y = layer(*args)
+    again = layer.to_dense()
+    assert type(again) is type(dense)
+    assert_same(again(*args), y)
+    assert again.state_dict().keys() == dense.state_dict().keys()
+    assert repr(again) == repr(dense)
+    assert_same(layer.weight, again.weight)
+    assert layer.orthogonality_error > 1e-3
+    layer.retract()
+    assert layer.orthogonality_error < 1e-5
+    assert_same(layer(*args), y)
+
+
+@two_sided
+def test_gradients_and_state_with_an_input_basis(name, form):
+    dense, args = build(name)
+    layer = narrowed(dense, form, less=1, bias=True)
+    nn.init.normal_(layer.last.bias)
+    other = narrowed(build(name)[0], form, less=1, bias=True)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    missing = other.load_state_dict(layer.state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    assert torch.equal(other(*args), layer(*args))
+    assert torch.equal(copy.deepcopy(layer)(*args), layer(*args))
+    args = [x.requires_grad_() for x in args]
+    layer(*args).square().sum().backward()
+    for tensor in [*layer.parameters(), *args]:
+        assert tensor.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('name', [x for x in LAYERS if x not in ONE_SIDED])
+def test_norm_between_three_parts_is_folded(name):
+    dense, args = build(name)
+    layer = narrowed(dense, 'both', less=1, norm=True)
+    nn.init.uniform_(layer.norm.weight, .5, 2)
+    nn.init.normal_(layer.norm.bias)
+    layer.train()(*args)
+    y = layer.eval()(*args)
+    assert_same(layer.fold_norm()(*args), y)
+    assert layer.norm is None
+
+
+@two_sided
+def test_batch_norm_behind_is_fused(name, form):
+    """Into any of them, also where the operator knows no bias."""
+
+    class Block(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.conv = narrowed(dense, form, less=1)
+            self.bn = nn.BatchNorm2d(12)
+
+        def forward(self, *args):
+            return self.bn(self.conv(*args))
+
+    dense, args = build(name)
+    block = Block().eval()
+    nn.init.normal_(block.bn.bias)
+    nn.init.normal_(block.bn.running_mean)
+    nn.init.uniform_(block.bn.weight, .5, 2)
+    y = block(*args)
+    fused = fuse_conv_bn(block)
+    assert isinstance(fused.bn, nn.Identity)
+    assert_same(fused(*args), y)
+
+
+@pytest.mark.parametrize('name', [x for x in PACKS if x not in ONE_SIDED])
+def test_offset_branch_keeps_the_dense_input(name):
+    dense, (x, ) = build(name)
+    layer, seen = narrowed(dense, 'both', less=1), []
+    layer.basis.conv_offset.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0]))
+    layer(x)
+    assert seen[0] is x
+    assert layer.basis.conv_offset.in_channels == 8
+    assert layer.basis.in_channels == 8 - dense.groups
+
+
+@pytest.mark.parametrize('name', ONE_SIDED)
+def test_deformable_groups_are_not_mixed(name):
+    dense, _ = build(name)
+    assert 'its 4 deformable groups sample in places of their own' in (
+        DeformConvKind.why_one_sided(dense))
+    with pytest.raises(ValueError, match='the input rank of a .*Deform'):
+        narrowed(dense, 'both', less=1)
+
+
+def test_bias_behind_an_input_basis_is_not_lost():
+    dense, args = build('v1')
+    layer = narrowed(dense, 'input', bias=True)
+    nn.init.normal_(layer.last.bias)
+    assert_same(layer(*args),
+                dense(*args) + layer.bias.view(-1, 1, 1))
+    with pytest.raises(ValueError, match='DeformConv2d has no bias'):
+        layer.to_dense()
+
+
+def test_arguments_by_keyword_in_any_order():
+    dense, (x, offset, mask) = build('v2')
+    expected = dense(x, offset, mask)
+    for form in ('input', 'both'):
+        layer = narrowed(dense, form)
+        assert_same(layer(mask=mask, offset=offset, x=x), expected)
+        assert_same(layer(x, mask=mask, offset=offset), expected)

@@ -344,22 +344,6 @@ def taught(dense, **attributes):
     return wrapper.eval()
 
 
-def test_teacher_skips_losses_that_change_nothing(dense, batch):
-    wrapper = taught(dense)
-    teacher = wrapper.distillation.teacher
-    found = [wrapper(*batch, mode='loss') for _ in range(3)]
-    assert [mode for mode, _ in teacher.calls] == ['loss', *['tensor'] * 3]
-    assert all(samples is None for _, samples in teacher.calls[1:])
-    for losses in found[1:]:
-        for key, value in found[0].items():
-            torch.testing.assert_close(losses[key], value)
-    # another teacher may need more
-    wrapper.distillation.take(wrapper.architecture, None)
-    wrapper(*batch, mode='loss')
-    teacher = wrapper.distillation.teacher
-    assert [mode for mode, _ in teacher.calls[-2:]] == ['loss', 'tensor']
-
-
 @pytest.mark.parametrize('own', [dict(units=2.), dict(samples=True)],
                          ids=['units', 'samples'])
 def test_teacher_goes_the_way_of_the_student(dense, batch, own):

@@ -112,7 +112,7 @@ def a_plan(model, chosen=lambda name: True, norm=False, form='output'):
             kind = kind_of(module)
             full = min(kind.matrix_shape(module)[1:])
             rank, inputs = (full + 1) // 2, None
-            if form != 'output' and kind.takes_input_basis:
+            if form != 'output' and not kind.why_one_sided(module):
                 inputs = kind.in_channels(module)
                 rank = None if form == 'input' else rank
             layers[name] = LayerPlan(rank, full, kind.name,

@@ -58,7 +58,8 @@ def test_break_even_is_the_last_rank_that_pays(seed, extras):
     for layer, at in zip(find_layers(model), positions):
         if layer.obstacle is not None:
             continue
-        costs = Costs(layer, LayerStatistics(*at), Form(**extras))
+        known = LayerStatistics(*at, in_positions=at[0])
+        costs = Costs(layer, known, Form(**extras))
         dense = sum(p.numel() for p in layer.module.parameters())
         cheaper = []
         for rank in range(1, layer.full_rank + 1):
@@ -74,7 +75,7 @@ def test_break_even_is_the_last_rank_that_pays(seed, extras):
 def test_ranks_that_pay(metric):
     cost = Cost(metric)
     layer, = find_layers(nn.Conv2d(16, 16, 3))
-    costs = Costs(layer, LayerStatistics(10, 10))
+    costs = Costs(layer, LayerStatistics(10, 10, in_positions=10))
     assert cost.ranks(costs, 1) == tuple(range(1, 15))
     assert cost.ranks(costs, 4) == (4, 8, 12)
     assert cost.ranks(costs, 16) == ()
@@ -84,7 +85,7 @@ def test_ranks_that_pay(metric):
 
 def test_a_normalisation_and_a_bias_cost_parameters():
     layer, = find_layers(nn.Conv2d(6, 8, 3, groups=2, bias=False))
-    known = LayerStatistics(10, 10)
+    known = LayerStatistics(10, 10, in_positions=10)
     plain = Costs(layer, known)
     assert Costs(layer, known, Form(bias=True)).params(2) == (
         plain.params(2) + 8)

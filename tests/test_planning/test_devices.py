@@ -58,7 +58,13 @@ def built(layer, rank=None, input_rank=None, stride=2, transposed=False):
 def test_kernels_are_those_of_the_modules(form, groups, transposed):
     after = 12**2 if transposed else 3**2
     layer = Convolution(
-        128, 64, 9, 6**2, after, groups, transposed=transposed)
+        128,
+        64,
+        9,
+        6**2,
+        after,
+        groups,
+        weight_positions=6**2 if transposed else None)
     model = built(layer, **FORMS[form], transposed=transposed)
     image = torch.rand(1, 128, 6, 6)
     kernels = layer.kernels(**FORMS[form])
@@ -77,6 +83,23 @@ def test_a_batch_multiplies_all_but_weights():
     for a, b in zip(one, many):
         assert (8 * a.macs, 8 * a.read, 8 * a.written, a.weights) == (
             b.macs, b.read, b.written, b.weights)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_shortcut_is_read_by_the_last_kernel(form):
+    target = dataclasses.replace(device('t4-fp16'), peak=float('inf'))
+    one, other = (conv3x3(adds=adds).kernels(**FORMS[form])
+                  for adds in (False, True))
+    assert one[:-1] == other[:-1]
+    assert [x.macs for x in one] == [x.macs for x in other]
+    moved = target._moved(one[-1].written) / (.7 * target.bandwidth)
+    assert target.time(other) - target.time(one) == pytest.approx(moved)
+
+
+def test_an_input_basis_saves_reading():
+    basis, conv = conv3x3(256, 14).kernels(None, 24)
+    assert basis.written == conv.read == 24 * 14**2
+    assert conv.read < conv3x3(256, 14).kernels()[0].read
 
 
 @pytest.mark.parametrize('name', DEVICES)

@@ -210,7 +210,9 @@ def test_respects_rounding(write, model):
 
 def test_overrides_must_be_faster_too(write, model):
     result = plan(model, latency=.9, table=write(), overrides={'0': 8, '2': 4})
-    assert '0' in result.dense and result.layers['2'].rank == 4
+    assert result.layers['2'].rank == 4
+    assert result.dense['0'].reason == (
+        'at rank 8 it is not faster than the dense layer by the latency table')
 
 
 def test_budget_that_cannot_be_met(write, model):

@@ -34,6 +34,7 @@ def test_json_round_trip(plan, tmp_path):
     assert again.layers == plan.layers and again.dense == plan.dense
     assert again.norm == plan.norm
     assert again.totals() == plan.totals()
+    assert again.predicted_ms == plan.predicted_ms != {}
     assert again.dumps() == plan.dumps()
     assert [x.name for x in tmp_path.iterdir()] == ['plan.json']
 
@@ -53,6 +54,9 @@ def test_one_line_for_each_layer(plan):
     for name in plan.dense:
         line, = (x for x in lines if x.startswith(f'    "{name}": '))
         assert '"reason": ' in line
+    for name, time in plan.predicted_ms.items():
+        assert f'    "{name}": {json.dumps(time)}' in [
+            x.rstrip(',') for x in lines]
     other = copy.deepcopy(plan)
     other.layers['0'] = replace(other.layers['0'], rank=1)
     changed = [a for a, b in zip(lines, other.dumps().splitlines()) if a != b]
@@ -89,7 +93,9 @@ def test_plans_of_version_1_are_read(plan):
     data = json.loads(plan.dumps())
     for entry in data['layers'].values():
         assert entry.pop('input_rank') is None
-    assert CompressionPlan.from_dict(dict(data, version=1)) == plan
+    assert data.pop('predicted_ms')
+    assert CompressionPlan.from_dict(
+        dict(data, version=1)) == replace(plan, predicted_ms={})
 
 
 # ----------------------------------------------------------------- refusals
@@ -133,6 +139,13 @@ def malformed(**changes):
         dict(version=1, layers={}, dense=[1]),
         dict(version=1, layers={}, dense={'0': dict(ransom=3)}),
         malformed(unknown=3),
+        dict(version=2, layers={}, predicted_ms=3),
+        dict(version=2, layers={}, predicted_ms=dict(cpu=3)),
+        dict(version=2, layers={}, predicted_ms=dict(cpu=dict(before=1))),
+        dict(version=2, layers={}, predicted_ms=dict(
+            cpu=dict(before=0, after=1))),
+        dict(version=2, layers={}, predicted_ms=dict(
+            cpu=dict(before='x', after=1))),
         malformed(rank='2'),
         malformed(rank=2.5),
         malformed(rank=0),

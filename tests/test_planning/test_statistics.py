@@ -216,6 +216,32 @@ def test_uses_of_a_shared_layer_add_up():
     assert_close(moment_of(known), covariance(y))
 
 
+@pytest.mark.parametrize('add, adds', [
+    (lambda x, y: x + y, True),
+    (lambda x, y: torch.add(input=x, other=y), False),
+    (lambda x, y: torch.cat([x, y], 1), False),
+    (lambda x, y: x.relu() + y, False),
+], ids=['sum', 'by keyword', 'not a sum', 'used before'])
+@pytest.mark.parametrize('data_aware', [False, True])
+def test_layers_that_a_shortcut_is_added_to(add, adds, data_aware):
+
+    class Net(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return add(self.norm(self.last(x)), x)
+
+    images = [torch.rand(2, 3, 4, 4), torch.rand(1, 3, 4, 4)]
+    known = measured(Net().eval(), images, data_aware).statistics
+    assert known['last'].adds is adds and known['first'].adds is False
+    assert known['last'].out_positions == 16 and known['last'].calls == 1
+
+
 @pytest.mark.parametrize('data_aware', [False, True])
 def test_unused_layers_are_excluded(data_aware):
     analysis = measured(Shared(), [torch.rand(4, 3, 12, 12)], data_aware)

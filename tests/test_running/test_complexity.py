@@ -62,7 +62,8 @@ def detection():
     init_default_scope('mmengine')
 
 
-def test_detector_with_deformable_convolutions(detection):
+@pytest.mark.parametrize('forms', [['output'], ['output', 'input', 'both']])
+def test_detector_with_deformable_convolutions(detection, forms):
     """The counter, the plan and what the plan saves agree."""
     from mmdet.testing import demo_mm_inputs
     cfg = get_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').model
@@ -78,10 +79,12 @@ def test_detector_with_deformable_convolutions(detection):
     assert not [x for x in before['uncounted'] if 'Deform' in x]
     plan = mmbasis.compress(
         model,
-        BudgetPlanner(macs=.5, loss_aware=False), [data],
+        BudgetPlanner(macs=.5, loss_aware=False, forms=forms), [data],
         reconstruction='local')
     kinds = {x.kind for x in plan.layers.values()}
     assert kinds == {'BasisConv', 'BasisDeformConv'}
+    assert {x.form for x in plan.layers.values()
+            if x.kind == 'BasisDeformConv'} <= set(forms)
     totals = plan.totals()['macs']
     saved = before['macs'] - model_complexity(model, data)['macs']
     assert saved == pytest.approx(totals['before'] - totals['after'])

@@ -2,6 +2,7 @@
 """tools/compress.py, run as a user runs it."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,6 +36,7 @@ def compressed(workplace):
                             capture_output=True,
                             text=True)
     assert result.returncode == 0, result.stderr
+    folder.with_suffix('.out').write_text(result.stdout)
     return folder
 
 
@@ -89,6 +91,11 @@ def test_report(compressed):
     convs += 64 * 32 * (144 + 288) + 16 * 64 * (288 + 576)
     assert report['conv_macs']['before'] == convs
     assert report['planner']['type'] == 'BudgetPlanner'
+    assert report['predicted_ms'] == plan['predicted_ms'] != {}
+    table = compressed.with_suffix('.out').read_text()
+    for name, time in report['predicted_ms'].items():
+        kept = f'{time["after"] / time["before"]:.2%}'
+        assert re.search(f'predicted, {name} .*{kept}', table)
 
 
 def test_without_test_dataloader(workplace, tmp_path):

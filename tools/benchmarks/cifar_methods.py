@@ -42,24 +42,26 @@ from mmbasis.visualization import plot_curves
 BATCH = 64
 LOCAL = dict(reconstruction='local', recalibration=False)
 PLAIN = dict(recalibration=False)
+#: the paper's form, and any rank
+OUTPUT = dict(forms=['output'], round_to=1)
+PAPER = dict(OUTPUT, data_aware=False, equal=True)
 #: name: (planner, how to compress, ingredients of reconstruction that are
-#: switched off). From the third to the default each adds one thing to the one
-#: before.
+#: switched off). From the third to the recalibration each adds one thing to
+#: the one before; then come the forms, alone and together.
 METHODS = {
-    'the paper: weights, equal energy': (dict(data_aware=False,
-                                              equal=True), LOCAL, ()),
-    'the paper + recalibration':
-    (dict(data_aware=False, equal=True), dict(LOCAL, recalibration=True), ()),
-    'data, energy budget (BALF)': (dict(loss_aware=False), LOCAL, ()),
-    'loss-aware budget': (dict(), LOCAL, ()),
-    '+ sequential': (dict(), PLAIN, ('inputs', 'metric', 'sums')),
-    '+ regression on inputs': (dict(), PLAIN, ('metric', 'sums')),
-    '+ metric of gradients': (dict(), PLAIN, ('sums', )),
-    '+ shortcuts made up for': (dict(), PLAIN, ()),
-    '+ automatic recalibration (default)': (dict(), {}, ()),
-    'default, forms output and input':
-    (dict(forms=['output', 'input']), {}, ()),
-    'default, all forms': (dict(forms=['output', 'input', 'both']), {}, ()),
+    'the paper: weights, equal energy': (PAPER, LOCAL, ()),
+    'the paper + recalibration': (PAPER, dict(LOCAL, recalibration=True), ()),
+    'data, energy budget (BALF)': (dict(OUTPUT, loss_aware=False), LOCAL, ()),
+    'loss-aware budget': (OUTPUT, LOCAL, ()),
+    '+ sequential': (OUTPUT, PLAIN, ('inputs', 'metric', 'sums')),
+    '+ regression on inputs': (OUTPUT, PLAIN, ('metric', 'sums')),
+    '+ metric of gradients': (OUTPUT, PLAIN, ('sums', )),
+    '+ shortcuts made up for': (OUTPUT, PLAIN, ()),
+    '+ automatic recalibration': (OUTPUT, {}, ()),
+    'input form alone': (dict(forms=['input'], round_to=1), {}, ()),
+    'both sides alone': (dict(forms=['both'], round_to=1), {}, ()),
+    'all forms, any rank': (dict(round_to=1), {}, ()),
+    'all forms (default)': (dict(), {}, ()),
 }
 
 
@@ -85,19 +87,18 @@ class EqualEnergyPlanner(BudgetPlanner):
     layers, that just meets the budget."""
 
     def choose(self, free, decided):
-        budget = self.budget * sum(x.costs.macs() for x in free)
+        budget = self.budget * sum(x.macs() for x in free)
 
         def ranks(threshold):
             return [
-                min(x.statistics.spectrum.rank_for_energy(threshold),
-                    x.ranks[-1]) for x in free
+                min(x.spectrum.rank_for_energy(threshold), x.ranks[-1])
+                for x in free
             ]
 
         low, high = 0., 1.
         for _ in range(50):
             middle = (low + high) / 2
-            cost = sum(
-                x.costs.macs(r) for x, r in zip(free, ranks(middle)))
+            cost = sum(x.macs(r) for x, r in zip(free, ranks(middle)))
             low, high = (middle, high) if cost <= budget else (low, middle)
         return ranks(low)
 

@@ -38,15 +38,17 @@ class Graph:
     def conv(self, x, inputs, outputs, size, stride=1):
         from onnx import numpy_helper
         names = [f'w{len(self.nodes)}', f'b{len(self.nodes)}']
-        scale = (inputs * size**2)**-.5
-        for name, shape in zip(names, ((outputs, inputs, size, size),
+        window = [size] * 2 if isinstance(size, int) else size
+        scale = (inputs * window[0] * window[1])**-.5
+        for name, shape in zip(names, ((outputs, inputs, *window),
                                        (outputs, ))):
             self.weights.append(
                 numpy_helper.from_array(
                     (self.random.standard_normal(shape) * scale).astype('f'),
                     name))
         return self.add(
-            'Conv', x, *names, pads=[size // 2] * 4, strides=[stride] * 2)
+            'Conv', x, *names, pads=[side // 2 for side in window] * 2,
+            strides=[stride] * 2)
 
     def form(self, x, layer, rank, input_rank):
         size = round(layer.window**.5)

@@ -168,7 +168,7 @@ def batch_for(cfg, shape, samples) -> dict:
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     if samples is None:
         from mmpretrain.structures import DataSample
-        return dict(inputs=images, data_samples=[DataSample()] * shape[0])
+        return dict(inputs=images, data_samples=[DataSample() for _ in images])
     return dict(inputs=list(images), data_samples=samples)
 
 
@@ -192,7 +192,7 @@ def main() -> None:
     macs = kept(chosen['latency'])
     # the table knows the output form only
     by_macs = dict(type='BudgetPlanner', macs=macs, forms=['output'])
-    chosen['macs'] = plans.make(**by_macs)
+    chosen['macs'] = plans.make(**by_macs, round_to=1)
     chosen['macs, rounded'] = plans.make(**by_macs, round_to=args.round_to)
     chosen['paper'] = plans.energy_at(macs)
     paths = {}
