@@ -3,7 +3,7 @@
 import functools
 import inspect
 import pickle
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -72,6 +72,21 @@ def repair_static_methods() -> None:
         put(path, methods.get(function, function))
 
     rewriter._set_func = put_static
+
+
+def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+    """The type that autocast computes in on ``'cuda'``, ``'cpu'``, …; None
+    where it is off."""
+    if hasattr(torch, 'get_autocast_dtype'):  # since torch 2.4
+        on = torch.is_autocast_enabled(device_type)  # type: ignore[call-arg]
+        return torch.get_autocast_dtype(device_type) if on else None
+    if device_type == 'cpu':
+        on, dtype = (torch.is_autocast_cpu_enabled(),
+                     torch.get_autocast_cpu_dtype())
+    else:
+        on, dtype = (torch.is_autocast_enabled(),
+                     torch.get_autocast_gpu_dtype())
+    return dtype if on else None
 
 
 def max_onnx_opset() -> int:

@@ -64,7 +64,9 @@ def widen(layer: Tensor, basis: Tensor) -> Tensor:
 
 def _deviation(basis: Tensor) -> Tensor:
     """``F F^T - I``, shape ``(G, Q, Q)``."""
-    return basis @ basis.mT - torch.eye(basis.shape[-2]).to(basis)
+    identity = torch.eye(
+        basis.shape[-2], dtype=basis.dtype, device=basis.device)
+    return torch.baddbmm(identity, basis, basis.mT, beta=-1)
 
 
 def orthogonality_penalty(basis: Tensor) -> Tensor:

@@ -198,4 +198,5 @@ def _rows(student: Tensor, teacher: Tensor) -> Tensor:
     if student.dim() == 2:
         return torch.stack([kl_divergence(x[None], y[None])
                             for x, y in zip(student, teacher)])
-    return _normalized(student, teacher).flatten(1).mean(1)
+    errors = _normalized(student, teacher)
+    return errors.flatten(1).mean(1) if errors.dim() > 1 else errors.view(-1)

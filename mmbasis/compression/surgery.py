@@ -222,7 +222,7 @@ def restructure(model: nn.Module, plan: CompressionPlan) -> None:
 
 def get_plan(model: nn.Module) -> CompressionPlan | None:
     """The plan that a compressed model carries, None for a dense one."""
-    return vars(model).get(_PLAN)
+    return getattr(model, _PLAN, None)
 
 
 def attach_plan(model: nn.Module, plan: CompressionPlan) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..compression import basis_layers, recalibrate_if_better, take_batches
 from ..datasets import calibration_dataloader
-from ..factorization import merge, spectrum_of_factor
-from ..layers import as_square
+from ..factorization import merge, orthogonality_error, spectrum_of_factor
+from ..layers import as_square, retract
 from ..models import unwrap
 from ..optim import bare_model
 from ..registry import HOOKS
@@ -58,8 +58,7 @@ class OrthogonalityHook(PeriodicHook):
     priority = 'HIGH'
 
     def act(self, runner: Runner, step: int) -> None:
-        for _, layer in basis_layers(runner.model):
-            layer.retract()
+        retract([layer for _, layer in basis_layers(runner.model)])
 
 
 @HOOKS.register_module()
@@ -77,9 +76,11 @@ class SpectrumHook(PeriodicHook):
 
     @torch.no_grad()
     def act(self, runner: Runner, step: int) -> None:
-        errors, scalars = [], {}
+        deviations, ranks = [], {}
         for name, layer in basis_layers(runner.model):
-            errors.append(layer.orthogonality_error)
+            deviations.append(
+                torch.stack([orthogonality_error(x.float())
+                             for x in layer.bases]).max())
             weights = merge(*(factor.double() for factor in layer.factors))
             # of an input form, the basis decides what rank there can be
             basis = layer.factors[layer.parts.index(layer.basis)]
@@ -88,9 +89,12 @@ class SpectrumHook(PeriodicHook):
             energy = spectrum_of_factor(weights).energy[:min(basis.shape[1:])]
             # the exponential of the entropy (Roy and Vetterli, 2007)
             entropy = torch.special.entr(energy / energy.sum()).sum()
-            scalars[f'spectrum/{name}'] = float(entropy.exp()) / len(energy)
-        if not errors:
+            ranks[f'spectrum/{name}'] = entropy.exp() / len(energy)
+        if not deviations:
             return
+        # read at once: a GPU is waited for a single time
+        scalars = dict(zip(ranks, torch.stack([*ranks.values()]).tolist()))
+        errors = torch.stack(deviations).tolist()
         mean, largest = sum(errors) / len(errors), max(errors)
         scalars['orthogonality/mean'] = mean
         scalars['orthogonality/max'] = largest

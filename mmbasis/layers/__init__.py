@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from .basis_layer import BasisLayer
+from .basis_layer import BasisLayer, retract
 from .inheritance import copy_module, first_argument, observe
 from .kinds import (
     ConvKind,
@@ -15,5 +15,6 @@ from .lines import as_square, columns_of
 __all__ = [
     'BasisLayer', 'DenseKind', 'ConvKind', 'ConvTransposeKind',
     'DeformConvKind', 'LinearKind', 'as_square', 'columns_of',
-    'copy_module', 'first_argument', 'kind_of', 'observe', 'why_not'
+    'copy_module', 'first_argument', 'kind_of', 'observe', 'retract',
+    'why_not'
 ]

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Iterator, List, Optional, Sequence, Tuple, Type
 
@@ -11,6 +12,7 @@ from .. import factorization
 from . import inheritance, lines
 from .cloning import clone, liken, window_of
 from .kinds import kind_of
+from .ranks import check_ranks
 
 
 class BasisLayer(nn.Module):
@@ -61,21 +63,8 @@ class BasisLayer(nn.Module):
         if kind is None:
             raise TypeError(f'a {type(dense).__name__} cannot be represented '
                             'by a basis')
-        groups, out_per_group, in_size = kind.matrix_shape(dense)
-        in_channels = kind.in_channels(dense)
-        if input_rank is not None:
-            _check_rank('input rank', input_rank, dense,
-                        0 if kind.why_one_sided(dense) else in_channels)
-            in_size = in_size // in_channels * input_rank
-        largest = min(out_per_group, in_size)
-        if spatial:
-            _check_spatial(kind.why_not_spatial(dense), dense, norm,
-                           input_rank)
-            height, width = dense.weight.shape[2:]
-            in_size = height * in_channels
-            largest = min(in_size, width * out_per_group)
-        if rank is not None or input_rank is None:
-            _check_rank('rank', rank, dense, largest)
+        in_size = check_ranks(dense, kind, rank, norm, input_rank, spatial)
+        groups, out_per_group, _ = kind.matrix_shape(dense)
         self.kind = kind
         self.rank, self.input_rank, self.spatial = rank, input_rank, spatial
         self.groups = groups
@@ -316,15 +305,9 @@ class BasisLayer(nn.Module):
             float(factorization.orthogonality_error(x.detach().float()))
             for x in self.bases)
 
-    @torch.no_grad()
     def retract(self) -> None:
-        """Make the bases orthonormal; the function of the layer stays.
-        RuntimeError if a normalization stands between the factors."""
-        if self.norm is not None:
-            raise RuntimeError('a layer with a normalization between basis '
-                               'and coefficients cannot be retracted; call '
-                               'fold_norm() first')
-        self.set_factors(*factorization.orthonormalize(*self.factors))
+        """Make the bases orthonormal, see :func:`retract`."""
+        retract([self])
 
     @torch.no_grad()
     def fold_norm(self) -> 'BasisLayer':
@@ -375,21 +358,25 @@ class BasisLayer(nn.Module):
         return ', '.join([*given, f'groups={self.groups}'])
 
 
-def _check_spatial(why_not: str, dense: nn.Module, norm: bool,
-                   input_rank: Optional[int]) -> None:
-    if norm or input_rank is not None:
-        why_not = ('there is no normalization (padding would not be zero '
-                   'behind it) and no input basis in it')
-    if why_not:
-        raise ValueError(f'a {type(dense).__name__} with weights of shape '
-                         f'{tuple(dense.weight.shape)} cannot have this '
-                         f'spatial form: {why_not}')
+@torch.no_grad()
+def retract(layers: Sequence[BasisLayer]) -> None:
+    """Make the bases of layers orthonormal; their functions stay. Layers of
+    one shape are decomposed together.
 
-
-def _check_rank(name: str, rank: Optional[int], dense: nn.Module,
-                largest: int) -> None:
-    if rank is None or not 1 <= rank <= largest:
-        raise ValueError(
-            f'the {name} of a {type(dense).__name__} with weights of shape '
-            f'{tuple(dense.weight.shape)} must be in [1, {largest}], but got '
-            f'{rank}')
+    RuntimeError, and nothing is changed, if a normalization stands between
+    the factors of a layer.
+    """
+    groups = defaultdict(list)
+    for layer in layers:
+        if layer.norm is not None:
+            raise RuntimeError('a layer with a normalization between basis '
+                               'and coefficients cannot be retracted; call '
+                               'fold_norm() first')
+        shapes = tuple(factor.shape[1:] for factor in layer.factors)
+        groups[shapes, layer.basis.weight.device].append(layer)
+    for same in groups.values():
+        stacks = map(torch.cat, zip(*(layer.factors for layer in same)))
+        sizes = [layer.groups for layer in same]
+        found = [x.split(sizes) for x in factorization.orthonormalize(*stacks)]
+        for layer, *factors in zip(same, *found):
+            layer.set_factors(*factors)

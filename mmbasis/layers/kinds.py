@@ -150,7 +150,8 @@ class DenseKind:
                 input basis has outputs.
             x (Tensor): The dense input.
             seen (Tensor): What the input basis makes of it.
-            *args, **kwargs: What else the layer takes.
+            *args: What else the layer takes.
+            **kwargs: The same by keyword.
         """
         return layer(seen, *args, **kwargs)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial, partialmethod
+from collections import defaultdict
+from functools import partialmethod
 from typing import Any, Iterable
 
 import torch
@@ -67,6 +68,7 @@ class BasisModel(BaseModel):
         self.has_weights = False  # True: they are not initialised again
         #: the file that the dense weights came from
         self.source: str | None = None
+        self._trains_itself = _trains_itself(architecture)
         self.distillation = self._teach(architecture)
         self._adopt(repair(architecture))
         compression.surgery.guard(architecture)
@@ -85,7 +87,7 @@ class BasisModel(BaseModel):
 
     def _teach(self, architecture: nn.Module) -> Distillation | None:
         teaching = self.recipe.distillation
-        if _trains_itself(architecture):
+        if self._trains_itself:
             if self.recipe.asks_for_teacher or self.recipe.orthogonality:
                 raise ValueError(
                     f'{type(architecture).__name__} has a train_step of its '
@@ -199,13 +201,12 @@ class BasisModel(BaseModel):
         if _mode(self.architecture, args, kwargs) != 'loss':
             return self.architecture(*args, **kwargs)
         self._check_compressed()
-        forward = partial(self.architecture, *args, **kwargs)
         teaching = self.distillation
         if teaching is not None and (teaching.teacher is not None
                                      or self.recipe.asks_for_teacher):
-            losses = teaching.losses(self, args, kwargs, forward)
+            losses = teaching.losses(self.architecture, args, kwargs)
         else:
-            losses = dict(forward())
+            losses = dict(self.architecture(*args, **kwargs))
         wanted = self.recipe.orthogonality
         if wanted is not None and wanted.weight:
             losses['loss_orthogonality'] = (
@@ -224,13 +225,12 @@ class BasisModel(BaseModel):
         total = next(self.parameters()).new_zeros(())
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
-            for _, layer in compression.basis_layers(self):
-                for basis in layer.bases:
-                    total = total + orthogonality_penalty(basis)
+            for bases in _stacked_bases(self):
+                total = total + orthogonality_penalty(bases)
         return total
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
-        if _trains_itself(self.architecture):
+        if self._trains_itself:
             self._check_compressed()
             return self.architecture.train_step(data, optim_wrapper)
         return super().train_step(data, optim_wrapper)
@@ -243,6 +243,17 @@ class BasisModel(BaseModel):
     test_step = partialmethod(_hand_on, 'test_step')
     _load_from_state_dict = partialmethod(_hand_on, '_load_from_state_dict')
     _save_to_state_dict = partialmethod(_hand_on, '_save_to_state_dict')
+
+
+@torch.compiler.disable  # hardly any arithmetic
+def _stacked_bases(model: nn.Module) -> list[torch.Tensor]:
+    """What is to be orthonormal in a model, of shape ``(G, Q, D)``: bases of
+    one shape in one, as alone they are too small to keep a GPU busy."""
+    shapes = defaultdict(list)
+    for _, layer in compression.basis_layers(model):
+        for basis in layer.bases:
+            shapes[basis.shape[1:], basis.dtype, basis.device].append(basis)
+    return [torch.cat(same) for same in shapes.values()]
 
 
 def _trains_itself(model: nn.Module) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os.path as osp
 import re
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
-from unittest import mock
+from collections import Counter
+from functools import partial, reduce
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import compression
+from ..compat import autocast_dtype
 from ..compression import Teaching, Term
 from ..compression.recalibration import kl_divergence, normalized_mse
 from ..layers import BasisLayer, copy_module, kind_of
@@ -59,6 +60,10 @@ class Distillation:
         self.teacher: nn.Module | None = None
         #: the file that its weights are in, for resuming
         self.source: str | None = None
+        #: how it is run, see :meth:`_adapt`
+        self._adapted: tuple[torch.device, torch.dtype | None] | None = None
+        self._full: list[tuple[nn.Parameter, Tensor]] = []
+        self._recorders: dict[str, Recorder] = {}
         if teaching.checkpoint is not None:
             self.load(architecture, teaching.checkpoint)
 
@@ -68,6 +73,7 @@ class Distillation:
         self.teacher.requires_grad_(False)
         # its outputs must be those of the student in training
         train_deterministically(self.teacher)
+        self._adapted, self._full = None, []
         if source is not None and osp.isfile(source):
             source = osp.abspath(source)
         self.source = source
@@ -90,12 +96,18 @@ class Distillation:
         """Averaged copies of the model need no teacher of their own."""
         return self
 
-    def losses(self, model: nn.Module, args: Sequence[Any],
-               kwargs: Mapping[str, Any],
-               forward: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The losses of a student, which ``forward`` computes, times
-        ``task_weight``, and those of the terms. The teacher is called with the
-        same preprocessed arguments, in mode ``'loss'``.
+    # what changes from step to step stays out of what is compiled
+    @torch.compiler.disable(recursive=False)
+    def losses(self, student: nn.Module, args: tuple[Any, ...],
+               kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The losses of a student, times ``task_weight``, and those of the
+        terms.
+
+        Args:
+            student (nn.Module): The model, or its compressed self.
+            args (tuple): What it is called with, as is the teacher, in mode
+                ``'loss'``.
+            kwargs (Mapping): The same by keyword.
 
         Raises:
             RuntimeError: If there is no teacher, or nothing to compare.
@@ -105,36 +117,124 @@ class Distillation:
                 'distillation has no teacher yet: compress a model with '
                 'trained weights, or give the file of the dense ones as '
                 'distillation=dict(checkpoint=…)')
-        names = {name for found in self.modules for name in found}
-        with _capture(self.teacher, names) as targets:
-            device = next(model.parameters()).device
-            self._teach(device, args, kwargs)
-        with _capture(model, names) as outputs:
+        self._adapt(next(student.parameters()).device)
+        targets = self._teach(args, kwargs)
+        with self._recording(student, 'student') as outputs:
             losses = {
                 # those that count towards the total
-                key: tree_map(lambda x: self.task_weight * x, value)
+                key: tree_map(partial(operator.mul, self.task_weight), value)
                 if 'loss' in key else value
-                for key, value in forward().items()
+                for key, value in student(*args, **kwargs).items()
             }
-        for term, found in zip(self.terms, self.modules):
-            losses[f'loss_distill_{term.module}'] = term.weight * sum(
-                _compare(term, name, outputs[name], targets[name])
-                for name in found)
+        pairs = [[_pairs(name, outputs[name], targets[name])
+                  for name in found] for found in self.modules]
+        values = _distances(self.terms, pairs)
+        for term, value in zip(self.terms, values):
+            losses[f'loss_distill_{term.module}'] = value
         return losses
 
-    def _teach(self, device: torch.device, *call: Any) -> None:
-        """Run the teacher the same way through the code as the student:
-        detectors return other things in the other modes."""
+    def _recording(self, model: nn.Module, role: str) -> Recorder:
+        """What records the compared modules: the same in every step, or else
+        compiled models would be compiled again."""
+        modules = {name: model.get_submodule(name)
+                   for found in self.modules for name in found}
+        recorder = self._recorders.get(role)
+        if recorder is None or not recorder.fits(modules):
+            recorder = self._recorders[role] = Recorder(modules)
+        return recorder
+
+    @torch.compiler.disable(recursive=False)
+    def _teach(self, args: tuple[Any, ...],
+               kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """What the teacher's modules return. It goes the same way through the
+        code as the student: detectors return other things in other modes."""
         assert self.teacher is not None
-        if next(self.teacher.parameters()).device != device:
-            self.teacher.to(device)
         # tensors of inputs, but not of samples, which models may change
-        shared = {id(x): x for x in tensors(call)}
-        args, kwargs = copy.deepcopy(call, shared)
+        shared = {id(x): x for x in tensors([args, kwargs])}
+        args, kwargs = copy.deepcopy((args, kwargs), shared)
+        device = next(self.teacher.parameters()).device
         # both draw the same queries to denoise
         devices = [device] if device.type == 'cuda' else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng(devices), self._recording(
+                self.teacher, 'teacher') as outputs:
             self.teacher(*args, **kwargs)
+            return {name: [*found] for name, found in outputs.items()}
+
+    @torch.compiler.disable
+    def _adapt(self, device: torch.device) -> None:
+        """Have the teacher where the student is, and its weights in the type
+        that autocast would convert them to in every step: it remembers
+        only weights that are trained."""
+        dtype = autocast_dtype(device.type)
+        if self._adapted == (device, dtype):
+            return
+        assert self.teacher is not None
+        for weight, full in self._full:
+            weight.data = full
+        self.teacher.to(device)
+        self._full = []
+        for weight in _cast_weights(self.teacher) if dtype else ():
+            self._full.append((weight, weight.data))
+            weight.data = weight.data.to(dtype)
+        self._adapted = device, dtype
+
+
+class Recorder:
+    """Records what modules return, while it is entered, which gives the
+    outputs by name. Detectors call a head's ``forward`` past its hooks, so
+    that itself is replaced.
+
+    Args:
+        modules (dict[str, nn.Module]): The modules by name.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        # a module may have several names, and a forward of its own
+        self._own = {x: vars(x).get('forward') for x in modules.values()}
+        self._outputs: dict[nn.Module, list[Any]] = {x: [] for x in self._own}
+        self._forwards = {x: _noting(x.forward, self._outputs[x])
+                          for x in self._own}
+
+    def fits(self, modules: dict[str, nn.Module]) -> bool:
+        """Whether it is of these modules as they are."""
+        return self._modules == modules and all(
+            vars(x).get('forward') is own for x, own in self._own.items())
+
+    def __enter__(self) -> dict[str, list[Any]]:
+        for module, forward in self._forwards.items():
+            self._outputs[module].clear()
+            vars(module)['forward'] = forward
+        return {k: self._outputs[x] for k, x in self._modules.items()}
+
+    def __exit__(self, *error: Any) -> None:
+        for module, own in self._own.items():
+            del vars(module)['forward']
+            if own is not None:
+                vars(module)['forward'] = own
+
+
+def _noting(forward: Callable, outputs: list[Any]) -> Callable:
+    # a plain function that only appends: one that is compiled, too
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        outputs.append(output)
+        return output
+
+    return note
+
+
+def _cast_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of plain layers, that only they read."""
+    uses = Counter(id(parameter) for module in model.modules()
+                   for parameter in module._parameters.values())
+    return [
+        parameter for module in model.modules()
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        and kind_of(module) for parameter in module.parameters(recurse=False)
+        if uses[id(parameter)] == 1
+    ]
 
 
 def _find(module: str, names: Iterable[str]) -> list[str]:
@@ -179,38 +279,38 @@ def _logit_layers(names: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-@contextmanager
-def _capture(model: nn.Module,
-             names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect all tensors that named modules return. Detectors call a head's
-    ``forward`` past its hooks, so that itself is wrapped."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        for name, found in outputs.items():
-            module = model.get_submodule(name)
-            noting = partial(_noting, module.forward, found)
-            stack.enter_context(mock.patch.object(module, 'forward', noting))
-        yield outputs
-
-
-def _noting(forward: Callable, found: list[Tensor], *args: Any,
-            **kwargs: Any) -> Any:
-    output = forward(*args, **kwargs)
-    found.extend(tensors(output))
-    return output
-
-
-def _compare(term: Term, name: str, students: Sequence[Tensor],
-             teachers: Sequence[Tensor]) -> Tensor:
-    """Mean distance of the outputs that pair: in training, a detector may
-    return more than its teacher (queries for denoising, proposals)."""
-    pairs = [(s.float(), t.float()) for s, t in zip(students, teachers)
+@torch.compiler.disable
+def _pairs(name: str, students: Any,
+           teachers: Any) -> list[tuple[Tensor, Tensor]]:
+    """The outputs that pair: in training, a detector may return more than
+    its teacher (queries for denoising, proposals)."""
+    found, wanted = list(tensors(students)), list(tensors(teachers))
+    pairs = [(s, t) for s, t in zip(found, wanted)
              if s.shape == t.shape and s.is_floating_point()]
     if not pairs:
         raise RuntimeError(
-            f'distillation: {name} returns {[x.shape for x in students[:3]]} '
-            f'in the model and {[x.shape for x in teachers[:3]]} in the '
+            f'distillation: {name} returns {[x.shape for x in found[:3]]} '
+            f'in the model and {[x.shape for x in wanted[:3]]} in the '
             'teacher: nothing to compare')
-    distance = normalized_mse if term.type == 'mse' else partial(
-        kl_divergence, temperature=term.temperature)
-    return torch.stack([distance(s, t) for s, t in pairs]).mean()
+    return pairs
+
+
+def _distances(
+        terms: Sequence[Term],
+        pairs: list[list[list[tuple[Tensor, Tensor]]]]) -> list[Tensor]:
+    """Per term the sum, over its modules, of the mean distance of pairs."""
+    values = []
+    for term, modules in zip(terms, pairs):
+        means = [
+            reduce(torch.add, [_distance(term, s.float(), t.float())
+                               for s, t in found]) / len(found)
+            for found in modules
+        ]
+        values.append(term.weight * reduce(torch.add, means))
+    return values
+
+
+def _distance(term: Term, student: Tensor, teacher: Tensor) -> Tensor:
+    if term.type == 'mse':
+        return normalized_mse(student, teacher)
+    return kl_divergence(student, teacher, term.temperature)

@@ -13,7 +13,7 @@ from mmcv.cnn.bricks import Linear as MMCVLinear
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
 from mmcv.cnn.bricks.wrappers import Conv3d as MMCVConv3d
 
-from mmbasis.layers import BasisLayer, kind_of, why_not
+from mmbasis.layers import BasisLayer, kind_of, retract, why_not
 
 # a layer, the shape of its input
 LAYERS = {
@@ -429,6 +429,30 @@ def test_no_retraction_through_a_norm():
     with pytest.raises(RuntimeError, match='fold_norm'):
         layer.retract()
     layer.fold_norm().retract()
+
+
+def test_layers_are_retracted_together_or_not_at_all():
+    """Those of one shape, grouped or not, share a decomposition."""
+    torch.manual_seed(0)
+    layers = [
+        represent(nn.Conv2d(size, 4 * groups, 3, groups=groups), 2)
+        for size, groups in ((6, 1), (6, 1), (12, 2), (5, 1))
+    ]
+    for layer in layers:
+        nn.init.normal_(layer.basis.weight)
+    alone = copy.deepcopy(layers)
+    for layer in alone:
+        layer.retract()
+    before = [[x.detach().clone() for x in layer.weights] for layer in layers]
+    norm = represent(nn.Conv2d(6, 4, 3), 2, norm=True)
+    with pytest.raises(RuntimeError, match='fold_norm'):
+        retract([*layers, norm])
+    for layer, weights in zip(layers, before):
+        assert all(map(torch.equal, layer.weights, weights))
+    retract(layers)
+    for layer, other in zip(layers, alone):
+        assert layer.orthogonality_error < 1e-5
+        torch.testing.assert_close(layer.weights, other.weights)
 
 
 def test_no_bias_to_set():

@@ -23,7 +23,9 @@ from mmbasis.compression import (
     get_plan,
     save_checkpoint,
 )
-from mmbasis.models import BasisModel
+from mmbasis.factorization import orthogonality_penalty
+from mmbasis.layers import BasisLayer
+from mmbasis.models import BasisModel, basis_model
 from mmbasis.models.builder import build_compressed
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
@@ -550,6 +552,25 @@ def test_several_optimizers(tmp_path):
     resumed = run(cfg).model
     for a, b in zip(model.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
+
+
+def test_penalty_is_the_sum_over_bases():
+    """Also of those that are computed in one product."""
+    net = nn.Sequential(
+        nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(12, 16, 3, groups=2),
+        nn.Conv2d(8, 8, 3))
+    for i, layer in enumerate(net):
+        net[i] = BasisLayer(layer, 3, input_rank=5 if i == 3 else None)
+        for weight in net[i].weights:
+            nn.init.normal_(weight)
+    bases = [basis.detach() for layer in net for basis in layer.bases]
+    assert len(bases) == 5
+    expected = sum(
+        (x @ x.mT - torch.eye(x.shape[1])).square().sum() for x in bases)
+    stacks = basis_model._stacked_bases(net)
+    assert len(stacks) == 3
+    torch.testing.assert_close(sum(map(orthogonality_penalty, stacks)),
+                               expected)
 
 
 def test_compiled_steps(tmp_path, dense):

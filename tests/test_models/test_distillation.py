@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from mmengine.hooks import EMAHook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.registry import MODELS as PRETRAIN_MODELS
 
@@ -312,3 +313,109 @@ def test_forward_of_the_instance_s_own_stays(dense, batch):
     with pytest.raises(RuntimeError, match='size of tensor|channels'):
         wrapper(batch[0][:, :2], batch[1], mode='loss')
     assert net.conv2.forward is forward and 'forward' not in vars(net.fc)
+
+
+# ------------------------------------------------- what a step costs
+
+
+class Counting(ToyNet):
+    """Notes how it is called. In mode ``'loss'`` its outputs may be in other
+    units, or depend on its samples."""
+    units, samples = 1., False
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        self.calls = [*vars(self).get('calls', []), (mode, data_samples)]
+        if mode == 'loss':
+            inputs = inputs * self.units
+        if self.samples:
+            inputs = inputs + data_samples.view(-1, 1, 1, 1)
+        return super().forward(inputs, data_samples, mode)
+
+
+def taught(dense, **attributes):
+    """A model that differs from its teacher."""
+    torch.manual_seed(0)
+    net = Counting()
+    net.load_state_dict(torch.load(dense)['state_dict'])
+    vars(net).update(attributes)
+    wrapper = BasisModel(net, distillation=dict(terms=TERMS))
+    wrapper.distillation.take(net, None)
+    wrapper.conv1.weight.data *= 1.1
+    return wrapper.eval()
+
+
+@pytest.mark.parametrize('own', [dict(units=2.), dict(samples=True)],
+                         ids=['units', 'samples'])
+def test_teacher_goes_the_way_of_the_student(dense, batch, own):
+    wrapper = taught(dense, **own)
+    teacher = wrapper.distillation.teacher
+    for _ in range(2):
+        losses = wrapper(*batch, mode='loss')
+    assert teacher.calls[-1][0] == 'loss'
+    with torch.no_grad():
+        features = [
+            net.conv2(torch.relu(net.bn1(net.conv1(
+                batch[0] * own.get('units', 1) + bool(own.get('samples')) *
+                batch[1].view(-1, 1, 1, 1)))))
+            for net in (wrapper.architecture, teacher)
+        ]
+    torch.testing.assert_close(losses['loss_distill_conv2'],
+                               .5 * normalized_mse(*features))
+
+
+def test_autocast_converts_the_teacher_once(dense, batch):
+    wrapper = taught(dense)
+    teacher = wrapper.distillation.teacher
+    before = copy.deepcopy(teacher.state_dict())
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        wrapper(*batch, mode='loss')
+        assert teacher.conv1.weight.dtype == torch.bfloat16
+        assert teacher.bn1.weight.dtype == torch.float32
+        weight = teacher.conv1.weight.data
+        losses = wrapper(*batch, mode='loss')
+        assert teacher.conv1.weight.data.data_ptr() == weight.data_ptr()
+        # what autocast itself would make of it
+        plain = Counting().eval()
+        plain.load_state_dict(before)
+        with torch.no_grad():
+            expected = kl_divergence(
+                wrapper.architecture(batch[0]).float(),
+                plain(batch[0]).float(), 4.)
+    torch.testing.assert_close(losses['loss_distill_fc'], .7 * expected)
+    wrapper(*batch, mode='loss')
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]) and (
+            value.dtype == before[key].dtype)
+
+
+def test_compiled_step_is_the_step(dense, batch):
+    """``compile=`` of MMEngine: the same numbers, from a few graphs that are
+    compiled once."""
+    from torch._dynamo.utils import counters
+    results = []
+    for backend in (None, 'aot_eager'):
+        torch._dynamo.reset()
+        counters.clear()
+        net = ToyNet()
+        net.load_state_dict(torch.load(dense)['state_dict'])
+        wrapper = BasisModel(
+            net,
+            planner=dict(type='FixedPlanner', ranks={'conv[12]': 6}),
+            distillation=dict(checkpoint=dense, terms=TERMS),
+            orthogonality=dict(weight=.1))
+        wrapper.has_weights = True
+        data = dict(inputs=batch[0], data_samples=batch[1])
+        wrapper.compress([data])
+        optim = OptimWrapper(torch.optim.SGD(wrapper.parameters(), lr=.01))
+        if backend is not None:
+            wrapper.train_step = torch.compile(
+                wrapper.train_step, backend=backend)
+        graphs = []
+        for _ in range(4):
+            losses = wrapper.train().train_step(data, optim)
+            graphs.append(counters['stats']['unique_graphs'])
+        results.append((losses, [*wrapper.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    # the teacher's two ways, the student, distances, penalty and a few ends
+    assert 4 <= graphs[1] <= 16
+    assert graphs[1] == graphs[3], 'it is compiled again in later steps'

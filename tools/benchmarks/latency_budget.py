@@ -168,7 +168,7 @@ def batch_for(cfg, shape, samples) -> dict:
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     if samples is None:
         from mmpretrain.structures import DataSample
-        return dict(inputs=images, data_samples=[DataSample() for _ in range(shape[0])])
+        return dict(inputs=images, data_samples=[DataSample() for _ in images])
     return dict(inputs=list(images), data_samples=samples)
 
 

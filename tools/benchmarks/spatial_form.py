@@ -204,7 +204,8 @@ def main():
         date=datetime.now().isoformat(timespec='seconds'),
         machine=f'{platform.machine()}, {os.cpu_count()} cores, 1 thread',
         versions=dict(mmbasis=mmbasis.__version__, torch=torch.__version__),
-        command=' '.join(sys.argv),
+        command=' '.join(
+            osp.basename(x) if osp.isabs(x) else x for x in sys.argv),
         checkpoint=osp.basename(args.checkpoint),
         images=args.images)
     known = log.result.get('layers', {})

@@ -7,6 +7,7 @@ import time
 from statistics import median
 
 from cpu_forms import Graph
+
 from mmbasis.planning.devices import Kernel, device
 
 #: channels and side of the layers of ResNet-50
@@ -30,7 +31,7 @@ def parts(form, channels, budget):
     one, row, column, square = (1, 1), (1, 3), (3, 1), (3, 3)
     side = rank(10 * channels)
     # of equal ranks on both sides: 9 R^2 + 2 C R
-    both = rank(((channels**2 + 9 * macs)**.5 + channels))
+    both = rank((channels**2 + 9 * macs)**.5 + channels)
     spatial = rank(6 * channels)
     return {
         'output': [(square, side), (one, channels)],

@@ -497,8 +497,7 @@ def _backward(model: nn.Module,
         inputs = model.data_preprocessor(copy.deepcopy(data), True)
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs,
                                                                       {})
-        losses = teacher.losses(model, args, dict(kwargs, mode='loss'),
-                                lambda: forward(model, data, 'loss'))
+        losses = teacher.losses(model, args, dict(kwargs, mode='loss'))
     loss, _ = model.parse_losses(losses)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
