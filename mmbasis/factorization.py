@@ -295,8 +295,9 @@ def two_sided_regression(
     """:func:`reduced_rank_regression` of a layer behind a basis of its input
     channels, which is fitted, too: Tucker-2 in the metric of the data, by
     alternating least squares. ``input_basis``, shape ``(G, R, C)``, is what it
-    starts from; it is fitted ``rounds`` times. The other arguments and what is returned are as there;
-    the input basis, with orthonormal rows, comes last."""
+    starts from; it is fitted ``rounds`` times. The other arguments and what is
+    returned are as there; the input basis, with orthonormal rows, comes last.
+    """
     second = _raised(second, ridge)
     change = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(second)).mT
     mapping = prior + change

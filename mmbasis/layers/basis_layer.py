@@ -2,7 +2,7 @@
 import copy
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn

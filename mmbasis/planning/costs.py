@@ -80,8 +80,8 @@ class Costs:
         """:meth:`Layer.why_not`, and why not as basis layers are built."""
         why = self.layer.why_not(form)
         if form == 'spatial' and self.form.norm:
-            why = why or ('no spatial form: padding would not be zero behind a '
-                          'normalization')
+            why = why or ('no spatial form: behind a normalization padding '
+                          'would not be zero')
         return why
 
     @property

@@ -166,14 +166,11 @@ class Convolution:
                 convolution in front at the resolution of the input; None for
                 no input basis. Both None: the dense layer. Arrays of both
                 broadcast, ``rank[:, None]`` and ``input_rank`` give a grid.
-            spatial (bool): Whether the basis has the first of the ``sides``
-                and the coefficients the second. Defaults to False.
+            spatial (bool): Whether basis and coefficients have a side each.
 
         Returns:
-            tuple[Kernel]: One to three kernels, in the order they run.
-
-        Raises:
-            ValueError: If a rank is below 1.
+            tuple[Kernel]: One to three kernels, in the order they run;
+            ValueError if a rank is below 1.
         """
         rank, input_rank = _ranks(rank), _ranks(input_rank)
         before = self.batch * self.in_positions
@@ -182,13 +179,7 @@ class Convolution:
         outputs: Number = self.out_channels // self.groups
         kernels = []
         if spatial:
-            assert rank is not None and self.middle_positions
-            middle = self.batch * self.middle_positions
-            height, width = self.sides
-            return (
-                Kernel(inputs, rank, before, middle, height, self.groups),
-                Kernel(rank, outputs, middle, after, width, self.groups,
-                       adds=self.adds))
+            return self._lines(rank)
         if input_rank is not None:
             kernels.append(
                 Kernel(inputs, input_rank, before, before, 1, self.groups))
@@ -201,6 +192,17 @@ class Convolution:
                 Kernel(rank, outputs, after, after, 1, self.groups))
         kernels[-1] = replace(kernels[-1], adds=self.adds)
         return tuple(kernels)
+
+    def _lines(self, rank: Optional[Number]) -> Tuple[Kernel, ...]:
+        assert rank is not None and self.middle_positions
+        middle = self.batch * self.middle_positions
+        return (
+            Kernel(self.in_channels // self.groups, rank,
+                   self.batch * self.in_positions, middle, self.sides[0],
+                   self.groups),
+            Kernel(rank, self.out_channels // self.groups, middle,
+                   self.batch * self.out_positions, self.sides[1], self.groups,
+                   adds=self.adds))
 
     @property
     def _at_weights(self) -> Optional[float]:

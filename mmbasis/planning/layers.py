@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 from ..layers import BasisLayer, DenseKind, kind_of, why_not
 from ..running import Targets
 
-
 #: what a layer may become
 FORMS = ('output', 'input', 'both', 'spatial')
 

@@ -34,8 +34,7 @@ class LayerPlan:
     spatial: bool = False
 
     def __post_init__(self) -> None:
-        sides = self.rank, self.input_rank
-        given = [x for x in sides if x is not None] or [self.rank]
+        given = [x for x in self.ranks[:2] if x is not None] or [self.rank]
         for rank in given:
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError('the plan has a layer whose rank is no '

@@ -279,9 +279,8 @@ def measure(adapter: running.Adapter,
         data_aware (bool): Take spectra of the chosen layers from the
             covariance of their outputs, instead of from their weights. One
             batch is looked at without it. Defaults to True.
-        forms (Sequence[str]): What layers may become: input channels and
-            windows of the chosen ones are measured where they may need it.
-            Defaults to all of them.
+        forms (Sequence[str]): What layers may become, and so what is measured
+            of their inputs. Defaults to all forms.
 
     Returns:
         Analysis: Layers that did not run are excluded.

@@ -94,9 +94,9 @@ def compressed(model, batches, reconstruction, ranks, **planner):
 
 
 RANKS = dict(stem=5, left=3, shared=6, expand=7)
-every_form = pytest.mark.parametrize('ranks', [RANKS, 'input', 'both', 'spatial'],
-                                     ids=['output', 'input', 'both',
-                                          'spatial'])
+every_form = pytest.mark.parametrize(
+    'ranks', [RANKS, 'input', 'both', 'spatial'],
+    ids=['output', 'input', 'both', 'spatial'])
 
 
 @every_form

@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 
 import mmbasis  # noqa: F401
 from mmbasis.compression import basis_layers
+from mmbasis.planning.layers import FORMS
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
 
@@ -132,7 +133,7 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, dense, variant):
         planner=dict(
             type='BudgetPlanner',
             macs=.5,
-            forms=variant.pop('forms', ['output', 'input', 'both', 'spatial'])),
+            forms=variant.pop('forms', [*FORMS])),
         norm=variant.pop('norm', False),
         orthogonality=dict(weight=.01))
     cfg = toy_cfg(tmp_path / 'run', dense, settings, epochs=3)

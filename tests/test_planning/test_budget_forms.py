@@ -44,7 +44,7 @@ def error(model, reference):
 
 @pytest.mark.parametrize('kwargs', [
     dict(), dict(loss_aware=False), dict(data_aware=False)])
-@pytest.mark.parametrize('forms', [['output'], ['input'], ['both'], ['spatial'], ALL])
+@pytest.mark.parametrize('forms', [*([x] for x in ALL), ALL])
 @pytest.mark.parametrize('macs', [.3, .6])
 def test_budget_is_kept_in_all_forms(macs, forms, kwargs):
     model, reference = network(), network()

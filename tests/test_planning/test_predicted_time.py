@@ -181,7 +181,7 @@ def check_never_slower(name, planner, analysis, plan):
                 name in plan.dense[x.name].reason)
 
 
-@pytest.mark.parametrize('forms', [['output'], ['input'], ['both'], ['spatial'], ALL],
+@pytest.mark.parametrize('forms', [*([x] for x in ALL), ALL],
                          ids='-'.join)
 @pytest.mark.parametrize('name', DEVICES)
 def test_no_layer_gets_slower_by_a_budget_of_time(name, forms, analyses):

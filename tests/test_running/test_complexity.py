@@ -62,7 +62,8 @@ def detection():
     init_default_scope('mmengine')
 
 
-@pytest.mark.parametrize('forms', [['output'], ['output', 'input', 'both', 'spatial']])
+@pytest.mark.parametrize(
+    'forms', [['output'], ['output', 'input', 'both', 'spatial']])
 def test_detector_with_deformable_convolutions(detection, forms):
     """The counter, the plan and what the plan saves agree."""
     from mmdet.testing import demo_mm_inputs

@@ -144,9 +144,9 @@ def test_following_the_plan(workplace, compressed, tmp_path):
 
 def test_parameters_in_multiples(workplace, tmp_path):
     result = workplace.run('--params', 0.4, '--round-to', 4, '--forms',
-                           'output', 'input', 'both', 'spatial', '--calib-batches',
-                           1, '--work-dir', tmp_path, '--cfg-options',
-                           'train_dataloader.batch_size=2')
+                           'output', 'input', 'both', 'spatial',
+                           '--calib-batches', 1, '--work-dir', tmp_path,
+                           '--cfg-options', 'train_dataloader.batch_size=2')
     assert result.returncode == 0, result.stderr
     assert any(inputs for _, inputs in ranks(tmp_path).values())
     given = [x for pair in ranks(tmp_path).values() for x in pair if x]
