@@ -35,18 +35,19 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
                  path: str) -> None:
     """Draw what each rank would lose, and the ranks that were chosen, of the
     layers in a plan; the analysis has their spectra."""
-    spectra = {
-        name: known.spectrum
-        for name, known in analysis.statistics.items()
-        if known.spectrum is not None and name in plan.layers
-        and plan.layers[name].rank is not None
-    }
-    colors = matplotlib.colormaps['viridis'](np.linspace(0, 1, len(spectra)))
+    energies = {}
+    for name, entry in plan.layers.items():
+        known = analysis.statistics[name]
+        if entry.spatial and known.columns is not None:
+            energies[name] = known.columns.values.sum(0)[:entry.full_rank]
+        elif entry.rank is not None and known.spectrum is not None:
+            energies[name] = known.spectrum.energy
+    colors = matplotlib.colormaps['viridis'](np.linspace(0, 1, len(energies)))
     title = 'Spectra (dark: first layers, bright: last) and chosen ranks'
     with _axes(path, 7, 4.5, yscale='log', xlabel='rank / full rank',
                ylabel='energy lost', title=title) as axes:
-        for color, (name, spectrum) in zip(colors, spectra.items()):
-            lost = _lost(spectrum.energy)
+        for color, (name, energy) in zip(colors, energies.items()):
+            lost = _lost(energy)
             lost = np.maximum(lost / max(lost[0], 1e-300), 1e-6)
             axes.plot(
                 np.linspace(0, 1, len(lost)), lost, 'o-', color=color,
@@ -78,7 +79,8 @@ def plot_ranks(plan: CompressionPlan, path: str) -> None:
 def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
                        path: str) -> None:
     """Draw what each rank of a layer costs: the increase of the loss, or the
-    energy where that is unknown. The plan's ranks are marked."""
+    energy where that is unknown. The plan's ranks are marked, as far as they
+    are of outputs."""
     losses = {
         name: _lost(known.spectrum.energy if known.sensitivity is None else
                     known.sensitivity / 2)
@@ -91,8 +93,9 @@ def plot_sensitivities(analysis: Analysis, plan: CompressionPlan,
                title='Loss by rank, and the ranks of the plan') as axes:
         for column, (name, lost) in enumerate(losses.items()):
             grid[:len(lost), column] = np.log10(np.maximum(lost, 1e-6))
-            if name in plan.layers and plan.layers[name].rank is not None:
-                axes.plot(column, plan.layers[name].rank, 'r_')
+            entry = plan.layers.get(name)
+            if entry is not None and entry.form in ('output', 'both'):
+                axes.plot(column, entry.rank, 'r_')
         image = axes.imshow(
             grid, aspect='auto', origin='lower', cmap='viridis')
         axes.figure.colorbar(image, label='log10 of what is lost')

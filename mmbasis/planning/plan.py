@@ -20,8 +20,7 @@ class LayerPlan:
     shape of the dense weights, whether it has a bias, fraction of its energy
     that is kept, multiply-accumulates of one image and parameters, each before
     and after, and input channels of the basis per group (None for no input
-    basis); and whether the basis is k x 1 and the coefficients 1 x k, in which
-    case more filters lose nothing."""
+    basis); and whether the basis is k x 1 and the coefficients 1 x k."""
     rank: Optional[int]
     full_rank: int
     kind: str
@@ -65,7 +64,8 @@ class LayerPlan:
     def of(cls, costs: Costs, ranks: Ranks) -> 'LayerPlan':
         """The entry of a layer that gets some ranks."""
         layer = costs.layer
-        return cls(ranks.output, layer.full_rank, layer.known_kind.name,
+        full = layer.full_spatial_rank if ranks.spatial else layer.full_rank
+        return cls(ranks.output, full, layer.known_kind.name,
                    list(layer.module.weight.shape), costs.form.bias
                    or layer.has_bias, costs.energy_kept(ranks),
                    [costs.macs(), costs.macs(ranks)],

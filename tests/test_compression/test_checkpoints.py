@@ -59,15 +59,17 @@ class FormPlanner(FixedPlanner):
 
     def choose(self, free, decided):
         rank = None if self.form == 'input' else 4
-        inputs = {3: 2, 16: 4} if self.form != 'output' else {}
-        return [Ranks(rank, inputs.get(x.layer.in_channels)) for x in free]
+        inputs = {3: 2, 16: 4} if self.form in ('input', 'both') else {}
+        return [Ranks(rank, inputs.get(x.layer.in_channels),
+                      self.form == 'spatial') for x in free]
 
 
 PARTS = dict(
     output=('basis.weight', 'coefficients.weight', 'coefficients.bias'),
     input=('input_basis.weight', 'basis.weight', 'basis.bias'),
     both=('input_basis.weight', 'basis.weight', 'coefficients.weight',
-          'coefficients.bias'))
+          'coefficients.bias'),
+    spatial=('basis.weight', 'coefficients.weight', 'coefficients.bias'))
 
 
 @pytest.fixture(params=PARTS)

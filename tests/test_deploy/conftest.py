@@ -44,7 +44,7 @@ class Compressed:
             dict(
                 type='BudgetPlanner',
                 macs=.6,
-                forms=['output', 'input', 'both'],
+                forms=['output', 'input', 'both', 'spatial'],
                 data_aware=False), **planner)
         self.plan = compress(self.model, planner, [batch], norm=norm)
         for module in self.model.modules():

@@ -97,7 +97,7 @@ def build(family):
     return model, torch.rand(2, 3, side, side)
 
 
-FORMS = ['output', 'input', 'both']
+FORMS = ['output', 'input', 'both', 'spatial']
 
 
 def a_plan(model, chosen=lambda name: True, norm=False, form='output'):
@@ -112,12 +112,13 @@ def a_plan(model, chosen=lambda name: True, norm=False, form='output'):
             kind = kind_of(module)
             full = min(kind.matrix_shape(module)[1:])
             rank, inputs = (full + 1) // 2, None
-            if form != 'output' and not kind.why_one_sided(module):
+            spatial = form == 'spatial' and not kind.why_not_spatial(module)
+            if form in ('input', 'both') and not kind.why_one_sided(module):
                 inputs = kind.in_channels(module)
                 rank = None if form == 'input' else rank
             layers[name] = LayerPlan(rank, full, kind.name,
                                      list(module.weight.shape), True, 1.,
-                                     [2., 1.], [2, 1], inputs)
+                                     [2., 1.], [2, 1], inputs, spatial)
     assert layers
     return CompressionPlan(layers, {}, norm)
 
@@ -155,7 +156,8 @@ def structure(model):
 @every_family
 @pytest.mark.parametrize('form, norm', [(form, norm) for form in FORMS
                                         for norm in (False, True)
-                                        if form != 'input' or not norm])
+                                        if form in ('output', 'both')
+                                        or not norm])
 @pytest.mark.parametrize('chosen', [lambda name: True, 'later'],
                          ids=['all', 'later'])
 def test_function_and_structure_stay(family, chosen, norm, form):
@@ -396,6 +398,7 @@ def test_basis_layers_are_not_merged_in_silence():
 ])
 def test_fuse_conv_bn_goes_into_the_right_layer(norm, second, form):
     torch.manual_seed(0)
+    norm = norm and form != 'spatial'
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3), second(), nn.BatchNorm2d(8),
         nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))

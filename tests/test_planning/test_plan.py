@@ -93,9 +93,25 @@ def test_plans_of_version_1_are_read(plan):
     data = json.loads(plan.dumps())
     for entry in data['layers'].values():
         assert entry.pop('input_rank') is None
+        assert entry.pop('spatial') is False
     assert data.pop('predicted_ms')
     assert CompressionPlan.from_dict(
         dict(data, version=1)) == replace(plan, predicted_ms={})
+
+
+def test_spatial_forms_say_so():
+    model = nn.Sequential(nn.Conv2d(4, 24, 3), nn.Conv2d(24, 24, 3))
+    planner = BudgetPlanner(macs=.5, forms=['spatial'], prediction_layers=True)
+    plan = compress(model, planner, [torch.rand(9, 4, 9, 9)])
+    entry = plan.layers['1']
+    assert entry.form == 'spatial' and entry.ranks.spatial
+    assert 1 <= entry.rank < entry.full_rank == 72
+    assert 0 < entry.energy <= 1
+    again = CompressionPlan.from_dict(json.loads(plan.dumps()))
+    assert again == plan and again.structure == plan.structure
+    other = replace(entry, spatial=False)
+    plan.layers['1'] = other
+    assert again.structure != plan.structure
 
 
 # ----------------------------------------------------------------- refusals
