@@ -196,3 +196,69 @@ def test_no_layer_pays_on_a_fast_device():
 def test_wrong_devices_are_named(kwargs, words):
     with pytest.raises(ValueError, match=words):
         BudgetPlanner(**kwargs)
+
+
+@pytest.mark.parametrize('inputs, outputs', [(4, 24), (24, 4), (12, 12)])
+@pytest.mark.parametrize('loss_aware', [False, None])
+@pytest.mark.parametrize('reconstruction', ['local', 'sequential'])
+def test_full_spatial_rank_is_the_same_function(inputs, outputs, loss_aware,
+                                                reconstruction):
+    """With statistics of images of few directions, and in the metric of the
+    loss."""
+
+    class Split(BasePlanner):
+        forms = ('spatial', )
+
+        def choose(self, free, decided):
+            return [Ranks(x.layer.full_spatial_rank, None, True)
+                    for x in free]
+
+        def _can_pay(self, costs):
+            return True
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, inputs, 1), nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Conv2d(outputs, 5, 1), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten()).double()
+    reference = copy.deepcopy(model)
+    planner = Split()
+    planner.loss_aware = loss_aware
+    plan = compress(model, planner, [images().double()],
+                    reconstruction=reconstruction)
+    assert {k: x.form for k, x in plan.layers.items()} == {'2': 'spatial'}
+    x = torch.randn(4, 3, 12, 12).double()
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_spatial_form_before_a_normalization():
+    plan = compress(network(), BudgetPlanner(macs=.6), [images()], norm=True)
+    assert 'spatial' not in {x.form for x in plan.layers.values()}
+    planner = BudgetPlanner(macs=1., forms=['spatial'])
+    plan = compress(network(), planner, [images()], norm=True)
+    assert not plan.layers
+    assert 'behind a normalization' in plan.dense['2'].reason
+    assert 'how a ConvTranspose2d splits' in plan.dense['6'].reason
+
+
+def test_export_of_a_spatial_form(tmp_path):
+    """Two convolutions, which ONNX Runtime computes as PyTorch does."""
+    onnx = pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = nn.Sequential(*network()[:6])
+    planner = BudgetPlanner(macs=.5, forms=['spatial'], prediction_layers=True)
+    plan = compress(model, planner, [images()])
+    assert len(plan.layers) >= 2
+    path, x = str(tmp_path / 'model.onnx'), images(2)
+    torch.onnx.export(model, x, path, opset_version=13)
+    kernels = [tuple(attribute.ints) for node in onnx.load(path).graph.node
+               if node.op_type == 'Conv' for attribute in node.attribute
+               if attribute.name == 'kernel_shape']
+    assert kernels.count((3, 1)) == kernels.count((1, 3)) == len(plan.layers)
+    session = onnxruntime.InferenceSession(
+        path, providers=['CPUExecutionProvider'])
+    found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
