@@ -13,6 +13,7 @@ from mmbasis.planning import (
     find_layers,
     measure,
     measure_sensitivity,
+    with_columns,
 )
 from mmbasis.planning.statistics import weight_matrix
 from mmbasis.running import Targets, adapter_of
@@ -44,8 +45,9 @@ def measured(model, batches, data_aware=True, loss=False):
     adapter = adapter_of(model)
     selection = Rules().select(find_layers(model), NO_TARGETS)
     analysis = measure(adapter, selection, batches, data_aware)
-    return measure_sensitivity(adapter, analysis, batches) if loss \
-        else analysis
+    if loss:
+        analysis = measure_sensitivity(adapter, analysis, batches)
+    return with_columns(analysis)
 
 
 def costs_of(analysis, **form):

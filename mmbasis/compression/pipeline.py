@@ -97,16 +97,15 @@ def analyze(model: nn.Module, recipe: Recipe,
     selection = _select(adapter, recipe, layers, batches[0])
     analysis = planning.measure(
         adapter, selection, batches, recipe.data_aware, recipe.forms)
-    if recipe.loss_aware is False:
-        return analysis
     try:
-        return planning.measure_sensitivity(adapter, analysis, batches)
+        if recipe.loss_aware is not False:
+            analysis = planning.measure_sensitivity(adapter, analysis, batches)
     except running.UnknownLossError as error:
         if recipe.loss_aware:
             raise
         MMLogger.get_current_instance().warning(
             'Ranks are chosen by energy, not by loss: %s', error)
-        return analysis
+    return planning.with_columns(analysis, recipe.forms)
 
 
 def _select(adapter: running.Adapter, recipe: Recipe, layers: Sequence[Layer],

@@ -15,12 +15,12 @@ from .layers import (
 from .plan import CompressionPlan, DensePlan, LayerPlan
 from .planners import BasePlanner, EnergyPlanner, FixedPlanner, RatioPlanner
 from .sensitivity import measure_sensitivity
-from .statistics import Analysis, LayerStatistics, measure
+from .statistics import Analysis, LayerStatistics, measure, with_columns
 
 __all__ = [
     'BudgetPlanner', 'Costs', 'Form', 'LatencyTable', 'Exclusion', 'Layer',
     'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'EnergyPlanner', 'FixedPlanner',
     'Ranks', 'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
-    'Analysis', 'LayerStatistics', 'measure'
+    'Analysis', 'LayerStatistics', 'measure', 'with_columns'
 ]

@@ -15,12 +15,7 @@ from ..factorization import spectrum_of_input
 from ..layers import observe
 from . import samples as sampling
 from .layers import Layer
-from .statistics import (
-    Analysis,
-    LayerStatistics,
-    spectrum_of_columns,
-    weight_matrix,
-)
+from .statistics import Analysis, LayerStatistics, weight_matrix
 
 #: Of layers with more output channels than this, and fewer inputs, gradients
 #: are looked at along the directions of the spectrum only, in which all
@@ -118,9 +113,6 @@ class _Gradients:
             known = replace(known, inputs=spectrum_of_input(
                 weight_matrix(self.layer), self.layer.in_channels,
                 known.input_covariance, self.inputs))
-        if known.columns is not None:
-            known = replace(known, columns=spectrum_of_columns(
-                self.layer, known))
         return known
 
 

@@ -320,14 +320,25 @@ def _with_defaults(layer: Layer, known: LayerStatistics,
     if _may_be(layer, forms, *TWO_SIDED):
         known = replace(known, inputs=spectrum_of_input(
             matrix, layer.in_channels, known.input_covariance))
-    if _may_be(layer, forms, 'spatial'):
-        known = replace(known, columns=spectrum_of_columns(layer, known))
     return known
 
 
-def spectrum_of_columns(layer: Layer, known: LayerStatistics) -> InputSpectrum:
-    """Directions of the columns of a layer's windows, by what their errors do
-    to the output, in the metric of the loss' gradients where it is known."""
+def with_columns(analysis: Analysis,
+                 forms: Sequence[str] = FORMS) -> Analysis:
+    """With directions of the columns of windows, which depend on gradients if
+    these were taken, of chosen layers that may have the spatial form."""
+    found = {
+        x.name: replace(known, columns=_spectrum_of_columns(x, known))
+        for x, known in ((x, analysis.statistics[x.name])
+                         for x in analysis.selection.chosen)
+        if _may_be(x, forms, 'spatial')}
+    return replace(analysis, statistics={**analysis.statistics, **found})
+
+
+def _spectrum_of_columns(layer: Layer,
+                         known: LayerStatistics) -> InputSpectrum:
+    """By what their errors do to the output, in the metric of the loss'
+    gradients where it is known."""
     matrix = weight_matrix(layer)
     if known.gradient is not None:
         assert known.spectrum is not None
