@@ -9,9 +9,9 @@ import torch.nn as nn
 from mmcv.ops import DeformConv2d
 
 import mmbasis
-from mmbasis.compression import basis_layers
+from mmbasis.compression import basis_layers, layer_regression
 from mmbasis.factorization import reduced_rank_regression
-from mmbasis.planning import FixedPlanner, Ranks
+from mmbasis.planning import FixedPlanner, Ranks, samples
 from mmbasis.running import SumWatch, adapter_of
 
 
@@ -139,6 +139,25 @@ def test_how_images_are_batched_does_not_matter(model, batches, ranks):
         for data in (batches, split))
     torch.testing.assert_close(
         a(batches[0]), b(batches[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('form', ['input', 'spatial'])
+@pytest.mark.parametrize('least', [40, 1e9], ids=['weights', 'outputs'])
+def test_few_samples_fit_what_is_behind_the_front(model, batches, form, least,
+                                                  monkeypatch):
+    """All weights of the part behind, or combinations of its outputs alone:
+    nearer than the local fit, and the front stays."""
+    torch.manual_seed(2)
+    unseen = torch.randn(32, 3, 12, 12)
+    monkeypatch.setattr(layer_regression, 'SAMPLES_PER_WEIGHT', least)
+    monkeypatch.setattr(samples, 'is_expansion', lambda layer: False)
+    local, sequential = (compressed(model, batches, way, form)
+                         for way in ('local', 'sequential'))
+    assert error(sequential, model, unseen) < .95 * error(local, model, unseen)
+    if least > 1e3:  # those of few weights see enough
+        for (_, a), (_, b) in zip(basis_layers(local),
+                                  basis_layers(sequential)):
+            torch.testing.assert_close(a.factors[0], b.factors[0])
 
 
 def test_first_layer_is_the_best_projection(model, batches):

@@ -91,6 +91,34 @@ def test_rounds_never_lose_more():
     assert losses[-1] < .99 * losses[0]
 
 
+def test_a_round_is_nearly_as_good_as_the_best_basis():
+    """As that which solves all the equations, for the layer of before."""
+    matrix, second, weight = random(P, C * K), moment(C * K), moment(P)
+    start, _ = narrow(matrix, spectrum_of_input(matrix, C), R)
+
+    def fit(basis, rounds):
+        w, layer, _, front = two_sided_regression(
+            torch.zeros_like(matrix), second, matrix, basis, None, weight,
+            rounds=rounds)
+        return w @ layer, front, lost(matrix, merge(front, layer, w), second,
+                                      weight)
+
+    layer, _, before = fit(start, 0)
+    right = torch.linalg.cholesky(second)
+    left = torch.linalg.cholesky(weight).mT
+    best = []
+    for g in range(G):
+        columns = torch.stack([
+            (left[g] @ merge(x[None], layer[g:g + 1])[0] @ right[g]).flatten()
+            for x in torch.eye(R * C).double().view(-1, R, C)], 1)
+        wanted = (left[g] @ matrix[g] @ right[g]).flatten()
+        best.append(torch.linalg.lstsq(columns, wanted).solution.view(R, C))
+    basis = torch.linalg.qr(torch.stack(best).mT)[0].mT
+    least = fit(basis, 0)[2]
+    assert least < .99 * before
+    assert fit(start, 1)[2] - least < .05 * (before - least)
+
+
 def test_without_input_basis_it_is_the_one_sided_regression():
     cross, second, prior = random(P, C * K), moment(C * K), random(P, C * K)
     weight = moment(P)
