@@ -121,18 +121,21 @@ def test_wrong_full_rank_is_our_failure(monkeypatch):
     assert result['cause'] == 'ours' and result['layer_error'] > 1e-4
 
 
-def test_wrong_input_basis_is_our_failure(monkeypatch):
+@pytest.mark.parametrize('form, has_it', [
+    ('both', lambda layer: layer.input_basis is not None),
+    ('spatial', lambda layer: layer.spatial)])
+def test_wrong_form_is_our_failure(monkeypatch, form, has_it):
     project = BasisLayer.project
 
     def wrong(self, *args):
         project(self, *args)
-        if self.input_basis is not None:
-            self.input_basis.weight.data[0] *= 1.01
+        if has_it(self):
+            self.parts[0].weight.data[0] *= 1.01
 
     monkeypatch.setattr(BasisLayer, 'project', wrong)
     result = check(entry_of(SMALL[0]))
     assert (result['status'], result['step']) == ('failed',
-                                                  'full rank, both')
+                                                  f'full rank, {form}')
 
 
 def test_costlier_plan_is_our_failure(monkeypatch):
