@@ -102,12 +102,13 @@ def check_compressed(model, data, held_out, worst, **recipe):
 
 @pytest.mark.parametrize('way', WAYS)
 def test_plain_modules(way):
-    """Batches are unlike: the last one is smaller."""
+    """Batches are unlike: the last one is smaller. The random classifier sees
+    too little to be fitted, so that a shift of its inputs stays."""
     cls, give = WAYS[way]
     torch.manual_seed(0)
     model = cls()
     data = [give(*images(size, i)) for i, size in enumerate((16, 16, 3))]
-    plan = check_compressed(model, data, give(*images(8, 9)), .7)
+    plan = check_compressed(model, data, give(*images(8, 9)), .8)
     assert plan.dense['fc'].reason == 'prediction layer'
     assert model.training
 
