@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Detectors on BCCD: dense, compressed to half the MACs, and fine-tuned.
+"""Detectors on BCCD: dense, compressed, and fine-tuned.
 
 Each step is one call of tools/train.py or tools/compress.py and is left out
 where its result is there already; interrupted training is resumed. Nothing
@@ -9,6 +9,9 @@ compressed and fine-tuned, go into the work directory.
 
     MMBASIS_DATA=data python tools/benchmarks/bccd_detectors.py \
         --out docs/results/bccd_detectors
+    MMBASIS_DATA=data python tools/benchmarks/bccd_detectors.py \
+        --detectors rtmdet_tiny_bccd --percent 25 \
+        --out docs/results/bccd_quarter
 """
 import argparse
 import copy
@@ -52,6 +55,11 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=['rtmdet_tiny_bccd', 'retinanet_r18_bccd'],
         help=f'configs in {CONFIGS}')
+    parser.add_argument(
+        '--percent',
+        type=int,
+        default=50,
+        help='of the MACs to keep, as in the names of the configs')
     parser.add_argument('--out', required=True, help='path without ending')
     parser.add_argument('--work-dir', default='work_dirs')
     return parser.parse_args()
@@ -72,21 +80,21 @@ def train(name: str, work_dir: str) -> str:
     return last
 
 
-def checkpoints(name: str, work_dir: str) -> dict:
+def checkpoints(name: str, percent: int, work_dir: str) -> dict:
     """The checkpoint of each step, made where it is missing."""
     data = os.environ.get('MMBASIS_DATA', 'data')
     dense = osp.join(data, f'{name}.pth')
     if not osp.isfile(osp.join(ROOT, dense)):
         shutil.copy(train(name, work_dir), dense)
-    compressed = osp.join(work_dir, f'{name}_macs50')
+    compressed = osp.join(work_dir, f'{name}_macs{percent}')
     if not osp.isfile(osp.join(ROOT, compressed, 'compressed.pth')):
-        call('tools/compress.py', osp.join(CONFIGS,
-                                           f'{name}.py'), dense, '--macs',
-             '0.5', '--calib-batches', '12', '--work-dir', compressed)
+        call('tools/compress.py', osp.join(CONFIGS, f'{name}.py'), dense,
+             '--macs', str(percent / 100), '--calib-batches', '12',
+             '--work-dir', compressed)
     return {
         'dense': dense,
         'compressed, no training': osp.join(compressed, 'compressed.pth'),
-        'fine-tuned': train(f'{name}_basis-macs50', work_dir)
+        'fine-tuned': train(f'{name}_basis-macs{percent}', work_dir)
     }
 
 
@@ -164,7 +172,7 @@ def main() -> None:
     runs = []
     for name in args.detectors:
         set_random_seed(0)
-        paths = checkpoints(name, args.work_dir)
+        paths = checkpoints(name, args.percent, args.work_dir)
         cfg = load_config(
             osp.join(ROOT, CONFIGS, f'{name}.py'), work_dir=args.work_dir)
         models = {step: load(cfg, path) for step, path in paths.items()}
