@@ -32,7 +32,11 @@ from catalogue_sweep.operators import (  # noqa: E402
     deform_roi_pool,
     masked_conv2d,
 )
-from catalogue_sweep.processes import cause_of, check_all  # noqa: E402
+from catalogue_sweep.processes import (  # noqa: E402
+    cause_of,
+    check_all,
+    without_folders,
+)
 from catalogue_sweep.report import markdown, summary  # noqa: E402
 
 from mmbasis.layers import BasisLayer  # noqa: E402
@@ -309,3 +313,10 @@ def test_counts():
     assert (total['built'], total['not_built'], total['failed']) == (2, 1, 1)
     assert total['causes']['built'] == {'ours': 1, 'needs a GPU': 1}
     assert '3 of 10 distinct models' in markdown(rows, 10, {})
+
+
+def test_reports_name_no_folder_of_a_machine():
+    files = catalogue.__file__, torch.__file__
+    text = without_folders(f'File "{files[0]}", then {files[1]}: not found')
+    assert text == 'File "tools/catalogue.py", then torch/__init__.py: ' \
+        'not found'

@@ -28,6 +28,7 @@ from importlib.metadata import version
 import mmcv
 import numpy as np
 import torch
+from bench_utils import command
 from mmdet.apis import inference_detector
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
@@ -189,7 +190,7 @@ def main() -> None:
                 mmbasis=mmbasis.__version__,
                 mmdet=version('mmdet'),
                 torch=torch.__version__),
-            command=' '.join(sys.argv),
+            command=command(),
             runs=runs)
         write_atomically(f'{args.out}.json', json.dumps(result, indent=1))
         write_atomically(f'{args.out}.md', to_markdown(runs))

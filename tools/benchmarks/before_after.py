@@ -17,10 +17,11 @@ import os
 import os.path as osp
 import platform
 import subprocess
-import sys
 from datetime import datetime
 from importlib.metadata import version
 from statistics import median
+
+from bench_utils import command, run_in_checkout
 
 HERE = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
 PROGRAM = """
@@ -66,27 +67,11 @@ FIGURES = ('cpu_seconds', 'seconds', 'peak_rss_mb')
 def run(checkout: str, args: argparse.Namespace, forms: list) -> dict:
     """Compress once with the code of a checkout."""
     threads = str(args.threads)
-    done = subprocess.run(
-        [sys.executable, '-c', PROGRAM,
-         str(args.images),
-         str(args.batch_size), *forms],
+    return run_in_checkout(
+        PROGRAM, checkout, args.images, args.batch_size, *forms,
+        OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads,
         # idle threads that spin would count as work
-        env=dict(
-            os.environ,
-            PYTHONPATH=checkout,
-            OMP_NUM_THREADS=threads,
-            MKL_NUM_THREADS=threads,
-            OMP_WAIT_POLICY='passive'),
-        cwd=checkout,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True)
-    lines = [x for x in done.stdout.splitlines() if x.startswith('RESULT')]
-    result = json.loads(lines[-1][len('RESULT'):])
-    found = osp.dirname(osp.dirname(osp.abspath(result.pop('file'))))
-    if not osp.samefile(found, checkout):
-        raise RuntimeError(f'{checkout} was asked for, but {found} ran')
-    return result
+        OMP_WAIT_POLICY='passive')
 
 
 def main() -> None:
@@ -125,7 +110,7 @@ def main() -> None:
         for key in FIGURES
     }
     result = dict(
-        command=' '.join(sys.argv),
+        command=command(),
         date=datetime.now().isoformat(timespec='seconds'),
         machine=f'{platform.machine()}, {os.cpu_count()} cores',
         python=platform.python_version(),

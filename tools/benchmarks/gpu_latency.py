@@ -55,6 +55,7 @@ from mmbasis.utils.io import write_atomically
 HERE = osp.dirname(osp.abspath(__file__))
 sys.path[:0] = [HERE, osp.dirname(HERE)]
 
+from bench_utils import command  # noqa: E402
 from latency_budget import batch_for, kept  # noqa: E402
 from latency_table import samples_for  # noqa: E402
 
@@ -397,7 +398,7 @@ def run_model(name: str, todo: list, report: dict, args) -> None:
         row = dict(
             image=list(size),
             date=datetime.now().isoformat(timespec='seconds'),
-            revision=revision(), command=' '.join(sys.argv))
+            revision=revision(), command=command())
         try:
             row['plans'] = measure(plans, chosen, model,
                                    (int(count), 3, *size), args,

@@ -28,6 +28,7 @@ import torch.nn as nn
 ROOT = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
 sys.path.insert(0, osp.join(ROOT, 'tools'))
 
+from bench_utils import command  # noqa: E402
 from catalogue import VERSIONS, find_entries  # noqa: E402
 from catalogue_sweep.checks import describe  # noqa: E402
 from catalogue_sweep.compare import forward  # noqa: E402
@@ -285,7 +286,7 @@ def figures(rows: List[dict], failed: List[dict], built: int) -> dict:
         machine=f'{cpu()}, shared with other work',
         versions=dict(VERSIONS, python=platform.python_version()),
         names_of=REVISION,
-        command=' '.join(['python', *sys.argv]),
+        command=command(),
         built=built,
         looked_at=len(rows),
         same=sum(not differences(x) for x in rows),

@@ -19,12 +19,12 @@ import json
 import os
 import os.path as osp
 import platform
-import sys
 from datetime import datetime
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from bench_utils import command
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import set_random_seed
 from spatial_fits import COEFFICIENTS, EITHER_ORDER, FORMS, Layer
@@ -204,8 +204,7 @@ def main():
         date=datetime.now().isoformat(timespec='seconds'),
         machine=f'{platform.machine()}, {os.cpu_count()} cores, 1 thread',
         versions=dict(mmbasis=mmbasis.__version__, torch=torch.__version__),
-        command=' '.join(
-            osp.basename(x) if osp.isabs(x) else x for x in sys.argv),
+        command=command(),
         checkpoint=osp.basename(args.checkpoint),
         images=args.images)
     known = log.result.get('layers', {})

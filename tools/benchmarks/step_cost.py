@@ -21,9 +21,10 @@ import os
 import os.path as osp
 import platform
 import subprocess
-import sys
 from datetime import datetime
 from statistics import median
+
+from bench_utils import command, run_in_checkout
 
 HERE = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
 #: rows: what is trained, and whether in mixed precision
@@ -115,20 +116,8 @@ print('RESULT', json.dumps(dict(
 
 def run(checkout: str, row: str, args: argparse.Namespace) -> dict:
     """Take some steps with the code of a checkout."""
-    numbers = map(str, (args.batch_size, args.steps, args.large))
-    done = subprocess.run(
-        [sys.executable, '-c', PROGRAM, row, *numbers],
-        env=dict(os.environ, PYTHONPATH=checkout),
-        cwd=checkout,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True)
-    lines = [x for x in done.stdout.splitlines() if x.startswith('RESULT')]
-    result = json.loads(lines[-1][len('RESULT'):])
-    found = osp.dirname(osp.dirname(osp.abspath(result.pop('file'))))
-    if not osp.samefile(found, checkout):
-        raise RuntimeError(f'{checkout} was asked for, but {found} ran')
-    return result
+    return run_in_checkout(PROGRAM, checkout, row, args.batch_size, args.steps,
+                           args.large)
 
 
 def measure(checkouts: dict, args: argparse.Namespace) -> dict:
@@ -206,7 +195,7 @@ def main() -> None:
         date=datetime.now().isoformat(timespec='seconds'),
         machine=f'{platform.machine()}, {os.cpu_count()} cores',
         python=platform.python_version(),
-        command=' '.join(sys.argv),
+        command=command(),
         threads=os.environ.get('OMP_NUM_THREADS', 'default'),
         revisions=revisions,
         rows=rows)

@@ -9,6 +9,7 @@ import os
 import os.path as osp
 import resource
 import signal
+import sysconfig
 import time
 import traceback
 import warnings
@@ -75,11 +76,22 @@ def check(entry: Entry, report: Callable[[str], None]) -> Dict[str, Any]:
         result['traceback'] = traceback.format_exc()[-3000:]
     if cause_of(result.get('error', ''), facts['step']) == 'memory limit':
         result.update(status='limit', cause='memory limit')
+    for key in result.keys() & {'error', 'traceback'}:
+        result[key] = without_folders(result[key])
     return dict(
         result,
         **facts,
         seconds=round(time.time() - start, 1),
         cpu_seconds=round(time.process_time(), 1))
+
+
+def without_folders(text: str) -> str:
+    """A message without the folders of this machine that packages are in."""
+    root = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
+    folders = {*sysconfig.get_paths().values(), root}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(folder + os.sep, '')
+    return text
 
 
 def _child(entry: Entry, connection: Connection, memory_gb: float,
