@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 from mmengine.logging import MMLogger
@@ -17,12 +17,19 @@ from .plan import CompressionPlan
 from .planners import BasePlanner, Choice, Decided, check_fraction
 from .statistics import Analysis
 
+#: what says how long layers take, by what the budget is of
+SOURCES: dict[str, list[list[str]]] = dict(
+    macs=[[], ['device']], params=[[]], latency=[['table'], ['device']])
+#: weights of time in the choice of options, and how much more than with none
+#: a plan may lose
+WEIGHTS, TOLERANCE = (0., .25, .5, .75, 1.), .1
 #: ranks of a side that are tried, beside those of the output form
 GRID = 64
 
 
 def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
-             budget: float) -> list[int]:
+             budget: float,
+             start: Sequence[int] | None = None) -> list[int]:
     """Choose one option per layer: little total loss within the budget.
 
     From the cheapest options on, the layer that saves most loss for its cost
@@ -33,6 +40,8 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
         options (Sequence[tuple[ndarray, ndarray]]): Costs and losses of each
             layer's options, in any order.
         budget (float): Upper bound of the sum of costs.
+        start (Sequence[int], optional): Options to start from. Defaults to
+            the cheapest ones.
 
     Returns:
         list[int]: Index of the chosen option of each layer.
@@ -40,7 +49,8 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
     Raises:
         ValueError: If even the cheapest options exceed the budget.
     """
-    chosen = [int(np.lexsort((losses, costs))[0]) for costs, losses in options]
+    chosen = list(start or (
+        int(np.lexsort((losses, costs))[0]) for costs, losses in options))
     spent = sum(costs[now] for (costs, _), now in zip(options, chosen))
     slack = budget * (1 + 1e-9) - spent
     if slack < 0:
@@ -55,12 +65,42 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
             chosen[layer] = target
         rise = costs - costs[chosen[layer]]
         gain = losses[chosen[layer]] - losses
-        better, = np.nonzero((rise > 0) & (rise <= slack) & (gain > 0))
+        least = 1e-9 * losses.max()  # less is rounding
+        better, = np.nonzero((rise > 0) & (rise <= slack) & (gain > least))
         if len(better):
             slopes = gain[better] / rise[better]
             best = slopes.argmax()
             heapq.heappush(steps, (-slopes[best], layer, int(better[best])))
     return chosen
+
+
+class Options(NamedTuple):
+    """What a layer may become: costs, times, losses and ranks; the dense layer
+    last, with None."""
+    costs: np.ndarray
+    times: np.ndarray
+    losses: np.ndarray
+    ranks: list[Ranks | None]
+
+    def efficient(self, weight: float) -> np.ndarray:
+        """Indices of the options that lose least for a mean of cost and time,
+        both relative to the dense layer, and of the cheapest one: some budgets
+        allow nothing else."""
+        prices = ((1 - weight) * self.costs / self.costs[-1]
+                  + weight * self.times / self.times[-1])
+        cheapest = np.lexsort((self.losses, self.costs))[:1]
+        return np.union1d(hull(prices, self.losses), cheapest)
+
+
+def _spend(tables: Sequence[Options], budget: float,
+           weight: float) -> list[int]:
+    """Choose an option of each layer: among those that are efficient for some
+    weight of time, and all others for what is left of the budget."""
+    good = [x.efficient(weight) for x in tables]
+    chosen = allocate([(x.costs[i], x.losses[i])
+                       for x, i in zip(tables, good)], budget)
+    start = [int(i[k]) for i, k in zip(good, chosen)]
+    return allocate([(x.costs, x.losses) for x in tables], budget, start)
 
 
 def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
@@ -85,7 +125,10 @@ class BudgetPlanner(BasePlanner):
 
     Args:
         macs (float, optional): Fraction of the MACs of the compressible
-            layers to keep, in ``(0, 1]``.
+            layers to keep, in ``(0, 1]``. MACs stand for time, but hardware
+            runs some ranks and forms slowly for their MACs. So, of several
+            plans within the budget that lose at most a tenth more than the
+            one that loses least, the fastest on ``device`` is taken.
         params (float, optional): The same of their parameters.
         latency (float, optional): Fraction of the latency: of the whole
             model, as ``table`` has it, or of the compressible layers, as
@@ -95,7 +138,8 @@ class BudgetPlanner(BasePlanner):
             layer that no measured rank makes faster stays dense.
         device (str, optional): A model of a device instead of a table, such as
             ``'xavier-fp16'``: see :mod:`mmbasis.planning.devices`. A layer
-            that would not be faster stays dense.
+            that would not be faster stays dense. With ``macs`` it is
+            ``'cpu'`` by default.
         forms (Sequence[str], optional): What a layer may become: ``'output'``
             (basis filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1
             basis of the input channels in front), ``'both'``, ``'spatial'``
@@ -126,20 +170,25 @@ class BudgetPlanner(BasePlanner):
         self.loss_aware = loss_aware if self.data_aware else False
         given = dict(macs=macs, params=params, latency=latency)
         fractions = [(k, v) for k, v in given.items() if v is not None]
-        sources = [x for x in (table, device) if x is not None]
-        if len(fractions) != 1 or len(sources) != (latency is not None):
+        sources = [k for k, v in dict(table=table, device=device).items()
+                   if v is not None]
+        if len(fractions) != 1 or sources not in SOURCES[fractions[0][0]]:
             raise ValueError(
                 'BudgetPlanner takes exactly one of macs and params, or '
-                f'latency with its table or device, but got {given}, '
-                f'table={table!r}, device={device!r}')
+                'latency with its table or device (macs may have a device, '
+                f'too), but got {given}, table={table!r}, device={device!r}')
         self.metric, fraction = fractions[0]
         self.budget = check_fraction(f'BudgetPlanner: {self.metric}', fraction)
         self.cost = Cost(self.metric)
-        if device is not None:
+        if latency is not None and device is not None:
             self.cost = DeviceCost(device)
         if table is not None:
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
+        #: of plans that are about as good, the fastest by this is taken
+        self.time = self.cost
+        if macs is not None:
+            self.time = DeviceCost(device or 'cpu')
         knows_inputs = self.cost.knows_inputs and self.data_aware
         if forms is None:
             forms = FORMS if knows_inputs else FORMS[:1]
@@ -159,11 +208,17 @@ class BudgetPlanner(BasePlanner):
         budget -= sum(of(x, ranks) for x, ranks in decided)
         tables = [self._options(x, lost) for x, lost in zip(free, _lost(free))]
         try:
-            chosen = allocate([x[:2] for x in tables], budget)
+            plans = [_spend(tables, budget, weight) for weight in WEIGHTS]
         except ValueError as error:
             raise ValueError(f'BudgetPlanner: {self.metric}={self.budget:g} '
                              f'cannot be met: {error}') from None
-        return [ranks[index] for (*_, ranks), index in zip(tables, chosen)]
+        sums = [[sum(y[index] for y, index in zip(column, plan))
+                 for column in zip(*((x.losses, x.times) for x in tables))]
+                for plan in plans]
+        most = (1 + TOLERANCE) * min((loss for loss, _ in sums), default=0)
+        best = min((time, n) for n, (loss, time) in enumerate(sums)
+                   if loss <= most)[1]
+        return [x.ranks[index] for x, index in zip(tables, plans[best])]
 
     def plan(self,
              analysis: Analysis,
@@ -173,32 +228,28 @@ class BudgetPlanner(BasePlanner):
             warn_if_slower(plan, self.metric, self.budget)
         return plan
 
-    def _options(
-        self, x: Costs, sensitivity: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, list[Ranks | None]]:
-        """Costs, losses and ranks of what a layer may become, given what
-        dropping each direction of its output loses; the dense layer last."""
-        cost, loss, found = [], [], []
+    def _options(self, x: Costs, sensitivity: np.ndarray) -> Options:
+        """What a layer may become, given what dropping each direction of its
+        output loses."""
+        rows, found = [], []
         forms = self._forms(x, _behind(sensitivity))
         for form, (ranks, lost) in forms.items():
             if form in self.forms and len(lost):
                 pays = self.cost.pays(x, ranks)
-                cost.append(self.cost.of(x, ranks)[pays])
-                loss.append(lost[pays])
+                row = self.cost.of(x, ranks), self.time.of(x, ranks), lost
+                rows.append(np.stack(row)[:, pays])
                 sides = (0 * lost + (0 if side is None else side)
                          for side in ranks)
                 found.append(np.stack([*sides])[:, pays].astype(int))
-        cost.append([self.cost.of(x, None)])
-        loss.append([0.])
+        dense = self.cost.of(x, None), self.time.of(x, None), 0.
+        rows.append(np.array(dense)[:, None])
         found.append(np.zeros((3, 1), int))
-        costs, losses = np.concatenate(cost), np.concatenate(loss)
-        front = _front(costs, losses)
-        options: list[Ranks | None] = [
+        ranks = [
             Ranks(output or None, inputs or None, bool(spatial))
-            if output or inputs else None for output, inputs, spatial in
-            np.concatenate(found, 1)[:, front].T.tolist()
+            if output or inputs else None
+            for output, inputs, spatial in np.concatenate(found, 1).T.tolist()
         ]
-        return costs[front], losses[front], options
+        return Options(*np.concatenate(rows, 1), ranks)
 
     def _forms(self, x: Costs,
                lost: np.ndarray) -> dict[str, tuple[Ranks, np.ndarray]]:
@@ -259,6 +310,22 @@ def _front(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
     order = np.lexsort((losses, costs))
     best = np.minimum.accumulate(losses[order])
     return order[np.append(True, best[1:] < best[:-1])]
+
+
+def hull(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Indices of the options on the lower convex hull, by rising cost: at
+    some price of the loss, each is the best one."""
+    found: list[int] = []
+    for new in _front(costs, losses):
+        while len(found) > 1:
+            first, last = found[-2:]
+            slope = (losses[first] - losses[last]) * (costs[new] - costs[last])
+            if slope > (losses[last] - losses[new]) * (
+                    costs[last] - costs[first]):
+                break
+            found.pop()
+        found.append(int(new))
+    return np.array(found)
 
 
 def _lost(free: Sequence[Costs]) -> list[np.ndarray]:

@@ -9,7 +9,8 @@ from typing import Any, Iterable, NamedTuple, Sequence
 import numpy as np
 
 from ..factorization import Spectrum
-from .devices import DEVICES, Convolution, Kernel, device
+from .devices import DEVICES, device
+from .kernels import Convolution, Kernel
 from .layers import Layer
 from .statistics import LayerStatistics
 

@@ -27,7 +27,7 @@ whole grid of ranks. It is not a measurement. What it assumes:
 - 3x3 convolutions of stride 1 need ``Device.winograd`` times less arithmetic,
   1x1 parts of a form never do: there, half the MACs are not half the time.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Dict, Iterable, Optional, Tuple, Union
@@ -35,7 +35,7 @@ from typing import Dict, Iterable, Optional, Tuple, Union
 import numpy as np
 import torch
 
-Number = Union[int, float, np.ndarray]
+from .kernels import Kernel, Number
 
 # Shares of a data sheet's figures that large layers reach (cuDNN, TensorRT,
 # oneDNN): half of tensor cores, 0.7 of ordinary ones and of the memory.
@@ -48,167 +48,12 @@ HALF_FULL = 512.0
 # Copy kernels per misaligned tensor: TensorRT built 13 for a ResNet-50 with 35
 # arbitrary ranks, none for multiples of 8
 COPIES = 0.4
+# Blocks of outputs that a core of a CPU computes together (MLAS)
+SPAN = 4
 # A product of 4x4 tiles needs 16 multiplications where 2x2 outputs of a 3x3
 # window need 36: F(2x2, 3x3) of Lavin and Gray, arXiv 1509.09308
 WINOGRAD = 2.25
 MIN_WINOGRAD_INPUTS = 16
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One launched kernel. Fields are numbers or arrays that broadcast.
-
-    Args:
-        inputs (int | array): Input channels of a group.
-        outputs (int | array): Output channels of a group.
-        read_positions (float): Positions of the tensor that it reads, of all
-            images.
-        write_positions (float): Positions of the tensor that it writes.
-        window (int): Weights for a pair of channels, 9 for 3x3; 0 for a
-            kernel without weights (activation, pooling).
-        groups (int): Groups of channels. Defaults to 1.
-        weight_positions (float, optional): How often its weights are applied,
-            as a transposed convolution does where it reads. Defaults to
-            ``write_positions``.
-        adds (bool): Whether it adds a tensor as large as its output, which it
-            reads: a shortcut. Defaults to False.
-    """
-    inputs: Number
-    outputs: Number
-    read_positions: float
-    write_positions: float
-    window: int = 1
-    groups: int = 1
-    weight_positions: Optional[float] = None
-    adds: bool = False
-
-    @property
-    def weights(self) -> Number:
-        """Number of weights."""
-        return self.groups * self.inputs * self.outputs * self.window
-
-    @property
-    def macs(self) -> Number:
-        """Multiply-accumulates."""
-        return self.weights * (
-            self.write_positions
-            if self.weight_positions is None else self.weight_positions)
-
-    @property
-    def read(self) -> Number:
-        """Numbers of the tensor that it reads."""
-        return self.groups * self.inputs * self.read_positions
-
-    @property
-    def written(self) -> Number:
-        """Numbers of the tensor that it writes."""
-        return self.groups * self.outputs * self.write_positions
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A dense layer, as far as its MACs and its time depend on it.
-
-    Args:
-        in_channels (int): Input channels, of all groups.
-        out_channels (int): Output channels, of all groups.
-        window (int): Weights for a pair of channels; 1 for a linear layer.
-        in_positions (float): Positions of an image (or tokens) at its input;
-            images may differ.
-        out_positions (float): The same at its output.
-        groups (int): Groups of channels. Defaults to 1.
-        batch (float): Images at once; a fraction is one of several calls for
-            an image. Defaults to 1.
-        weight_positions (float, optional): How often the weights are applied
-            for an image, as at the input of a transposed convolution. Defaults
-            to ``out_positions``.
-        adds (bool): Whether a shortcut is added to its output. Defaults to
-            False.
-        sides (tuple[int, ...]): Of the window, for the spatial form.
-        middle_positions (float, optional): Positions of an image behind the
-            first half of the spatial form: as high as the output, as wide as
-            the input.
-    """
-    in_channels: int
-    out_channels: int
-    window: int
-    in_positions: float
-    out_positions: float
-    groups: int = 1
-    batch: float = 1
-    weight_positions: Optional[float] = None
-    adds: bool = False
-    sides: Tuple[int, ...] = ()
-    middle_positions: Optional[float] = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name in ('adds', 'sides', 'middle_positions'):
-                continue
-            if value is not None and value <= 0:
-                raise ValueError(f'{name} must be positive, got {value}')
-        for name in ('in_channels', 'out_channels'):
-            if getattr(self, name) % self.groups:
-                raise ValueError(
-                    f'{name}={getattr(self, name)} cannot be divided into '
-                    f'{self.groups} groups')
-
-    def kernels(self,
-                rank: Optional[Number] = None,
-                input_rank: Optional[Number] = None,
-                spatial: bool = False) -> Tuple[Kernel, ...]:
-        """The kernels of a form of the layer.
-
-        Args:
-            rank (int | array, optional): Basis filters of a group, followed
-                by 1x1 coefficients; None for no output basis.
-            input_rank (int | array, optional): Input basis of a group, a 1x1
-                convolution in front at the resolution of the input; None for
-                no input basis. Both None: the dense layer. Arrays of both
-                broadcast, ``rank[:, None]`` and ``input_rank`` give a grid.
-            spatial (bool): Whether basis and coefficients have a side each.
-
-        Returns:
-            tuple[Kernel]: One to three kernels, in the order they run;
-            ValueError if a rank is below 1.
-        """
-        rank, input_rank = _ranks(rank), _ranks(input_rank)
-        before = self.batch * self.in_positions
-        after = self.batch * self.out_positions
-        inputs: Number = self.in_channels // self.groups
-        outputs: Number = self.out_channels // self.groups
-        kernels = []
-        if spatial:
-            return self._lines(rank)
-        if input_rank is not None:
-            kernels.append(
-                Kernel(inputs, input_rank, before, before, 1, self.groups))
-            inputs = input_rank
-        kernels.append(
-            Kernel(inputs, outputs if rank is None else rank, before, after,
-                   self.window, self.groups, self._at_weights))
-        if rank is not None:
-            kernels.append(
-                Kernel(rank, outputs, after, after, 1, self.groups))
-        kernels[-1] = replace(kernels[-1], adds=self.adds)
-        return tuple(kernels)
-
-    def _lines(self, rank: Optional[Number]) -> Tuple[Kernel, ...]:
-        assert rank is not None and self.middle_positions
-        middle = self.batch * self.middle_positions
-        return (
-            Kernel(self.in_channels // self.groups, rank,
-                   self.batch * self.in_positions, middle, self.sides[0],
-                   self.groups),
-            Kernel(rank, self.out_channels // self.groups, middle,
-                   self.batch * self.out_positions, self.sides[1], self.groups,
-                   adds=self.adds))
-
-    @property
-    def _at_weights(self) -> Optional[float]:
-        if self.weight_positions is None:
-            return None
-        return self.batch * self.weight_positions
 
 
 @dataclass(frozen=True)
@@ -234,6 +79,10 @@ class Device:
             Defaults to 0.0.
         misaligned (float): How much longer arithmetic on misaligned inputs
             takes, beside the copies. Defaults to 1.0.
+        blocked (bool): Whether tensors lie in blocks of ``tile`` channels, as
+            ONNX Runtime's on a CPU: see the assumptions. Defaults to False.
+        overlaps (bool): Whether tensors move during arithmetic, as weights
+            always do. Defaults to True.
     """
     name: str
     peak: float
@@ -248,6 +97,8 @@ class Device:
     winograd: float = 1.0
     half_wide: float = 0.0
     misaligned: float = 1.0
+    blocked: bool = False
+    overlaps: bool = True
 
     def time(self, kernels: Iterable[Kernel]) -> Number:
         """Seconds of some kernels, one after the other."""
@@ -255,22 +106,20 @@ class Device:
 
     def kernel_time(self, kernel: Kernel) -> Number:
         """Seconds of one kernel, its launch included."""
-        moved = (
-            kernel.weights * self.number_bytes + self._moved(kernel.read)
-            + self._moved(kernel.written) * (1 + kernel.adds))
-        seconds = np.maximum(
-            self._arithmetic(kernel), moved / (self.bandwidth * MEMORY))
-        return seconds + self.launch + self._copy(kernel)
+        work, speed = self._arithmetic(kernel), self.bandwidth * MEMORY
+        weights = kernel.weights * self.number_bytes / speed
+        tensors = (
+            self._moved(kernel.read) * self._reads(kernel)
+            + self._moved(kernel.written) * (1 + kernel.adds)) / speed
+        seconds = np.maximum(work, weights + tensors * self.overlaps)
+        return (seconds + tensors * (not self.overlaps) + self.launch
+                + self._copy(kernel))
 
     def _arithmetic(self, kernel: Kernel) -> Number:
         """Seconds of the arithmetic, with padding and idle processors."""
         if kernel.window == 0:
             return 0.0
-        tile = self.tile if kernel.groups == 1 else self.alignment
-        depthwise = np.logical_and(kernel.groups > 1, kernel.inputs == 1)
-        inputs = np.where(depthwise, 1, _padded(kernel.inputs, self.alignment))
-        outputs = np.where(
-            depthwise, kernel.outputs, _padded(kernel.outputs, tile))
+        inputs, outputs = self._computed(kernel)
         share = (
             kernel.groups * outputs * kernel.write_positions / self.processors)
         speed = self.peak * self.achieved * share / (share + HALF_FULL)
@@ -285,6 +134,27 @@ class Device:
         padding = inputs * outputs / (kernel.inputs * kernel.outputs)
         return kernel.macs * padding * slower / speed
 
+    def _computed(self, kernel: Kernel) -> Tuple[Number, Number]:
+        """Inputs and outputs of a group with what pads them."""
+        tile = self.tile if kernel.groups == 1 else self.alignment
+        depthwise = np.logical_and(kernel.groups > 1, kernel.inputs == 1)
+        inputs = _padded(kernel.inputs, self.alignment)
+        outputs = _padded(kernel.outputs, tile)
+        if self.blocked and kernel.groups == 1:
+            inputs = np.where(inputs < tile, inputs, _padded(inputs, tile))
+            if self.processors > 1:  # one gets a whole span
+                span = SPAN * tile
+                outputs = np.where(
+                    outputs < span, outputs, _padded(outputs, span))
+        return (np.where(depthwise, 1, inputs),
+                np.where(depthwise, kernel.outputs, outputs))
+
+    def _reads(self, kernel: Kernel) -> Number:
+        """How often a tensor is read: for each span of outputs."""
+        if not self.blocked or kernel.groups > 1 or kernel.window == 0:
+            return 1
+        return -(-kernel.outputs // (SPAN * self.tile))
+
     def _moved(self, numbers: Number) -> Number:
         """Bytes of a tensor that count as memory traffic."""
         size = numbers * self.number_bytes
@@ -295,7 +165,11 @@ class Device:
         """Seconds for copies of a tensor whose channels are misaligned."""
         moved = 2 * self._moved(kernel.read)
         copy = self.launch + moved / (self.bandwidth * MEMORY)
-        return np.where(self._misaligned(kernel), COPIES * copy, 0.0)
+        channels = kernel.groups * kernel.inputs
+        narrow = self.blocked & (channels > self.alignment) & (
+            channels < self.tile)
+        copies = np.where(self._misaligned(kernel), COPIES, 0.0)
+        return copy * np.where(narrow, 1.0, copies)
 
     def _misaligned(self, kernel: Kernel) -> Union[bool, np.ndarray]:
         """Whether it reads a number of channels that the device dislikes; an
@@ -303,16 +177,6 @@ class Device:
         channels = kernel.groups * kernel.inputs
         return np.logical_and(
             channels > self.alignment, channels % self.alignment != 0)
-
-
-def _ranks(ranks: Optional[Number]) -> Optional[Number]:
-    """Arrays in 64 bits: in 32, the MACs of a grid overflow."""
-    if ranks is None:
-        return None
-    wide = ranks if isinstance(ranks, int) else np.asarray(ranks, np.int64)
-    if np.less(wide, 1).any():
-        raise ValueError(f'ranks must be at least 1, got {np.min(wide)}')
-    return wide
 
 
 def _padded(number: Number, multiple: int) -> Number:
@@ -354,14 +218,15 @@ _PRESETS = (
     _gpu('a100-fp16', 156, 1555, 3, 40, 108),
     # H100 data sheet, SXM: 989 TFLOP/s, 3.35 TB/s, 132 SMs, 50 MB
     _gpu('h100-fp16', 495, 3350, 2.5, 50, 132),
-    # two cores at 3 GHz with two AVX2 multiply-adds a cycle (8 numbers each),
-    # two channels of DDR4 half used by others, 16 MB of the last cache;
-    # ONNX Runtime: blocks of 16 channels (NCHWc), some microseconds a node,
-    # single blocks and 1x1 convolutions of misaligned inputs two thirds as
-    # fast as others (measured: docs/results/roofline.md)
+    # two cores at 4 GHz with two AVX-512 multiply-adds a cycle (16 numbers
+    # each), two channels of DDR4 (51 GB/s) of which others take a part, 32 MB
+    # of the last cache; ONNX Runtime, whose layout has blocks of 16 channels
+    # (NCHWc), reaches the peak; some microseconds a node. Measured:
+    # docs/results/roofline.md
     Device(
-        'cpu', 96e9, 25e9, 5e-6, 4, 2**24, 2, tile=16, alignment=4,
-        achieved=ORDINARY, half_wide=8, misaligned=1.5),
+        'cpu', 256e9, 30e9, 5e-6, 4, 2**25, 2, tile=16, alignment=4,
+        achieved=1., half_wide=2, misaligned=1.5, blocked=True,
+        overlaps=False),
 )
 DEVICES: Dict[str, Device] = {preset.name: preset for preset in _PRESETS}
 

@@ -189,7 +189,9 @@ def test_no_layer_pays_on_a_fast_device():
 
 @pytest.mark.parametrize('kwargs, words', [
     (dict(latency=.5), 'latency with its table or device'),
-    (dict(macs=.5, device='cpu'), 'latency with its table or device'),
+    (dict(params=.5, device='cpu'), 'latency with its table or device'),
+    (dict(macs=.5, table='t.json'), 'latency with its table or device'),
+    (dict(macs=.5, device='toaster'), "'toaster'.*xavier-fp16"),
     (dict(latency=.5, device='cpu', table='t.json'), 'table or device'),
     (dict(latency=.5, device='toaster'), "'toaster'.*xavier-fp16"),
 ])

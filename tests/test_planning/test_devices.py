@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from mmengine.analysis import FlopAnalyzer
 
-from mmbasis.planning.devices import DEVICES, Convolution, Kernel, device
+from mmbasis.planning.devices import DEVICES, device
+from mmbasis.planning.kernels import Convolution, Kernel
 
 FORMS = {
     'dense': {},
@@ -135,8 +136,9 @@ def test_aligned_ranks_never_get_faster_as_they_grow(name):
         ranks = np.arange(8, layer.in_channels, 8)
         for form in ((ranks, None), (None, ranks), (ranks, ranks)):
             time = device(name).time(layer.kernels(*form))
-            # a wider tile may fill more of an idle machine
-            assert (np.diff(time) > -.03 * time[:-1]).all()
+            # a wider tile may fill more of an idle machine, and tensors of
+            # less than a block are copied
+            assert (np.diff(time) > -.05 * time[:-1]).all()
 
 
 def test_a_kernel_takes_the_longer_of_arithmetic_and_memory():

@@ -22,7 +22,8 @@ from mmbasis.planning import (
     Ranks,
 )
 from mmbasis.planning.costs import DeviceCost
-from mmbasis.planning.devices import DEVICES, Convolution, device_at_hand
+from mmbasis.planning.devices import DEVICES, device_at_hand
+from mmbasis.planning.kernels import Convolution
 from mmbasis.running import Targets
 from tests.analyses import make_plan, measured
 

@@ -8,7 +8,8 @@ from statistics import median
 
 import numpy as np
 
-from mmbasis.planning.devices import Convolution, device
+from mmbasis.planning.devices import device
+from mmbasis.planning.kernels import Convolution
 
 # channels, side and window; rank and input rank of forms
 LAYERS = {

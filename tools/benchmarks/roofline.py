@@ -14,7 +14,8 @@ import os.path as osp
 
 import numpy as np
 
-from mmbasis.planning.devices import DEVICES, Convolution, Kernel, device
+from mmbasis.planning.devices import DEVICES, device
+from mmbasis.planning.kernels import Convolution, Kernel
 
 RESULTS = osp.join(
     osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__)))), 'docs',

@@ -8,7 +8,8 @@ from statistics import median
 
 from cpu_forms import Graph
 
-from mmbasis.planning.devices import Kernel, device
+from mmbasis.planning.devices import device
+from mmbasis.planning.kernels import Kernel
 
 #: channels and side of the layers of ResNet-50
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
