@@ -237,5 +237,5 @@ def log_plan(plan: CompressionPlan) -> None:
     times = [f'{name} {x["after"] / x["before"]:.2f}x'
              for name, x in plan.predicted_ms.items()]
     if times:
-        logger.info('Predicted time of the layers, of dense: %s',
+        logger.info('Predicted time, of dense: %s',
                     ', '.join(times))

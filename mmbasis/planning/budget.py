@@ -2,6 +2,7 @@
 """The planner that spends one budget on the whole network."""
 from __future__ import annotations
 
+import copy
 import heapq
 from typing import Any, NamedTuple, Sequence
 
@@ -223,7 +224,12 @@ class BudgetPlanner(BasePlanner):
     def plan(self,
              analysis: Analysis,
              form: Form = Costs.form) -> CompressionPlan:
-        plan = super().plan(analysis, form)
+        network = [Costs(x, analysis.statistics[x.name], form)
+                   for x in analysis.layers]
+        planner = copy.copy(self)
+        planner.cost = self.cost.within(
+            [x for x in network if x.is_measured], analysis.between)
+        plan = super(BudgetPlanner, planner).plan(analysis, form)
         if self.metric != 'latency':
             warn_if_slower(plan, self.metric, self.budget)
         return plan
@@ -293,7 +299,7 @@ def warn_if_slower(plan: CompressionPlan, metric: str,
     times = plan.predicted_ms.get(here.name) if here else None
     if here and times and times['after'] > times['before']:
         MMLogger.get_current_instance().warning(
-            'With %s=%g the layers are predicted to take %.2f times as long '
+            'With %s=%g the network is predicted to take %.2f times as long '
             "as dense on this machine (%s). BudgetPlanner(latency=%g, "
             "device='%s') keeps layers dense that would get slower", metric,
             fraction, times['after'] / times['before'], here.name, fraction,

@@ -9,6 +9,7 @@ from typing import Any, Iterable, NamedTuple, Sequence
 import numpy as np
 
 from ..factorization import Spectrum
+from ..running import Operation
 from .devices import DEVICES, device
 from .kernels import Convolution, Kernel
 from .layers import Layer
@@ -168,6 +169,12 @@ class Cost:
         """What some layers may cost if the network keeps a fraction."""
         return fraction * sum(self.of(layer, None) for layer in layers)
 
+    def within(self, network: Sequence[Costs],
+               between: Sequence[Operation]) -> Cost:
+        """The same for layers of a network, given all of its layers whose time
+        is known, and what it does between them."""
+        return self
+
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Require that their cost is known; the ValueError names others."""
 
@@ -188,17 +195,22 @@ class Cost:
 
 class DeviceCost(Cost):
     """Milliseconds of layers for one image on a device, by its model: see
-    :mod:`mmbasis.planning.devices` for what it assumes. All else that the
-    network does is left out.
+    :mod:`mmbasis.planning.devices` for what it assumes.
 
     Args:
         name (str): Name of a preset, such as ``'xavier-fp16'``; a ValueError
             lists them.
+        network (Sequence[Costs]): All layers of the network; a fraction is one
+            of the time of these and of ``between``. Defaults to those that
+            the fraction is of, alone.
+        between (Sequence[Operation]): What the network does between layers.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, network: Sequence[Costs] = (),
+                 between: Sequence[Operation] = ()) -> None:
         super().__init__('latency')
         self.device = device(name)
+        self.network, self.between = network, between
         self.source = f'on {name}, by its model'
 
     def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
@@ -213,28 +225,48 @@ class DeviceCost(Cost):
             super().pays(costs, ranks),
             self.of(costs, ranks) < self.of(costs, None))
 
+    def within(self, network: Sequence[Costs],
+               between: Sequence[Operation]) -> DeviceCost:
+        return DeviceCost(self.device.name, network, between)
+
+    def rest(self) -> float:
+        """Milliseconds of what stands between the layers of the network."""
+        return 1e3 * sum(
+            float(self.device.kernel_time(Kernel(1, 1, *x, window=0)))
+            for x in self.between)
+
+    def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
+        """What some layers may take if the whole network keeps a fraction of
+        its time, ms; negative where all else takes longer alone."""
+        own = super().budget(1, layers)
+        network = super().budget(1, self.network) if self.network else own
+        network += self.rest()
+        return fraction * network - (network - own)
+
 
 def predicted_ms(
-    layers: Iterable[tuple[Costs, Ranks | None]]
+    layers: Iterable[tuple[Costs, Ranks | None]],
+    between: Sequence[Operation] = ()
 ) -> dict[str, dict[str, float]]:
-    """Time of some layers for one image on each preset of
+    """Time of a network for one image on each preset of
     :data:`~mmbasis.planning.devices.DEVICES`.
 
     Args:
         layers (Iterable[tuple[Costs, Ranks | None]]): Layers with their ranks,
             None for dense ones. Layers of unknown kind and layers that did not
             run are left out.
+        between (Sequence[Operation]): What the network does between them.
 
     Returns:
-        dict: By preset, ``{'before', 'after'}``: milliseconds of the dense
-        layers and of those with their ranks.
+        dict: By preset, ``{'before', 'after'}``: milliseconds with dense
+        layers and with those of these ranks.
     """
     known = [(x, ranks) for x, ranks in layers if x.is_measured]
     times = {}
     for name in DEVICES if known else ():
-        of = DeviceCost(name).of
+        cost = DeviceCost(name, (), between)
         before, after = (
-            sum(float(of(x, ranks)) for x, ranks in rows)
+            cost.rest() + sum(float(cost.of(x, ranks)) for x, ranks in rows)
             for rows in ([(x, None) for x, _ in known], known))
         times[name] = dict(before=round(before, 6), after=round(after, 6))
     return times

@@ -219,13 +219,13 @@ _PRESETS = (
     # H100 data sheet, SXM: 989 TFLOP/s, 3.35 TB/s, 132 SMs, 50 MB
     _gpu('h100-fp16', 495, 3350, 2.5, 50, 132),
     # two cores at 4 GHz with two AVX-512 multiply-adds a cycle (16 numbers
-    # each), two channels of DDR4 (51 GB/s) of which others take a part, 32 MB
+    # each), two channels of DDR5 (77 GB/s) of which others take a part, 32 MB
     # of the last cache; ONNX Runtime, whose layout has blocks of 16 channels
     # (NCHWc), reaches the peak; some microseconds a node. Measured:
     # docs/results/roofline.md
     Device(
-        'cpu', 256e9, 30e9, 5e-6, 4, 2**25, 2, tile=16, alignment=4,
-        achieved=1., half_wide=2, misaligned=1.5, blocked=True,
+        'cpu', 256e9, 60e9, 5e-6, 4, 2**25, 2, tile=16, alignment=4,
+        achieved=1., half_wide=1, misaligned=1.5, blocked=True,
         overlaps=False),
 )
 DEVICES: Dict[str, Device] = {preset.name: preset for preset in _PRESETS}

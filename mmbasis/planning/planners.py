@@ -199,7 +199,7 @@ class BasePlanner(ABC):
         layers = [(Costs(x, analysis.statistics[x.name], form),
                    ranks.get(x.name)) for x in analysis.layers]
         plan = CompressionPlan({}, {}, form.norm, self.describe(),
-                               predicted_ms(layers))
+                               predicted_ms(layers, analysis.between))
         for costs, rank in layers:
             name = costs.layer.name
             if rank is not None:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, broadcast_object_list
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -78,9 +78,11 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """All that planning needs to know: layers, and what was measured."""
+    """All that planning needs to know: layers, what was measured, and what the
+    network does for one image between them."""
     selection: Selection
     statistics: Mapping[str, LayerStatistics]
+    between: Tuple[running.Operation, ...] = ()
 
     def __post_init__(self) -> None:
         freeze(self, 'statistics')
@@ -125,14 +127,19 @@ class LayerRecorder(ExitStack):
         #: a sum, and positions between the halves of its window, of each layer
         self._table = torch.zeros(len(layers), 6, dtype=torch.float64)
         self._watch: Optional[running.SumWatch] = None
+        #: for one image of the first batch
+        self.between: Tuple[running.Operation, ...] = ()
+        self._traffic = running.TrafficWatch()
         for layer, row in zip(layers, self._table):
             hook = partial(self._record, layer, row)
-            self.callback(observe(layer.module, hook).remove)
+            watched = observe(layer.module, hook, self._enter)
+            self.callback(watched.remove)
 
     def run(self, adapter: running.Adapter, batches: Sequence[Any]) -> None:
         """Run a model on batches."""
         for data in batches:
-            with nullcontext() if self.passes else self._find_sums():
+            with nullcontext() if self.passes else self._look(
+                    adapter.count_images(data)):
                 adapter.predict(data)
             self.images += adapter.count_images(data)
             self.passes += 1
@@ -141,14 +148,23 @@ class LayerRecorder(ExitStack):
                 len(batches), self.images)
 
     @contextmanager
-    def _find_sums(self) -> Iterator[None]:
-        """Note, in a pass, where the model adds shortcuts."""
+    def _look(self, images: int) -> Iterator[None]:
+        """Note, in a pass, where the model adds shortcuts, and what it does
+        between its layers."""
         self._watch = running.SumWatch()
-        with self._watch:
+        with self._watch, self._traffic:
             yield
+        shared = [tuple(running.Operation(*(x / images for x in operation))
+                        for operation in self._traffic.found)]
+        broadcast_object_list(shared)
+        self.between = shared[0]
         self._table[:, 4] = torch.tensor(
             [x.name in self._watch.residual for x in self.layers])
         self._watch = None
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        if self._watch is not None:
+            self._traffic.enter()
 
     def _record(self, layer: Layer, row: Tensor, module: nn.Module,
                 args: tuple, kwargs: dict, y: Tensor) -> None:
@@ -176,6 +192,7 @@ class LayerRecorder(ExitStack):
                         sampling.column_samples(layer, x))
         if self._watch is not None:
             self._watch.follow(layer.name, module, args, kwargs, y)
+            self._traffic.leave(y)
 
     def finish(self) -> Dict[str, LayerStatistics]:
         """Sum over processes: statistics by layer name, with spectra where
@@ -303,7 +320,7 @@ def measure(adapter: running.Adapter,
     for layer in selection.chosen:
         statistics[layer.name] = _with_defaults(
             layer, statistics[layer.name], forms)
-    return Analysis(selection, statistics)
+    return Analysis(selection, statistics, recorder.between)
 
 
 def _may_be(layer: Layer, allowed: Sequence[str], *forms: str) -> bool:

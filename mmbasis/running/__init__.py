@@ -18,10 +18,11 @@ from .passes import (
     train_deterministically,
     undisturbed,
 )
+from .traffic import Operation, TrafficWatch
 
 __all__ = [
     'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',
     'tensors', 'model_complexity', 'MMEngineAdapter', 'fisher_loss', 'Pass',
     'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
-    'undisturbed', 'Targets', 'trace_targets'
+    'undisturbed', 'Targets', 'trace_targets', 'Operation', 'TrafficWatch'
 ]

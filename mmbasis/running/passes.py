@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from ..layers import observe
 from .adapter import Adapter, tensors
 
-_SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
-         Tensor.__iadd__)
+#: functions that add two tensors
+SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__,
+        Tensor.__iadd__)
 #: the attribute that marks a tensor as the output of a layer
 _BRANCH = '_mmbasis_branch'
 _CURRENT = threading.local()
@@ -263,7 +264,7 @@ class SumWatch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         marked = [x for x in tensors((args, kwargs)) if hasattr(x, _BRANCH)]
-        if marked and func in _SUMS and _is_plain_sum(*args, **kwargs):
+        if marked and func in SUMS and _is_plain_sum(*args, **kwargs):
             self._at_sum(*args)
             marked = []
         result = func(*args, **kwargs)
