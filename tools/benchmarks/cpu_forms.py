@@ -118,7 +118,7 @@ def compare(runners, layers, plans, rounds):
             start = time.thread_time()
             run()
             times[name].append(time.thread_time() - start)
-    board = dataclasses.replace(device('cpu'), processors=1, peak=48e9)
+    board = dataclasses.replace(device('cpu'), processors=1, peak=128e9)
     rows = {}
     for name, plan in plans.items():
         parts = [layer.kernels(*form) for layer, form in zip(layers, plan)]

@@ -68,6 +68,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def recipe_of(**planner) -> Recipe:
+    """A recipe that ranks by energy."""
+    return Recipe.of(
+        planner=dict(planner, type='BudgetPlanner', loss_aware=False))
+
+
 def measure(name: str, args: argparse.Namespace) -> dict:
     """The rows of one model."""
     config, shape = MODELS[name]
@@ -77,15 +83,15 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     samples = samples_for(cfg, shape)
     model = build_model(cfg, args.checkpoint)
     batch = batch_for(cfg, shape, samples)
+    # the default looks at all forms, the other planners at some
+    analysis = analyze(model, recipe_of(macs=.5), [batch])
     rows, paths = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (row, planner) in enumerate(PLANNERS.items()):
             plan = None
             rows[row] = dict(macs=1., layers=0, predicted=1.)
             if planner is not None:
-                recipe = Recipe.of(planner=dict(
-                    planner, type='BudgetPlanner', loss_aware=False))
-                plan = make_plan(recipe, analyze(model, recipe, [batch]))
+                plan = make_plan(recipe_of(**planner), analysis)
                 time = plan.predicted_ms['cpu']
                 forms = [x.form for x in plan.layers.values()]
                 rows[row] = dict(
