@@ -29,6 +29,8 @@ MIN_EXPLAINED = 0.5
 #: of an output channel; otherwise only combinations of the dense layer's
 #: outputs are.
 SAMPLES_PER_WEIGHT = 4
+#: What samples count that the loss does not feel, where 1 is the mean.
+MIN_IMPORTANCE = 0.1
 #: Scales below this fraction of the largest count as it.
 MIN_SCALE = 1e-3
 
@@ -91,8 +93,12 @@ class LayerRegression:
             layer.known_kind.sees_patches(layer.module)
             and bool(total >= SAMPLES_PER_WEIGHT * layer.matrix_shape[2]))
 
-    def add(self, x: Tensor, target: Tensor, error: Tensor | None = None,
-            wanted: Tensor | None = None) -> None:
+    def add(self,
+            x: Tensor,
+            target: Tensor,
+            error: Tensor | None = None,
+            wanted: Tensor | None = None,
+            importance: Tensor | None = None) -> None:
         """Add a batch. One whose samples do not pair with those of the dense
         network is left out.
 
@@ -103,6 +109,8 @@ class LayerRegression:
                 add to that.
             wanted (Tensor, optional): Samples of the sum in the dense
                 network. Without a sum it is the target.
+            importance (Tensor, optional): What the error of each sample
+                counts. Defaults to 1.
         """
         layer = self.layer
         seen = x if self.front is None else self.front(x)
@@ -121,13 +129,20 @@ class LayerRegression:
         change = (target - unchanged - bias) * self.scale
         if error is not None:
             change += error
-        right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
+        one = torch.ones_like(change[:, :1])
+        wanted = target if wanted is None else wanted
+        # the product of two samples counts their importance
+        root = one if importance is None else (
+            importance + MIN_IMPORTANCE).sqrt().to(one)
+        one, change, regressors, wanted = (
+            value * root for value in (one, change, regressors, wanted))
+        right = torch.cat([regressors, one], 1)
         sampling.add_products(self.joint[:, :self.rows], change, right)
         sampling.add_products(self.joint[:, self.rows:], right, right)
-        wanted = target if wanted is None else wanted
         for sums, samples in zip(self.sums, (change, wanted)):
             samples = samples.double()
-            sums += torch.stack([samples.sum(-1), samples.square().sum(-1)])
+            sums += torch.stack([(samples * root).sum(-1),
+                                 samples.square().sum(-1)])
 
     def solve(self, rank: int | None,
               centred: bool) -> tuple[list[Tensor], Tensor] | None:
