@@ -93,40 +93,26 @@ class LayerRegression:
             layer.known_kind.sees_patches(layer.module)
             and bool(total >= SAMPLES_PER_WEIGHT * layer.matrix_shape[2]))
 
-    def add(self,
-            x: Tensor,
-            target: Tensor,
+    def add(self, importance: Tensor | None, x: Tensor, target: Tensor,
             error: Tensor | None = None,
-            wanted: Tensor | None = None,
-            importance: Tensor | None = None) -> None:
+            wanted: Tensor | None = None) -> None:
         """Add a batch. One whose samples do not pair with those of the dense
         network is left out.
 
         Args:
+            importance (Tensor, optional): What an error of each sample counts;
+                1 if it is None.
             x (Tensor): The layer's input in the compressed network.
             target (Tensor): Samples of what it should return.
             error (Tensor, optional): Samples of what its scaled output should
                 add to that.
             wanted (Tensor, optional): Samples of the sum in the dense
                 network. Without a sum it is the target.
-            importance (Tensor, optional): What the error of each sample
-                counts. Defaults to 1.
         """
-        layer = self.layer
-        seen = x if self.front is None else self.front(x)
-        bias = layer.module.bias.view_as(self.scale) if layer.has_bias else 0
-        if self.of_input:
-            regressors = sampling.input_samples(layer, seen)
-            unchanged = weight_matrix(layer).float() @ regressors
-        else:
-            if self.front is None:
-                y = type(layer.module).forward(layer.module, x)  # no hooks
-            else:
-                y = layer.known_kind.run_behind(layer.module, x, seen)
-            regressors = unchanged = sampling.output_samples(layer, y) - bias
+        regressors, unchanged = self._see(x)
         if target.shape != unchanged.shape:
             return
-        change = (target - unchanged - bias) * self.scale
+        change = (target - unchanged) * self.scale
         if error is not None:
             change += error
         one = torch.ones_like(change[:, :1])
@@ -143,6 +129,22 @@ class LayerRegression:
             samples = samples.double()
             sums += torch.stack([(samples * root).sum(-1),
                                  samples.square().sum(-1)])
+
+    def _see(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples of the regressors, and of the output as the layer was."""
+        layer = self.layer
+        seen = x if self.front is None else self.front(x)
+        bias = layer.module.bias.view_as(self.scale) if layer.has_bias else 0
+        if self.of_input:
+            regressors = sampling.input_samples(layer, seen)
+            return regressors, weight_matrix(
+                layer).float() @ regressors + bias
+        if self.front is None:
+            y = type(layer.module).forward(layer.module, x)  # no hooks
+        else:
+            y = layer.known_kind.run_behind(layer.module, x, seen)
+        unchanged = sampling.output_samples(layer, y)
+        return unchanged - bias, unchanged
 
     def solve(self, rank: int | None,
               centred: bool) -> tuple[list[Tensor], Tensor] | None:

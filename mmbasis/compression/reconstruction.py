@@ -144,14 +144,14 @@ class Reconstruction:
         return self._regress(layer, [
             (s.tensor, output_samples(layer, t.tensor)) for t, s in pairs])
 
-    def _regress(self, layer: Layer, samples: Sequence[tuple],
+    def _regress(self, layer: Layer, samples: Sequence[tuple[Tensor, ...]],
                  scale: Tensor | None = None) -> bool:
-        """Fit a layer to what :meth:`LayerRegression.add` takes."""
+        """Fit a layer to what :meth:`LayerRegression.add` takes, but for the
+        importance."""
         targets = [x[1] for x in samples]
         regression = self._regression(layer, targets, scale)
-        for sample, importance in zip(samples, self._importance(
-                layer, targets)):
-            regression.add(*sample, importance=importance)
+        for one, sample in zip(self._importance(layer, targets), samples):
+            regression.add(one, *sample)
         return self._set(regression)
 
     def _importance(self, layer: Layer,
@@ -219,7 +219,7 @@ class Reconstruction:
             # the dense layer may have been called less often
             target, importance = next(calls, (None, None))
             if target is not None:
-                regression.add(args[0], target, importance=importance)
+                regression.add(importance, args[0], target)
 
         watch = observe(self.model.get_submodule(name), before=add)
         for data, found in zip(batches, targets):

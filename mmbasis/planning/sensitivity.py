@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -183,14 +183,12 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
     taken as the product of the two expectations and summed over positions.
 
     Args:
-        adapter (Adapter): Runs the dense model.
-        analysis (Analysis): With spectra.
+        adapter, analysis: Runs the dense model; with spectra.
         batches (Sequence): Batches with annotations, as in training.
 
     Returns:
         Analysis: With ``gradient`` and ``sensitivity`` of each chosen layer
-        that a gradient reached; others stay unknown. With ``importance``, for
-        these and for prediction layers.
+        that a gradient reached; ``importance`` also of prediction layers.
 
     Raises:
         UnknownLossError: If the model has no loss that is known.
@@ -202,18 +200,24 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
     with ExitStack() as stack:
         stack.enter_context(running.undisturbed(model))
         stack.enter_context(running.evaluation(model))
+        classifies = adapter.logits(batches[0]) is not None
         for x in importance:
             stack.callback(observe(x.layer.module, x.watch).remove)
         for y in gradients:
             y.attach(stack)
-        for data in _backward(adapter, batches):
+        for data in _backward(adapter, batches, classifies):
             for x in importance:
                 x.end_batch(adapter.count_images(data))
     found = {x.layer.name: x.finish() for x in gradients}
+    _warn_of_unknown(found)
     statistics = {**analysis.statistics, **found}
-    for x in importance:
-        name = x.layer.name
-        statistics[name] = x.finish(statistics[name])
+    statistics.update((x.layer.name, x.finish(statistics[x.layer.name]))
+                      for x in importance)
+    return replace(analysis, statistics=statistics)
+
+
+def _warn_of_unknown(found: Mapping[str, LayerStatistics]) -> None:
+    """Say which layers no gradient reached."""
     unknown = [name for name, x in found.items() if x.sensitivity is None]
     if unknown:
         MMLogger.get_current_instance().warning(
@@ -221,14 +225,12 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
             '(%s): what they are worth to the loss is unknown, and their '
             'energy counts instead', len(unknown), len(found),
             ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
-    return replace(analysis, statistics=statistics)
 
 
-def _backward(adapter: running.Adapter,
-              batches: Sequence[Any]) -> Iterator[Any]:
+def _backward(adapter: running.Adapter, batches: Sequence[Any],
+              classifies: bool) -> Iterator[Any]:
     """Take the gradients of the loss on each batch; yields it behind that."""
-    is_classifier = adapter.logits(batches[0]) is not None
-    if not is_classifier:
+    if not classifies:
         running.train_deterministically(adapter.model)
     for index, data in enumerate(batches):
         # detectors draw among proposals, and queries to denoise
@@ -236,7 +238,7 @@ def _backward(adapter: running.Adapter,
         with torch.enable_grad():
             # layers behind frozen ones must get their gradients, too
             inputs = adapter.prepare(data, gradients=True)
-            loss = running.fisher_loss(adapter, inputs, index, is_classifier)
+            loss = running.fisher_loss(adapter, inputs, index, classifies)
             if loss.requires_grad:
                 loss.backward()
         MMLogger.get_current_instance().info('Sensitivity: batch %d/%d',
