@@ -183,7 +183,8 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
     taken as the product of the two expectations and summed over positions.
 
     Args:
-        adapter, analysis: Runs the dense model; with spectra.
+        adapter (Adapter): Runs the dense model.
+        analysis (Analysis): With spectra.
         batches (Sequence): Batches with annotations, as in training.
 
     Returns:
@@ -197,22 +198,21 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
     gradients = [_Gradients(x, analysis.statistics[x.name])
                  for x in analysis.selection.chosen]
     importance = [_Importance(x) for x in analysis.selection.fitted]
-    with ExitStack() as stack:
-        stack.enter_context(running.undisturbed(model))
-        stack.enter_context(running.evaluation(model))
+    with running.undisturbed(model), running.evaluation(
+            model), ExitStack() as stack:
         classifies = adapter.logits(batches[0]) is not None
-        for x in importance:
-            stack.callback(observe(x.layer.module, x.watch).remove)
-        for y in gradients:
-            y.attach(stack)
+        for x in gradients:
+            x.attach(stack)
+        for y in importance:
+            stack.callback(observe(y.layer.module, y.watch).remove)
         for data in _backward(adapter, batches, classifies):
-            for x in importance:
-                x.end_batch(adapter.count_images(data))
+            for y in importance:
+                y.end_batch(adapter.count_images(data))
     found = {x.layer.name: x.finish() for x in gradients}
     _warn_of_unknown(found)
     statistics = {**analysis.statistics, **found}
-    statistics.update((x.layer.name, x.finish(statistics[x.layer.name]))
-                      for x in importance)
+    statistics.update((y.layer.name, y.finish(statistics[y.layer.name]))
+                      for y in importance)
     return replace(analysis, statistics=statistics)
 
 

@@ -297,6 +297,7 @@ def test_what_matters_is_fitted(ranks, with_importance, monkeypatch):
     assert errors[keep] < .95 * errors[forget]
 
 
+@torch.no_grad()
 def test_importance_weighs_squares():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(400, 3)
