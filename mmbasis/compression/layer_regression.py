@@ -29,6 +29,8 @@ MIN_EXPLAINED = 0.5
 #: of an output channel; otherwise only combinations of the dense layer's
 #: outputs are.
 SAMPLES_PER_WEIGHT = 4
+#: What samples count that the loss does not feel, where 1 is the mean.
+MIN_IMPORTANCE = 0.1
 #: Scales below this fraction of the largest count as it.
 MIN_SCALE = 1e-3
 
@@ -91,12 +93,15 @@ class LayerRegression:
             layer.known_kind.sees_patches(layer.module)
             and bool(total >= SAMPLES_PER_WEIGHT * layer.matrix_shape[2]))
 
-    def add(self, x: Tensor, target: Tensor, error: Tensor | None = None,
+    def add(self, importance: Tensor | None, x: Tensor, target: Tensor,
+            error: Tensor | None = None,
             wanted: Tensor | None = None) -> None:
         """Add a batch. One whose samples do not pair with those of the dense
         network is left out.
 
         Args:
+            importance (Tensor, optional): What an error of each sample counts;
+                1 if it is None.
             x (Tensor): The layer's input in the compressed network.
             target (Tensor): Samples of what it should return.
             error (Tensor, optional): Samples of what its scaled output should
@@ -104,30 +109,42 @@ class LayerRegression:
             wanted (Tensor, optional): Samples of the sum in the dense
                 network. Without a sum it is the target.
         """
+        regressors, unchanged = self._see(x)
+        if target.shape != unchanged.shape:
+            return
+        change = (target - unchanged) * self.scale
+        if error is not None:
+            change += error
+        one = torch.ones_like(change[:, :1])
+        wanted = target if wanted is None else wanted
+        # the product of two samples counts their importance
+        root = one if importance is None else (
+            importance + MIN_IMPORTANCE).sqrt().to(one)
+        one, change, regressors, wanted = (
+            value * root for value in (one, change, regressors, wanted))
+        right = torch.cat([regressors, one], 1)
+        sampling.add_products(self.joint[:, :self.rows], change, right)
+        sampling.add_products(self.joint[:, self.rows:], right, right)
+        for sums, samples in zip(self.sums, (change, wanted)):
+            samples = samples.double()
+            sums += torch.stack([(samples * root).sum(-1),
+                                 samples.square().sum(-1)])
+
+    def _see(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples of the regressors, and of the output as the layer was."""
         layer = self.layer
         seen = x if self.front is None else self.front(x)
         bias = layer.module.bias.view_as(self.scale) if layer.has_bias else 0
         if self.of_input:
             regressors = sampling.input_samples(layer, seen)
-            unchanged = weight_matrix(layer).float() @ regressors
+            return regressors, weight_matrix(
+                layer).float() @ regressors + bias
+        if self.front is None:
+            y = type(layer.module).forward(layer.module, x)  # no hooks
         else:
-            if self.front is None:
-                y = type(layer.module).forward(layer.module, x)  # no hooks
-            else:
-                y = layer.known_kind.run_behind(layer.module, x, seen)
-            regressors = unchanged = sampling.output_samples(layer, y) - bias
-        if target.shape != unchanged.shape:
-            return
-        change = (target - unchanged - bias) * self.scale
-        if error is not None:
-            change += error
-        right = torch.cat([regressors, torch.ones_like(change[:, :1])], 1)
-        sampling.add_products(self.joint[:, :self.rows], change, right)
-        sampling.add_products(self.joint[:, self.rows:], right, right)
-        wanted = target if wanted is None else wanted
-        for sums, samples in zip(self.sums, (change, wanted)):
-            samples = samples.double()
-            sums += torch.stack([samples.sum(-1), samples.square().sum(-1)])
+            y = layer.known_kind.run_behind(layer.module, x, seen)
+        unchanged = sampling.output_samples(layer, y)
+        return unchanged - bias, unchanged
 
     def solve(self, rank: int | None,
               centred: bool) -> tuple[list[Tensor], Tensor] | None:

@@ -9,14 +9,15 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Sequence
 
+import torch
 import torch.nn as nn
-from mmengine.dist import all_gather_object
+from mmengine.dist import all_gather_object, all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..factorization import merge, orthonormalize
 from ..layers import BasisLayer, observe
-from ..planning import Analysis, Layer, Reason
+from ..planning import Analysis, Layer
 from ..planning.samples import output_samples
 from ..running import Pass, SumWatch, adapter_of, current_pass, evaluation
 from .layer_regression import LayerRegression
@@ -48,11 +49,7 @@ class Reconstruction:
         self.model, self.reference = model, reference
         self.teacher = adapter_of(reference)
         self.statistics = analysis.statistics
-        excluded = analysis.selection.excluded
-        self.todo = {x.name: x for x in analysis.layers
-                     if x.kind is not None and (
-                         x.name not in excluded
-                         or excluded[x.name].reason is Reason.PREDICTION)}
+        self.todo = {x.name: x for x in analysis.selection.fitted}
         self.watch = SumWatch()
         self._done, self._start = 0, time.time()
 
@@ -147,13 +144,26 @@ class Reconstruction:
         return self._regress(layer, [
             (s.tensor, output_samples(layer, t.tensor)) for t, s in pairs])
 
-    def _regress(self, layer: Layer, samples: Sequence[tuple],
+    def _regress(self, layer: Layer, samples: Sequence[tuple[Tensor, ...]],
                  scale: Tensor | None = None) -> bool:
-        """Fit a layer to what :meth:`LayerRegression.add` takes."""
-        regression = self._regression(layer, [x[1] for x in samples], scale)
-        for sample in samples:
-            regression.add(*sample)
+        """Fit a layer to what :meth:`LayerRegression.add` takes, but for the
+        importance."""
+        targets = [x[1] for x in samples]
+        regression = self._regression(layer, targets, scale)
+        for one, sample in zip(self._importance(layer, targets), samples):
+            regression.add(one, *sample)
         return self._set(regression)
+
+    def _importance(self, layer: Layer,
+                    targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """What the samples of each target count; None where it is unknown, or
+        belongs to other samples than the model sees in testing."""
+        known = self.statistics[layer.name].importance
+        fits = len(known) >= len(targets) and all(
+            len(x) == y.shape[-1] for x, y in zip(known, targets))
+        agreed = torch.tensor(float(fits))
+        all_reduce(agreed, 'min')
+        return known[:len(targets)] if agreed else [None] * len(targets)
 
     def _regression(self, layer: Layer, targets: Sequence[Tensor],
                     scale: Tensor | None = None) -> LayerRegression:
@@ -201,18 +211,19 @@ class Reconstruction:
 
     def _fit_calls(self, name: str, batches: Sequence[Any],
                    targets: Sequence[Sequence[Tensor]]) -> bool:
-        regression = self._regression(self.todo[name],
-                                      [*itertools.chain(*targets)])
+        layer, wanted = self.todo[name], [*itertools.chain(*targets)]
+        regression = self._regression(layer, wanted)
+        known = zip(wanted, self._importance(layer, wanted))
 
         def add(module: nn.Module, args: tuple) -> None:
             # the dense layer may have been called less often
-            target = next(calls, None)
+            target, importance = next(calls, (None, None))
             if target is not None:
-                regression.add(args[0], target)
+                regression.add(importance, args[0], target)
 
         watch = observe(self.model.get_submodule(name), before=add)
         for data, found in zip(batches, targets):
-            calls = iter(found)
+            calls = iter([*itertools.islice(known, len(found))])
             self.student.predict(data)
         watch.remove()
         return self._set(regression)

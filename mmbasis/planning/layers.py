@@ -237,6 +237,14 @@ class Selection:
         """The layers that a planner may compress."""
         return [x for x in self.layers if x.name not in self.excluded]
 
+    @property
+    def fitted(self) -> list[Layer]:
+        """The layers that reconstruction fits: those chosen, whatever the
+        planner makes of them, and prediction layers."""
+        return [x for x in self.layers if x.kind is not None and (
+            x.name not in self.excluded
+            or self.excluded[x.name].reason is Reason.PREDICTION)]
+
     def without(self, excluded: Mapping[str, Exclusion]) -> Selection:
         """The same with more layers excluded; earlier reasons stay."""
         return replace(self, excluded={**excluded, **self.excluded})

@@ -2,7 +2,8 @@
 """What errors in the outputs and inputs of layers matter to the loss."""
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Optional, Sequence
+from functools import partial
+from typing import Any, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -116,6 +117,55 @@ class _Gradients:
         return known
 
 
+class _Importance:
+    """The norm of the loss' gradient at each sample of a layer's output."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.norms: List[Tensor] = []
+        #: those of the calls in this batch, as forward passes make them
+        self._calls: List[Tensor] = []
+        #: whether calls come in the order of a plain forward pass
+        self._in_order = True
+
+    def watch(self, module: nn.Module, args: tuple, kwargs: dict,
+              output: Tensor) -> Optional[Tensor]:
+        """Hook on the forward pass of the layer."""
+        if not torch.is_grad_enabled():
+            self._in_order = False  # checkpointing runs the last call first
+            return None
+        if not output.requires_grad:
+            output = output.requires_grad_() + 0
+        output.register_hook(partial(self._add, len(self._calls)))
+        count = sampling.output_samples(self.layer, output.detach()).shape[-1]
+        self._calls.append(output.new_zeros(count, dtype=torch.float64))
+        return output
+
+    def _add(self, call: int, gradient: Tensor) -> None:
+        self._calls[call] = torch.linalg.vector_norm(
+            sampling.output_samples(self.layer, gradient), dim=(0, 1),
+            dtype=torch.float64)
+
+    def end_batch(self, images: int) -> None:
+        """Let images count alike: the size of an image's gradients depends on
+        the labels that were drawn for it."""
+        calls, self._calls = self._calls, []
+        if any(len(x) % images for x in calls):
+            images = 1  # regions, for example
+        rows = [x.view(images, -1) for x in calls]
+        mean = torch.cat(rows, 1).mean(1, True) if rows else torch.zeros(1)
+        self.norms += [(x / mean.clamp_min(1e-300)).flatten() for x in rows]
+
+    def finish(self, known: LayerStatistics) -> LayerStatistics:
+        """With what was found, if it belongs to the calls of a forward pass
+        and says anything."""
+        in_order = self._in_order or known.calls <= 1
+        says = any(bool(x.any()) for x in self.norms) and all(
+            bool(x.isfinite().all()) for x in self.norms)
+        return replace(known, importance=tuple(
+            self.norms)) if in_order and says else known
+
+
 def _products(samples: Tensor) -> Tensor:
     """``sum g g^T``, float64: squares of vanishing gradients are too small for
     float32."""
@@ -139,7 +189,7 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
 
     Returns:
         Analysis: With ``gradient`` and ``sensitivity`` of each chosen layer
-        that a gradient reached; others stay unknown.
+        that a gradient reached; ``importance`` also of prediction layers.
 
     Raises:
         UnknownLossError: If the model has no loss that is known.
@@ -147,13 +197,27 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
     model = adapter.model
     gradients = [_Gradients(x, analysis.statistics[x.name])
                  for x in analysis.selection.chosen]
-    with ExitStack() as stack:
-        stack.enter_context(running.undisturbed(model))
-        stack.enter_context(running.evaluation(model))
+    importance = [_Importance(x) for x in analysis.selection.fitted]
+    with running.undisturbed(model), running.evaluation(
+            model), ExitStack() as stack:
+        classifies = adapter.logits(batches[0]) is not None
         for x in gradients:
             x.attach(stack)
-        _backward(adapter, batches)
+        for y in importance:
+            stack.callback(observe(y.layer.module, y.watch).remove)
+        for data in _backward(adapter, batches, classifies):
+            for y in importance:
+                y.end_batch(adapter.count_images(data))
     found = {x.layer.name: x.finish() for x in gradients}
+    _warn_of_unknown(found)
+    statistics = {**analysis.statistics, **found}
+    statistics.update((y.layer.name, y.finish(statistics[y.layer.name]))
+                      for y in importance)
+    return replace(analysis, statistics=statistics)
+
+
+def _warn_of_unknown(found: Mapping[str, LayerStatistics]) -> None:
+    """Say which layers no gradient reached."""
     unknown = [name for name, x in found.items() if x.sensitivity is None]
     if unknown:
         MMLogger.get_current_instance().warning(
@@ -161,13 +225,12 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
             '(%s): what they are worth to the loss is unknown, and their '
             'energy counts instead', len(unknown), len(found),
             ', '.join(unknown[:5] + ['…'] * (len(unknown) > 5)))
-    return replace(analysis, statistics={**analysis.statistics, **found})
 
 
-def _backward(adapter: running.Adapter, batches: Sequence[Any]) -> None:
-    """Take the gradients of the loss on each batch."""
-    is_classifier = adapter.logits(batches[0]) is not None
-    if not is_classifier:
+def _backward(adapter: running.Adapter, batches: Sequence[Any],
+              classifies: bool) -> Iterator[Any]:
+    """Take the gradients of the loss on each batch; yields it behind that."""
+    if not classifies:
         running.train_deterministically(adapter.model)
     for index, data in enumerate(batches):
         # detectors draw among proposals, and queries to denoise
@@ -175,8 +238,9 @@ def _backward(adapter: running.Adapter, batches: Sequence[Any]) -> None:
         with torch.enable_grad():
             # layers behind frozen ones must get their gradients, too
             inputs = adapter.prepare(data, gradients=True)
-            loss = running.fisher_loss(adapter, inputs, index, is_classifier)
+            loss = running.fisher_loss(adapter, inputs, index, classifies)
             if loss.requires_grad:
                 loss.backward()
         MMLogger.get_current_instance().info('Sensitivity: batch %d/%d',
                                              index + 1, len(batches))
+        yield data

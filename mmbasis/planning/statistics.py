@@ -59,6 +59,9 @@ class LayerStatistics:
             ``(G, C k / G, C k / G)``.
         columns (InputSpectrum, optional): Directions of these, in the metric
             of the ``gradient``; None where the layer has no spatial form.
+        importance (tuple[Tensor]): How strongly the loss feels an error at
+            each sample of its output: the norm of the gradient there, call
+            after call on the batches of this process. Empty is unknown.
     """
     weight_positions: float = 0
     out_positions: float = 0
@@ -74,6 +77,7 @@ class LayerStatistics:
     middle_positions: float = 0
     column_covariance: Optional[Tensor] = None
     columns: Optional[InputSpectrum] = None
+    importance: Tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

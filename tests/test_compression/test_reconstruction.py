@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -9,9 +10,20 @@ import torch.nn as nn
 from mmcv.ops import DeformConv2d
 
 import mmbasis
-from mmbasis.compression import basis_layers, layer_regression
+from mmbasis.compression import (
+    Recipe,
+    basis_layers,
+    layer_regression,
+    pipeline,
+)
 from mmbasis.factorization import reduced_rank_regression
-from mmbasis.planning import FixedPlanner, Ranks, samples
+from mmbasis.planning import (
+    FixedPlanner,
+    LayerStatistics,
+    Ranks,
+    find_layers,
+    samples,
+)
 from mmbasis.running import SumWatch, adapter_of
 
 
@@ -215,6 +227,109 @@ def test_kept_layers_make_up_too_but_not_excluded_ones(model, batches):
         small = compressed(net, batches, 'sequential', {'backbone': 4})
         assert not torch.equal(small.head['fc'].weight, model.fc.weight)
         assert small.head['fc'].weight.requires_grad is not frozen
+
+
+class LeftHalf(nn.Module):
+    """Makes use of the left half of a map; on the right other channels have
+    more energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv(x)[..., :5].relu().mean((2, 3)))
+
+
+class WithLoss(Given):
+    """Gives ranks, and knows the loss."""
+    loss_aware = True
+
+
+@pytest.fixture
+def with_importance(monkeypatch):
+    """Compress a copy of a model with a changed importance of samples."""
+    analyze = pipeline.analyze
+
+    def compress(model, ranks, batches, change):
+        recipe = Recipe.of(planner=WithLoss(ranks))
+        analysis = analyze(model, recipe, batches)
+        analysis = replace(analysis, statistics={
+            name: replace(x, importance=change(x.importance))
+            for name, x in analysis.statistics.items()})
+        monkeypatch.setattr(pipeline, 'analyze', lambda *_: analysis)
+        basis = copy.deepcopy(model)
+        pipeline.run_recipe(basis, recipe, batches, [])
+        return basis
+
+    return compress
+
+
+def keep(importance):
+    return importance
+
+
+def forget(importance):
+    return ()
+
+
+@pytest.mark.parametrize('ranks', [
+    Ranks(2), Ranks(None, 1), Ranks(2, 1), Ranks(2, None, True)
+], ids=['output', 'input', 'both', 'spatial'])
+def test_what_matters_is_fitted(ranks, with_importance, monkeypatch):
+    """Errors at samples that the loss does not feel hardly count."""
+    monkeypatch.setattr(layer_regression, 'MIN_IMPORTANCE', 1e-3)
+    torch.manual_seed(0)
+    model = LeftHalf().eval()
+    batches = [torch.randn(16, 3, 10, 10) for _ in range(4)]
+    for x in batches:
+        x[:, 2, :, :5] *= .2
+        x[:, :2, :, 5:] *= .2
+        x[:, 2, :, 5:] *= 5
+    errors = {}
+    for change in (keep, forget):
+        basis = with_importance(model, dict(conv=ranks), batches, change)
+        with torch.no_grad():
+            errors[change] = sum(
+                (basis.conv(x) - model.conv(x))[..., :5].square().sum()
+                for x in batches)
+    assert errors[keep] < .95 * errors[forget]
+
+
+@torch.no_grad()
+def test_importance_weighs_squares():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(400, 3)
+    wanted = torch.randn(400, 2) + x[:, :2].abs() + 3 * model(x).detach()
+    importance = torch.rand(400).double()
+    layer, = find_layers(model)
+    parts = [(importance[part], x[part], wanted[part].T[None])
+             for part in (slice(0, 150), slice(150, 400))]
+    regression = layer_regression.LayerRegression(
+        layer, LayerStatistics(), [x[2] for x in parts])
+    for part in parts:
+        regression.add(*part)
+    (basis, coefficients), bias = regression.solve(None, True)
+    root = (importance + layer_regression.MIN_IMPORTANCE).sqrt()[:, None]
+    regressors = torch.cat([x, torch.ones(400, 1)], 1).double()
+    expected = torch.linalg.lstsq(
+        regressors * root, wanted.double() * root).solution.T
+    found = torch.cat([coefficients[0] @ basis[0], bias[:, None]], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_importance_of_other_samples_does_not_count(model, batches,
+                                                    with_importance):
+    """As of other proposals in training than in testing."""
+    ranks = dict(stem=5, shared=6, expand=7)
+    found, none, other = (
+        torch.cat([x.flatten() for x in with_importance(
+            model, ranks, batches, change).state_dict().values()])
+        for change in (keep, forget, lambda known: tuple(
+            x[1:] for x in known)))
+    assert torch.equal(other, none)
+    assert not torch.allclose(found, none, rtol=1e-3)
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import copy
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmpretrain.models.backbones import ResNet
+from torch.utils.checkpoint import checkpoint
 
 from mmbasis.compression import compress
 from mmbasis.planning import BudgetPlanner
@@ -52,6 +54,55 @@ def test_against_gradients_computed_directly():
     expected = layer.spectrum.energy * along.square().sum((2, 3)).mean(0)
     torch.testing.assert_close(
         layer.sensitivity, expected.double(), rtol=1e-4, atol=1e-12)
+
+
+def test_importance_against_gradients_computed_directly():
+    """Of every sample, in units of the image's mean."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 5))
+    batches = [torch.randn(n, 3, 8, 8) for n in (4, 3)]
+    found = analyzed(model, batches)['0'].importance
+    assert [len(x) for x in found] == [4 * 36, 3 * 36]
+    for index, x in enumerate(batches):
+        y = model[0](x).detach().requires_grad_()
+        logits = model[1:](y)
+        loss = F.cross_entropy(
+            logits, sampled_labels(logits, index), reduction='sum')
+        norms = torch.autograd.grad(loss, y)[0].norm(dim=1).flatten(1)
+        expected = (norms / norms.mean(1, True)).flatten().double()
+        torch.testing.assert_close(found[index], expected, rtol=1e-4,
+                                   atol=1e-6)
+
+
+class Twice(nn.Module):
+    """A layer that runs on a large and then on a small map, maybe recomputed
+    in the backward pass: then the small map comes first."""
+
+    def __init__(self, recomputed):
+        super().__init__()
+        self.recomputed = recomputed
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 5)
+
+    def part(self, x):
+        return self.conv(x).relu().mean((2, 3))
+
+    def forward(self, x):
+        run = self.part
+        if self.recomputed:
+            run = partial(checkpoint, self.part, use_reentrant=True)
+        return self.fc(run(x) + run(x[..., ::2, ::2]))
+
+
+@pytest.mark.parametrize('recomputed', [False, True])
+def test_importance_is_in_the_order_of_calls_or_unknown(recomputed):
+    torch.manual_seed(0)
+    found = analyzed(Twice(recomputed), [torch.randn(2, 3, 10, 10)])['conv']
+    assert found.sensitivity is not None
+    assert [len(x) for x in found.importance] == (
+        [] if recomputed else [2 * 64, 2 * 9])
 
 
 def test_vanishing_gradients():
