@@ -80,7 +80,7 @@ def test_detector_with_deformable_convolutions(detection, forms):
     assert not [x for x in before['uncounted'] if 'Deform' in x]
     plan = mmbasis.compress(
         model,
-        BudgetPlanner(macs=.5, loss_aware=False, forms=forms), [data],
+        BudgetPlanner(macs=.2, loss_aware=False, forms=forms), [data],
         reconstruction='local')
     kinds = {x.kind for x in plan.layers.values()}
     assert kinds == {'BasisConv', 'BasisDeformConv'}
@@ -89,4 +89,4 @@ def test_detector_with_deformable_convolutions(detection, forms):
     totals = plan.totals()['macs']
     saved = before['macs'] - model_complexity(model, data)['macs']
     assert saved == pytest.approx(totals['before'] - totals['after'])
-    assert totals['after'] <= .5 * totals['before']
+    assert totals['after'] <= .2 * totals['before']
