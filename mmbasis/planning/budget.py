@@ -23,7 +23,8 @@ SOURCES: dict[str, list[list[str]]] = dict(
     macs=[[], ['device']], params=[[]], latency=[['table'], ['device']])
 #: weights of time in the choice of options, and how much more than with none
 #: a plan may lose
-WEIGHTS, TOLERANCE = (0., .25, .5, .75, 1.), .1
+WEIGHTS: tuple[float, ...] = (0., .25, .5, .75, 1.)
+TOLERANCE = .1
 #: ranks of a side that are tried, beside those of the output form
 GRID = 64
 
@@ -35,23 +36,17 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
 
     From the cheapest options on, the layer that saves most loss for its cost
     makes a step. Up to the first step that costs too much this is a walk along
-    the convex hulls (the Lagrangian relaxation), optimal up to that step.
+    the convex hulls (Lagrangian relaxation), optimal up to there.
 
     Args:
-        options (Sequence[tuple[ndarray, ndarray]]): Costs and losses of each
-            layer's options, in any order.
+        options (Sequence[tuple[ndarray, ndarray]]): Costs and losses by layer.
         budget (float): Upper bound of the sum of costs.
-        start (Sequence[int], optional): Options to start from. Defaults to
-            the cheapest ones.
+        start (Sequence[int], optional): Where not from the cheapest ones.
 
     Returns:
-        list[int]: Index of the chosen option of each layer.
-
-    Raises:
-        ValueError: If even the cheapest options exceed the budget.
+        list[int]: The options; a ValueError if the cheapest cost too much.
     """
-    chosen = list(start or (
-        int(np.lexsort((losses, costs))[0]) for costs, losses in options))
+    chosen = list(start or map(_cheapest, options))
     spent = sum(costs[now] for (costs, _), now in zip(options, chosen))
     slack = budget * (1 + 1e-9) - spent
     if slack < 0:
@@ -66,13 +61,20 @@ def allocate(options: Sequence[tuple[np.ndarray, np.ndarray]],
             chosen[layer] = target
         rise = costs - costs[chosen[layer]]
         gain = losses[chosen[layer]] - losses
-        least = 1e-9 * losses.max()  # less is rounding
-        better, = np.nonzero((rise > 0) & (rise <= slack) & (gain > least))
+        # less is rounding
+        better, = np.nonzero((rise > 0) & (rise <= slack)
+                             & (gain > 1e-9 * losses.max()))
         if len(better):
             slopes = gain[better] / rise[better]
             best = slopes.argmax()
             heapq.heappush(steps, (-slopes[best], layer, int(better[best])))
     return chosen
+
+
+def _cheapest(option: tuple[np.ndarray, np.ndarray]) -> int:
+    """Index of the cheapest one; of several, of that which loses least."""
+    costs, losses = option
+    return int(np.lexsort((losses, costs))[0])
 
 
 class Options(NamedTuple):
@@ -89,7 +91,7 @@ class Options(NamedTuple):
         allow nothing else."""
         prices = ((1 - weight) * self.costs / self.costs[-1]
                   + weight * self.times / self.times[-1])
-        cheapest = np.lexsort((self.losses, self.costs))[:1]
+        cheapest = _cheapest((self.costs, self.losses))
         return np.union1d(hull(prices, self.losses), cheapest)
 
 
@@ -102,6 +104,18 @@ def _spend(tables: Sequence[Options], budget: float,
                        for x, i in zip(tables, good)], budget)
     start = [int(i[k]) for i, k in zip(good, chosen)]
     return allocate([(x.costs, x.losses) for x in tables], budget, start)
+
+
+def _fastest(tables: Sequence[Options],
+             plans: Sequence[list[int]]) -> list[int]:
+    """Of some plans, the fastest that loses little more than the best one."""
+    losses = [sum(float(x.losses[i]) for x, i in zip(tables, plan))
+              for plan in plans]
+    times = [sum(float(x.times[i]) for x, i in zip(tables, plan))
+             for plan in plans]
+    most = (1 + TOLERANCE) * min(losses)
+    good = [n for n, loss in enumerate(losses) if loss <= most]
+    return plans[min(good, key=lambda n: times[n])]
 
 
 def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
@@ -187,9 +201,9 @@ class BudgetPlanner(BasePlanner):
             table = dict(path=table) if isinstance(table, str) else table
             self.cost = LatencyTable.load(**table)
         #: of plans that are about as good, the fastest by this is taken
-        self.time = self.cost
+        self.time, self.weights = self.cost, WEIGHTS[:1]
         if macs is not None:
-            self.time = DeviceCost(device or 'cpu')
+            self.time, self.weights = DeviceCost(device or 'cpu'), WEIGHTS
         knows_inputs = self.cost.knows_inputs and self.data_aware
         if forms is None:
             forms = FORMS if knows_inputs else FORMS[:1]
@@ -209,17 +223,12 @@ class BudgetPlanner(BasePlanner):
         budget -= sum(of(x, ranks) for x, ranks in decided)
         tables = [self._options(x, lost) for x, lost in zip(free, _lost(free))]
         try:
-            plans = [_spend(tables, budget, weight) for weight in WEIGHTS]
+            plans = [_spend(tables, budget, weight) for weight in self.weights]
         except ValueError as error:
             raise ValueError(f'BudgetPlanner: {self.metric}={self.budget:g} '
                              f'cannot be met: {error}') from None
-        sums = [[sum(y[index] for y, index in zip(column, plan))
-                 for column in zip(*((x.losses, x.times) for x in tables))]
-                for plan in plans]
-        most = (1 + TOLERANCE) * min((loss for loss, _ in sums), default=0)
-        best = min((time, n) for n, (loss, time) in enumerate(sums)
-                   if loss <= most)[1]
-        return [x.ranks[index] for x, index in zip(tables, plans[best])]
+        best = _fastest(tables, plans)
+        return [x.ranks[index] for x, index in zip(tables, best)]
 
     def plan(self,
              analysis: Analysis,
@@ -250,12 +259,13 @@ class BudgetPlanner(BasePlanner):
         dense = self.cost.of(x, None), self.time.of(x, None), 0.
         rows.append(np.array(dense)[:, None])
         found.append(np.zeros((3, 1), int))
-        ranks = [
+        options = [
             Ranks(output or None, inputs or None, bool(spatial))
             if output or inputs else None
             for output, inputs, spatial in np.concatenate(found, 1).T.tolist()
         ]
-        return Options(*np.concatenate(rows, 1), ranks)
+        cost, time, loss = np.concatenate(rows, 1)
+        return Options(cost, time, loss, options)
 
     def _forms(self, x: Costs,
                lost: np.ndarray) -> dict[str, tuple[Ranks, np.ndarray]]:

@@ -7,9 +7,9 @@ whole grid of ranks. It is not a measurement. What it assumes:
 
 - A convolution, its bias, BatchNorm, activation and the sum with a shortcut
   are one kernel, which reads the shortcut, too. In a form these are its last
-  kernel's: nothing stands between its parts. All else in a network (pooling,
-  activations elsewhere, heads' arithmetic) takes as long as before and is left
-  out, so a network gains less than its layers do.
+  kernel's: nothing stands between its parts. All else in a network (other
+  activations, pooling, concatenation) only moves data, and takes as long as
+  before: see :class:`~mmbasis.running.TrafficWatch`.
 - Each kernel of a form reads what the one before wrote: behind an input basis,
   the k x k one reads its few channels, and so on.
 - Channels fill whole blocks: outputs are computed in multiples of
@@ -20,6 +20,11 @@ whole grid of ranks. It is not a measurement. What it assumes:
   padded one before it is read (``COPIES`` times on average).
 - Few outputs do not fill the machine: see ``HALF_FULL``. On a CPU, few output
   channels use what is loaded too little: see ``Device.half_wide``.
+- ONNX Runtime on a CPU (``Device.blocked``) has blocks of channels. Inputs
+  fill whole blocks, fewer than one are copied. Each core takes whole spans of
+  ``SPAN`` blocks of outputs, where there are several: 80 outputs on two cores
+  take as long as 128 (measured: 160 and 260 GMAC/s). Each span reads the
+  tensor again. Weights move during arithmetic, tensors do not.
 - A tensor smaller than half the last cache stays there for the next kernel and
   moves at ``CACHE_SPEED``; from the whole cache on it goes through memory.
   This holds for the tensor between two parts of a layer as for the layer's
@@ -219,8 +224,8 @@ _PRESETS = (
     # H100 data sheet, SXM: 989 TFLOP/s, 3.35 TB/s, 132 SMs, 50 MB
     _gpu('h100-fp16', 495, 3350, 2.5, 50, 132),
     # two cores at 4 GHz with two AVX-512 multiply-adds a cycle (16 numbers
-    # each), two channels of DDR5 (77 GB/s) of which others take a part, 32 MB
-    # of the last cache; ONNX Runtime, whose layout has blocks of 16 channels
+    # each), two channels of DDR5 (77 GB/s), partly used by others, 32 MB of
+    # the last cache; ONNX Runtime, whose layout has blocks of 16 channels
     # (NCHWc), reaches the peak; some microseconds a node. Measured:
     # docs/results/roofline.md
     Device(

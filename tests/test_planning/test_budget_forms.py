@@ -10,6 +10,7 @@ import torch.nn as nn
 from mmbasis import compress
 from mmbasis.compression import basis_layers
 from mmbasis.planning import BasePlanner, BudgetPlanner, Ranks
+from mmbasis.planning.budget import Options, _fastest, _spend
 from mmbasis.planning.costs import Costs, DeviceCost
 from mmbasis.registry import PLANNERS
 from mmbasis.running import model_complexity
@@ -264,3 +265,54 @@ def test_export_of_a_spatial_form(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(
             torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
+def planned_time(plan, name):
+    time = plan.predicted_ms[name]
+    return time['after'] / time['before']
+
+
+@pytest.mark.parametrize('lost, chosen', [(1.05, 10), (1.2, 20)])
+def test_of_plans_about_as_good_the_fastest_is_taken(lost, chosen):
+    """Rank 10 is as cheap as 20 and faster, and loses a little more."""
+    table = Options(
+        np.array([.1, .5, .5, 1.]), np.array([.4, .5, .9, 1.]),
+        np.array([9., lost, 1., 0.]),
+        [Ranks(1), Ranks(10), Ranks(20), None])
+    plans = [_spend([table], .6, weight) for weight in (0., .5)]
+    index, = _fastest([table], plans)
+    assert table.ranks[index] == Ranks(chosen)
+
+
+def test_plans_for_macs_are_fast_for_their_macs():
+    """As few MACs in less time."""
+    torch.manual_seed(0)
+    sizes = [3, 96, 160, 160, 96, 80, 160]
+    model = nn.Sequential(*(
+        nn.Conv2d(*x, 3, padding=1) for x in zip(sizes, sizes[1:])))
+    found = measured(model, [torch.randn(1, 3, 24, 24)])
+    planner = BudgetPlanner(macs=.4)
+    fast = planner.plan(found)
+    planner.weights = (0., )
+    best = planner.plan(found)
+    assert planned_time(fast, 'cpu') < .98 * planned_time(best, 'cpu')
+    for plan in (fast, best):
+        macs = plan.totals()['macs']
+        assert .39 < macs['after'] / macs['before'] <= .4
+
+
+def test_a_fraction_of_time_is_one_of_the_network():
+    """Layers make up for what stands between them."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1),
+        nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1))
+    modules = [y for x in plain for y in (x, nn.SiLU(), nn.MaxPool2d(1))]
+    images, planner = [torch.randn(1, 3, 32, 32)], BudgetPlanner(
+        latency=.6, device='cpu')
+    alone, among = (planner.plan(measured(x, images))
+                    for x in (plain, nn.Sequential(*modules)))
+    assert planned_time(alone, 'cpu') <= .6 >= planned_time(among, 'cpu')
+    assert among.predicted_ms['cpu']['before'] > (
+        1.02 * alone.predicted_ms['cpu']['before'])
+    assert among.totals()['macs']['after'] < alone.totals()['macs']['after']

@@ -133,12 +133,13 @@ def test_a_grid_of_ranks_is_its_single_ranks(name, groups):
 @pytest.mark.parametrize('name', DEVICES)
 def test_aligned_ranks_never_get_faster_as_they_grow(name):
     for layer in (conv3x3(64, 56), conv3x3(), conv3x3(512, 7)):
-        ranks = np.arange(8, layer.in_channels, 8)
+        # tensors of less than a block are copied
+        least = 16 if device(name).blocked else 8
+        ranks = np.arange(least, layer.in_channels, 8)
         for form in ((ranks, None), (None, ranks), (ranks, ranks)):
             time = device(name).time(layer.kernels(*form))
-            # a wider tile may fill more of an idle machine, and tensors of
-            # less than a block are copied
-            assert (np.diff(time) > -.05 * time[:-1]).all()
+            # a wider tile may fill more of an idle machine
+            assert (np.diff(time) > -.03 * time[:-1]).all()
 
 
 def test_a_kernel_takes_the_longer_of_arithmetic_and_memory():
@@ -212,6 +213,25 @@ def test_pointwise_kernels_only_move_data():
         2 * 64 * 224**2 * 4 / (.7 * 137e9) + target.launch)
 
 
+def test_cores_take_whole_spans_of_outputs():
+    """On two cores; 160 and 260 GMAC/s were measured at 80 and 128."""
+    two = dataclasses.replace(device('cpu'), launch=0., bandwidth=1e15)
+    one = dataclasses.replace(two, processors=1)
+    part, whole = (Convolution(128, n, 9, 40**2, 40**2).kernels()
+                   for n in (80, 128))
+    assert two.time(part) == pytest.approx(two.time(whole))
+    assert one.time(part) == pytest.approx(one.time(whole) * 80 / 128, rel=.02)
+
+
+def test_blocks_of_inputs_are_filled():
+    target = dataclasses.replace(device('cpu'), launch=0., bandwidth=1e15)
+    narrow, wide, less = (
+        target.time(Convolution(n, 64, 9, 40**2, 40**2).kernels())
+        for n in (20, 32, 12))
+    assert narrow == pytest.approx(wide)
+    assert less == pytest.approx(wide * 12 / 32, rel=1e-3)
+
+
 def test_depthwise_layers_are_not_padded():
     # bound by memory, as much as a pointwise kernel
     target = device('xavier-fp16')
@@ -263,8 +283,9 @@ def test_resnet50_in_onnx_runtime(roofline):
     measured = json.loads(path.read_text(encoding='utf-8'))['cpu']
     layers = roofline.resnet50()
     plans = roofline.cpu_plans(layers)
+    core = dataclasses.replace(device('cpu'), processors=1, peak=128e9)
     seconds = {
-        name: sum(device('cpu').time(layer.kernels(*form))
+        name: sum(core.time(layer.kernels(*form))
                   for layer, form in zip(layers, plan))
         for name, plan in plans.items()
     }

@@ -67,6 +67,8 @@ def detection():
 def test_detector_with_deformable_convolutions(detection, forms):
     """The counter, the plan and what the plan saves agree."""
     from mmdet.testing import demo_mm_inputs
+    # at others no deformable layer is compressed
+    macs = .5 if forms == ['output'] else .3
     cfg = get_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').model
     cfg.backbone = dict(
         type='ResNet',
@@ -80,7 +82,7 @@ def test_detector_with_deformable_convolutions(detection, forms):
     assert not [x for x in before['uncounted'] if 'Deform' in x]
     plan = mmbasis.compress(
         model,
-        BudgetPlanner(macs=.5, loss_aware=False, forms=forms), [data],
+        BudgetPlanner(macs=macs, loss_aware=False, forms=forms), [data],
         reconstruction='local')
     kinds = {x.kind for x in plan.layers.values()}
     assert kinds == {'BasisConv', 'BasisDeformConv'}
@@ -89,4 +91,4 @@ def test_detector_with_deformable_convolutions(detection, forms):
     totals = plan.totals()['macs']
     saved = before['macs'] - model_complexity(model, data)['macs']
     assert saved == pytest.approx(totals['before'] - totals['after'])
-    assert totals['after'] <= .5 * totals['before']
+    assert totals['after'] <= macs * totals['before']
