@@ -1,8 +1,12 @@
 # make demo   everything on small images, ten minutes
 # make test   the tests
-# Both make the environment first where it is missing: tools/setup_env.sh
+# Both make the environment first where it is missing: tools/setup_env.sh,
+# docs/install.md
 
-VENV ?= .venv
+# Which set of versions: the living forks where Python 3.12 is at hand, else
+# OpenMMLab's (main); or as you say: make test SET=main
+SET ?= $(shell tools/setup_env.sh which)
+VENV ?= $(if $(filter main,$(SET)),.venv,.venv-$(SET))
 VENV_MODERN ?= .venv-modern
 # what depends on torch; the rest of the tests is the same on both sets
 MODERN_TESTS = tests/test_factorization tests/test_layers tests/test_running \
@@ -19,9 +23,10 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
 	@echo 'make demo | test | test-modern | lint | format | env | clean'
+	@echo 'with SET=main (OpenMMLab) or SET=forks (onedl); here: $(SET)'
 
 env:
-	@VENV=$(VENV) tools/setup_env.sh main
+	@VENV=$(VENV) tools/setup_env.sh $(SET)
 
 env-modern:
 	@VENV=$(VENV_MODERN) tools/setup_env.sh modern

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Makes the environment, or leaves it alone when it is complete.
 #
-#   tools/setup_env.sh [main|modern]
+#   tools/setup_env.sh [main|modern|forks]
+#   tools/setup_env.sh which    prints the set that `make` takes by default:
+#                               forks where Python 3.12 runs, else main
 #
 # Variables:
-#   PYTHON          interpreter (default: the newest of 3.11 ... 3.8 that runs)
-#   VENV            folder (default: .venv, for the modern set .venv-modern)
-#   MMBASIS_WHEELS  folder with torch-<version>/mmcv-*.whl
+#   PYTHON          interpreter (default: 3.12 for the forks, for the others
+#                   the newest of 3.11 ... 3.8 that runs)
+#   VENV            folder (default: .venv for main, else .venv-<set>)
+#   MMBASIS_WHEELS  folder with torch-<version>/*mmcv-*.whl
 #                   (default: ../shared/wheels)
 #
 # The last thing written is a stamp with a checksum of the requirements: an
@@ -15,51 +18,73 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-set_name=${1:-main}
-case $set_name in
-  main) venv=${VENV:-.venv} extra=(tests deploy lint) ;;
-  modern) venv=${VENV:-.venv-modern} extra=(tests) ;;
-  *) echo "usage: $0 [main|modern]" >&2; exit 2 ;;
-esac
-requirements=(requirements/{build,mmcv,$set_name}.txt)
-for name in "${extra[@]}"; do requirements+=("requirements/$name.txt"); done
-[ "$set_name" = modern ] && requirements+=(requirements/modern-no-deps.txt)
-python=$venv/bin/python
-stamp=$venv/.mmbasis-stamp
-log=$venv/mmcv-build.log
-torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "requirements/$set_name.txt")
-wheels=${MMBASIS_WHEELS:-../shared/wheels}/torch-$torch
-export PIP_DISABLE_PIP_VERSION_CHECK=1
-
 say() { echo "[setup] $*"; }
 die() { echo "[setup] error: $*" >&2; exit 1; }
-
-checksum() {  # the folder is part of it: environments do not survive a move
-  { pwd -P; cat "${requirements[@]}" setup.py; } | cksum
-}
 
 version_of() {  # prints 3.x when the interpreter runs and can make a venv
   "$1" -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' \
     2>/dev/null
 }
 
-find_python() {
+interpreter() {  # the first that has one of these versions, "3.11 3.10"
   local candidate version found=''
-  local candidates=(python3.11 python3.10 python3.9 python3.8 python3 python
-    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{11,10,9,8}*/bin/python)
+  local candidates=()
+  for version in $1; do
+    candidates+=("python$version"
+      "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python)
+  done
+  candidates+=(python3 python)
   [ -n "${PYTHON:-}" ] && candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
     # a pyenv shim may exist and yet not run: what counts is the answer
     version=$(version_of "$candidate") || continue
-    case $version in
-      3.8 | 3.9 | 3.10 | 3.11) echo "$candidate"; return ;;
+    case " $1 " in
+      *" $version "*) echo "$candidate"; return ;;
       *) found+=" $candidate ($version)" ;;
     esac
   done
-  die "needs Python 3.8, 3.9, 3.10 or 3.11 with the venv module (torch 2.1.2" \
-    "has no builds for others), but found:${found:- none that runs}. Install" \
-    "one (for example: apt install python3.11 python3.11-venv" \
-    "python3.11-dev, or pyenv install 3.11) or name it: PYTHON=/path make ..."
+  echo "${found:- none that runs}"
+  return 1
+}
+
+set_name=${1:-main}
+mmcv=mmcv pythons='3.11 3.10 3.9 3.8' no_deps=()
+case $set_name in
+  which) interpreter 3.12 >/dev/null && echo forks || echo main; exit ;;
+  main) venv=${VENV:-.venv} extra=(tests deploy lint) ;;
+  modern) venv=${VENV:-.venv-modern} extra=(tests) no_deps=(modern-no-deps) ;;
+  forks)
+    venv=${VENV:-.venv-forks} extra=(tests lint) no_deps=(forks-no-deps)
+    mmcv=onedl-mmcv pythons=3.12
+    ;;
+  *) echo "usage: $0 [main|modern|forks|which]" >&2; exit 2 ;;
+esac
+mmcv_file=requirements/mmcv.txt
+[ "$set_name" != forks ] || mmcv_file=requirements/forks-mmcv.txt
+requirements=(requirements/{build,$set_name}.txt "$mmcv_file")
+for name in "${extra[@]}" ${no_deps[@]+"${no_deps[@]}"}; do
+  requirements+=("requirements/$name.txt")
+done
+python=$venv/bin/python
+stamp=$venv/.mmbasis-stamp
+log=$venv/mmcv-build.log
+torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "requirements/$set_name.txt")
+wheels=${MMBASIS_WHEELS:-../shared/wheels}/torch-$torch
+# what was compiled here once serves all environments
+built=${XDG_CACHE_HOME:-$HOME/.cache}/mmbasis/wheels/torch-$torch
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+checksum() {  # the folder is part of it: environments do not survive a move
+  { pwd -P; cat "${requirements[@]}" setup.py; } | cksum
+}
+
+find_python() {
+  interpreter "$pythons" && return
+  die "the set '$set_name' needs Python ${pythons// / or } with the venv" \
+    "module (torch $torch has no builds for others), but found:$(interpreter \
+      "$pythons"). Install one (for example: apt install python3.11" \
+    "python3.11-venv python3.11-dev, or pyenv install ${pythons%% *}) or name" \
+    "it: PYTHON=/path make ..."
 }
 
 pip_install() { "$python" -m pip install -qq "$@"; }
@@ -73,9 +98,14 @@ pins() {  # the lines of a requirements file that start with these names
 mmcv_works() { "$python" -c 'import mmcv.ops' >/dev/null 2>&1; }
 
 install_wheel() {  # mmcv from the wheels at hand, else OpenMMLab's index
-  local kind=cpu
-  [ ! -d "$wheels" ] || binary_mmcv --find-links "$wheels" || true
-  if ! mmcv_works && [ "$set_name" = main ]; then
+  local folder kind=cpu
+  for folder in "$wheels" "$built"; do
+    if [ -d "$folder" ]; then
+      binary_mmcv --no-index --find-links "$folder" || true
+      if mmcv_works; then return; fi
+    fi
+  done
+  if [ "$set_name" = main ]; then
     command -v nvidia-smi >/dev/null && kind=cu121
     binary_mmcv --retries 1 --timeout 10 --find-links \
       "https://download.openmmlab.com/mmcv/dist/$kind/torch2.1.0/index.html"
@@ -84,8 +114,8 @@ install_wheel() {  # mmcv from the wheels at hand, else OpenMMLab's index
 }
 
 binary_mmcv() {
-  pip_install --only-binary mmcv --force-reinstall --no-deps "$@" \
-    -r requirements/mmcv.txt 2>/dev/null
+  pip_install --only-binary "$mmcv" --force-reinstall --no-deps "$@" \
+    -r "$mmcv_file" 2>/dev/null
 }
 
 compile_mmcv() {
@@ -100,50 +130,52 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     "about 13 minutes on two; log in $log"
   local start=$SECONDS job tick=0
   set -m  # a process group of its own, so that all compilers end with it
-  MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=$(nproc) "$python" -m pip install \
-    --verbose --no-build-isolation --force-reinstall --no-deps \
-    --no-binary mmcv -r requirements/mmcv.txt >"$log" 2>&1 &
+  # from pip's cache, a build of the forks' may lack the ops
+  MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=$(nproc) "$python" -m pip wheel \
+    --verbose --no-build-isolation --no-deps --no-cache-dir \
+    --no-binary "$mmcv" --wheel-dir "$built" -r "$mmcv_file" >"$log" 2>&1 &
   job=$!
   set +m
   trap 'kill -- "-$job" 2>/dev/null || true' EXIT
   while kill -0 "$job" 2>/dev/null; do
     sleep 2
     tick=$((tick + 1))
-    [ $((tick % 15)) -ne 0 ] || say "mmcv: $(built "$log"), minute" \
+    [ $((tick % 15)) -ne 0 ] || say "mmcv: $(progress "$log"), minute" \
       "$(((SECONDS - start) / 60 + 1)) of about 13"
   done
   trap - EXIT
   wait "$job" || { tail -n 30 "$log" >&2; die "compiling mmcv failed: $log"; }
+  binary_mmcv --no-index --find-links "$built" || true
   mmcv_works || die "mmcv was compiled but its ops do not import: $log." \
-    "If pip had kept a build for another torch: pip cache remove mmcv"
+    "The wheel is in $built: remove it before another try"
 }
 
-built() {  # how far ninja has come, from its log
+progress() {  # how far ninja has come, from its log
   grep -oE '\[[0-9]+/[0-9]+\]' "$1" | tail -n 1 | tr -d '[]' |
     grep . || echo preparing
 }
 
 install_all() {
-  local core
+  local core name
   # before mmcv: its setup.py imports torch and setuptools, and mmcv itself,
   # which is tried below, imports mmengine
-  mapfile -t core < <(pins "requirements/$set_name.txt" \
-    torch torchvision numpy mmengine opencv-python matplotlib rich)
+  mapfile -t core < <(pins "requirements/$set_name.txt" torch torchvision \
+    numpy mmengine onedl-mmengine opencv-python matplotlib rich)
   say "installing torch $torch (1 of 4, a minute or more)"
   pip_install "${core[@]}" -r requirements/build.txt
-  if [ "$set_name" = modern ]; then
-    pip_install --no-deps -r requirements/modern-no-deps.txt
-  fi
+  for name in ${no_deps[@]+"${no_deps[@]}"}; do
+    pip_install --no-deps -r "requirements/$name.txt"
+  done
   say 'installing mmcv with its ops (2 of 4)'
-  if ! mmcv_works || ! satisfied requirements/mmcv.txt; then
+  if ! mmcv_works || ! satisfied "$mmcv_file"; then
     install_wheel || {
-      [ "$set_name" = main ] || die "no wheel of mmcv for torch $torch in" \
+      [ "$set_name" != modern ] || die "no wheel of mmcv for torch $torch in" \
         "$wheels (MMBASIS_WHEELS): the modern set is only set up with one"
       compile_mmcv
     }
   fi
   say 'installing the other requirements (3 of 4)'
-  local files=(-r "requirements/$set_name.txt") name
+  local files=(-r "requirements/$set_name.txt")
   for name in "${extra[@]}"; do files+=(-r "requirements/$name.txt"); done
   pip_install "${files[@]}"
   say 'installing mmbasis (4 of 4)'
