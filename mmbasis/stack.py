@@ -56,6 +56,8 @@ COMMANDS: Dict[str, Dict[str, str]] = {
         'mmrotate': 'pip install onedl-mmrotate==1.2.1',
     },
 }
+#: what comes with an extra of mmbasis on both stacks
+EXTRAS = {'matplotlib': 'plots', 'mmdeploy': 'deploy'}
 #: the first release of the forks, above OpenMMLab's last ones
 FORKS: Dict[str, str] = {
     'mmengine': '0.10.8', 'mmcv': '2.3', 'mmdet': '3.4', 'mmpretrain': '1.3',
@@ -87,7 +89,10 @@ def name_stack() -> str:
 def install_command(name: str) -> str:
     """What a user types to install a library, by its import name, into the
     stack at hand."""
-    return COMMANDS[name_stack()].get(name, f'pip install {name}')
+    extra = EXTRAS.get(name)
+    default = f'pip install "mmbasis[{extra}]"' if extra else (
+        f'pip install {name}')
+    return COMMANDS[name_stack()].get(name, default)
 
 
 def problems() -> Dict[str, str]:

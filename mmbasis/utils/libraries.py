@@ -7,9 +7,8 @@ import sys
 import traceback
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Iterator, List, Set
+from typing import Any, Dict, Iterator, List, Set
 
-import mmengine.registry
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import MMLogger
@@ -19,9 +18,9 @@ from ..stack import install_command
 
 #: packages that libraries import where they find them, and can do without
 GUESTS = ('transformers', 'timm', 'albumentations')
-#: the switch of a library for what needs guests, where it has one: it asks
-#: for a version and not whether the import works
-SWITCHES = {'mmpretrain': ('mmpretrain.utils.dependency', 'WITH_MULTIMODAL')}
+#: by module, the switch of a library for what needs guests: it asks for a
+#: version and not whether the import works
+SWITCHES = {'mmpretrain.utils.dependency': 'WITH_MULTIMODAL'}
 
 
 def check_library(name: str) -> None:
@@ -48,48 +47,51 @@ def import_models(library: str) -> None:
     name = f'{library}.models'
     if name in sys.modules or find_spec(library) is None:
         return
-    if find_spec(f'{library}.registry') is not None:
-        # stays: registries must not be made twice
-        importlib.import_module(f'{library}.registry')
     before = set(sys.modules)
+    entries = {id(x): dict(x.module_dict) for x in _registries()}
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:  # a library without models
             return
-        _import_without_guests(name, error, before)
+        _import_without_guests(name, error, before, entries)
     except Exception as error:
-        _import_without_guests(name, error, before)
+        _import_without_guests(name, error, before, entries)
 
 
-def _import_without_guests(name: str, error: Exception,
-                           before: Set[str]) -> None:
-    """Forget what was imported since, and import it as if the guests that are
-    to blame were not installed."""
-    library = name.partition('.')[0]
+def _import_without_guests(name: str, error: Exception, before: Set[str],
+                           entries: Dict[int, dict]) -> None:
+    """Forget what was imported and registered since, and import it as if the
+    guests that are to blame were not installed."""
     guests = _culprits(error)
-    new = {x for x in set(sys.modules) - before
-           if x.partition('.')[0] in {library, *guests}}
-    for module in new:
-        del sys.modules[module]
-    for registry in _registries(library):
-        for key, value in list(registry.module_dict.items()):
-            if getattr(value, '__module__', None) in new:
-                del registry.module_dict[key]
-    if library in SWITCHES:
-        module, switch = SWITCHES[library]
-        # for good: parts that are imported later look at it, too
-        setattr(importlib.import_module(module), switch, False)
+    _forget(set(sys.modules) - before, guests)
+    for registry in _registries():
+        registry.module_dict.clear()
+        registry.module_dict.update(entries.get(id(registry), {}))
+    for module, switch in SWITCHES.items():
+        if find_spec(module.partition('.')[0]) is not None:
+            # for good: parts that are imported later look at it, too
+            setattr(importlib.import_module(module), switch, False)
     try:
         with _hidden(guests):
             importlib.import_module(name)
-    except Exception:
-        raise error from None
+    except Exception as other:
+        raise other from error
     MMLogger.get_current_instance().warning(
         '%s cannot be imported with the %s that is installed (%s: %s). It was '
         'imported without: what needs it is missing. To have it, install a '
         'version that %s was made for', name, ' and '.join(guests),
-        type(error).__name__, error, library)
+        type(error).__name__, error, name.partition('.')[0])
+
+
+def _forget(modules: Set[str], guests: List[str]) -> None:
+    """Have these modules imported again, as far as they are of guests and of
+    libraries; but registries, which must not be made twice, stay."""
+    for module in modules:
+        library, _, part = module.partition('.')
+        if library in guests or (library in MODULE2PACKAGE
+                                 and part not in ('', 'registry')):
+            del sys.modules[module]
 
 
 @contextmanager
@@ -114,16 +116,19 @@ def _culprits(error: Exception) -> List[str]:
     return found or [GUESTS[0]]
 
 
-def _registries(library: str) -> Iterator[Registry]:
-    """MMEngine's registries, those of a library, and all below them: a library
-    may register its modules with another one, too."""
-    modules = [mmengine.registry, sys.modules.get(f'{library}.registry')]
-    left = [x for module in modules if module is not None
-            for x in vars(module).values() if isinstance(x, Registry)]
+def _registries() -> Iterator[Registry]:
+    """The registries of MMEngine and of all libraries that are imported."""
+    names = ['mmengine.registry', *(f'{x}.registry' for x in MODULE2PACKAGE)]
+    left = [x for name in names if name in sys.modules
+            for x in vars(sys.modules[name]).values()
+            if isinstance(x, Registry)]
+    done = set()
     while left:
         registry = left.pop()
-        yield registry
-        left += registry.children.values()
+        if id(registry) not in done:
+            done.add(id(registry))
+            yield registry
+            left += registry.children.values()
 
 
 def _types(value: Any) -> Iterator[str]:
