@@ -9,6 +9,7 @@ module runs before all others and imports only the standard library.
 import importlib
 import importlib.util
 import sys
+import traceback
 from typing import Any, Dict, List, NamedTuple, Optional
 
 
@@ -138,13 +139,15 @@ def _problem(name: str, library: Library) -> Optional[str]:
         return f'{name} is missing'
     try:
         module = importlib.import_module(name)
+        for capability in library.capabilities:
+            if not _has(module, capability):
+                return (f'{name} {version_of(name)} is too old: it has no '
+                        f'{name}.{capability}; {library.oldest} does')
     except Exception as error:
+        # the line that failed may be of another package
+        file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
         return (f'{name} is installed but cannot be imported: '
-                f'{type(error).__name__}: {error}')
-    for capability in library.capabilities:
-        if not _has(module, capability):
-            return (f'{name} {version_of(name)} is too old: it has no '
-                    f'{name}.{capability}; {library.oldest} does')
+                f'{type(error).__name__}: {error} ({file}, line {line})')
     return None
 
 
@@ -156,8 +159,10 @@ def _has(module: Any, capability: str) -> bool:
         if not hasattr(value, part):
             try:
                 importlib.import_module(path)
-            except ImportError:
-                return False
+            except ModuleNotFoundError as error:
+                if error.name and path.startswith(error.name):
+                    return False
+                raise
         value = getattr(value, part, None)
     return value is not None
 

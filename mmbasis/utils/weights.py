@@ -155,7 +155,8 @@ def _explain(name: str, path: Optional[str], tried: List[str]) -> str:
         return f'checkpoint {name} does not exist'
     if path is None:
         folders = ', '.join(osp.dirname(x.partition(': ')[0]) for x in tried)
-        return f'checkpoint {name} does not exist, neither here nor in {folders}'
+        return (f'checkpoint {name} does not exist, neither here nor in '
+                f'{folders}')
     return '\n  '.join([
         f'checkpoint {name} cannot be had. Tried:', *tried,
         'Without a network: fetch it elsewhere and put it into one of these '
