@@ -6,10 +6,12 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = osp.dirname(osp.abspath(__file__))
-#: what travels in ``mmbasis/.mim``, where MMEngine and mim look for it
-MIM = ('configs', 'tools', 'model-index.yml')
-#: what only runs in a checkout
-DEVELOPMENT = ('benchmarks', 'demo', 'catalogue*', '*.sh', '__pycache__')
+#: what travels in ``mmbasis/.mim``, where MMEngine and mim look for it, and
+#: what of it does not: that only runs in a checkout
+MIM = {
+    'configs': (),
+    'tools': ('benchmarks', 'demo', 'catalogue*', '*.sh'),
+}
 
 
 class BuildWithMim(build_py):
@@ -23,14 +25,11 @@ class BuildWithMim(build_py):
         folder = osp.join(self.build_lib, 'mmbasis', '.mim')
         shutil.rmtree(folder, ignore_errors=True)
         self.mkpath(folder)
-        for name in MIM:
-            source, target = osp.join(HERE, name), osp.join(folder, name)
-            if osp.isdir(source):
-                shutil.copytree(
-                    source, target,
-                    ignore=shutil.ignore_patterns(*DEVELOPMENT))
-            else:
-                shutil.copyfile(source, target)
+        for name, ignored in MIM.items():
+            shutil.copytree(
+                osp.join(HERE, name), osp.join(folder, name),
+                ignore=shutil.ignore_patterns('__pycache__', *ignored))
+        self.copy_file(osp.join(HERE, 'model-index.yml'), folder)
 
 
 def read_text(*parts):

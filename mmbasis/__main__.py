@@ -3,9 +3,10 @@
 
 Processes of ``torchrun`` start it as ``torchrun … -m mmbasis train …``.
 """
+import importlib.util
 import os.path as osp
-import runpy
 import sys
+from typing import Any
 
 from .version import __version__
 
@@ -28,8 +29,8 @@ USAGE = '\n'.join([
 
 
 def main() -> None:
-    """Run the tool that the command line names, as if it had been started
-    itself. Exits with 2 if there is none of that name."""
+    """Run the tool that the command line names. Exits with 2 if there is none
+    of that name."""
     command = sys.argv[1] if len(sys.argv) > 1 else '--help'
     if command in ('--help', '-h'):
         print(USAGE)
@@ -38,11 +39,22 @@ def main() -> None:
     elif command in TOOLS:
         # argparse names the program after it
         sys.argv[:2] = [f'mmbasis {command}']
-        runpy.run_path(
-            osp.join(FOLDER, TOOLS[command][0]), run_name='__main__')
+        sys.exit(_load(TOOLS[command][0]).main())
     else:
         print(f'mmbasis: no command {command!r}\n{USAGE}', file=sys.stderr)
         sys.exit(2)
+
+
+def _load(file: str) -> Any:
+    """The module of a tool. The folder is not on the path: a tool is called
+    like a package of Python's."""
+    spec = importlib.util.spec_from_file_location(
+        f'mmbasis_{osp.splitext(file)[0]}', osp.join(FOLDER, file))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == '__main__':
