@@ -77,8 +77,11 @@ setup(
     # missing is said when mmbasis is imported (mmbasis/stack.py)
     install_requires=[],
     extras_require={
-        name: read_requirements(name)
-        for name in ('openmmlab', 'onedl', 'deploy', 'plots', 'tests')
+        'tests': read_requirements('tests'),
+        **{
+            name: read_requirements(f'extra-{name}')
+            for name in ('openmmlab', 'onedl', 'deploy', 'plots')
+        },
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -34,31 +34,50 @@ LIBRARIES: Dict[str, Library] = {
     'rich': Library(['table.Table', 'progress.track'], '13'),
 }
 
+#: what the forks ask of others, and the oldest release that has it
+OF_FORKS: Dict[str, Library] = {
+    'torch': Library(['amp.GradScaler'], '2.4'),
+}
+
+
+def _compile(requirement: str) -> str:
+    """How mmcv is compiled, against the torch that is there, with its ops."""
+    name = requirement.partition('==')[0]
+    return ('pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1'
+            ' pip install --no-build-isolation --no-cache-dir --no-binary '
+            f'{name} {requirement}')
+
+
+_BOTH = {
+    'matplotlib': 'pip install "mmbasis[plots]"',
+    'mmdeploy': 'pip install "mmbasis[deploy]" && '
+                'pip install --no-deps mmdeploy==1.3.1',
+}
 #: how each stack installs a library; what is not here is named as imported
 COMMANDS: Dict[str, Dict[str, str]] = {
     'openmmlab': {
+        **_BOTH,
         'numpy': 'pip install "numpy<2"',
         'torch': 'pip install torch==2.1.2 torchvision==0.16.2',
         'mmengine': 'pip install mmengine==0.10.7',
+        # a wheel for torch 2.1; for another torch it is compiled
         'mmcv': 'pip install mmcv==2.1.0 -f https://download.openmmlab.com/'
-                'mmcv/dist/cpu/torch2.1.0/index.html',
+                'mmcv/dist/{device}/torch2.1.0/index.html',
         'mmdet': 'pip install mmdet==3.3.0',
         'mmpretrain': 'pip install mmpretrain==1.2.0',
         'mmseg': 'pip install mmsegmentation==1.2.2',
     },
     'onedl': {
+        **_BOTH,
         'torch': 'pip install torch==2.11.0 torchvision==0.26.0',
         'mmengine': 'pip install onedl-mmengine==0.10.12',
-        'mmcv': 'pip install --no-build-isolation --no-cache-dir '
-                '--no-binary onedl-mmcv onedl-mmcv==2.3.6',
+        'mmcv': _compile('onedl-mmcv==2.3.6'),
         'mmdet': 'pip install onedl-mmdetection==3.5.1',
         'mmpretrain': 'pip install onedl-mmpretrain==1.3.6',
         'mmseg': 'pip install onedl-mmsegmentation==1.4.2',
         'mmrotate': 'pip install onedl-mmrotate==1.2.1',
     },
 }
-#: what comes with an extra of mmbasis on both stacks
-EXTRAS = {'matplotlib': 'plots', 'mmdeploy': 'deploy'}
 #: the first release of the forks, above OpenMMLab's last ones
 FORKS: Dict[str, str] = {
     'mmengine': '0.10.8', 'mmcv': '2.3', 'mmdet': '3.4', 'mmpretrain': '1.3',
@@ -90,20 +109,28 @@ def name_stack() -> str:
 def install_command(name: str) -> str:
     """What a user types to install a library, by its import name, into the
     stack at hand."""
-    extra = EXTRAS.get(name)
-    default = f'pip install "mmbasis[{extra}]"' if extra else (
-        f'pip install {name}')
-    return COMMANDS[name_stack()].get(name, default)
+    stack, torch = name_stack(), version_of('torch')
+    if (stack, name) == ('openmmlab', 'mmcv') and torch and (
+            _numbers(torch)[:2] != [2, 1]):
+        return _compile('mmcv==2.1.0')
+    return COMMANDS[stack].get(name, f'pip install {name}').format(
+        device='cu121' if '+cu' in torch else 'cpu')
 
 
 def problems() -> Dict[str, str]:
     """What is missing, broken or too old, by import name; empty if mmbasis
-    can run."""
-    found = {}
+    can run. What stands on something that is broken is not tried."""
+    found: Dict[str, str] = {}
+    broken = False
     for name, library in LIBRARIES.items():
-        problem = _problem(name, library)
-        if problem:
-            found[name] = problem
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            found[name] = f'{name} is missing'
+        elif not broken:
+            problem = _problem(name, library)
+            if problem is None and name_stack() == 'onedl':
+                problem = _problem(name, OF_FORKS.get(name, Library([], '')))
+            broken = problem is not None
+            found.update({name: problem} if problem else {})
     if not found and not _shares_arrays():
         found['numpy'] = (f'numpy {version_of("numpy")} is too new for torch '
                           f'{version_of("torch")}, which cannot use its '
@@ -135,8 +162,7 @@ def check_stack() -> None:
 
 
 def _problem(name: str, library: Library) -> Optional[str]:
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
-        return f'{name} is missing'
+    """What is wrong with a library that is there."""
     try:
         module = importlib.import_module(name)
         for capability in library.capabilities:

@@ -127,6 +127,11 @@ def test_metadata(files):
     assert wanted and all('extra ==' in x for x in wanted)
     extras = set(re.findall('^Provides-Extra: (.*)$', head, re.MULTILINE))
     assert extras == {'openmmlab', 'onedl', 'deploy', 'plots', 'tests'}
+    # only the extras of the two stacks name what the other has, too
+    for line in wanted:
+        name, extra = re.match(r'([\w-]+).*extra == .(\w+)', line).groups()
+        if extra not in ('openmmlab', 'onedl'):
+            assert 'mm' not in name, line
     assert description.lstrip().startswith('# mmbasis')
     for line in ('Description-Content-Type: text/markdown',
                  'Requires-Python: >=3.8',

@@ -82,6 +82,18 @@ def test_names_the_package_that_is_to_blame(tmp_path):
     assert f'({tmp_path / "transformers.py"}, line 1)' in result.stderr
 
 
+def test_forks_ask_for_a_newer_torch(versions, monkeypatch):
+    """onedl-mmengine imports ``torch.amp.GradScaler``, new in torch 2.3."""
+    versions(**ONEDL)
+    monkeypatch.delattr(torch.amp, 'GradScaler', raising=False)
+    with pytest.raises(ImportError) as error:
+        stack.check_stack()
+    assert str(error.value).count('\n  - ') == 1
+    assert f'torch {torch.__version__} is too old: it has no ' \
+        'torch.amp.GradScaler; 2.4 does' in str(error.value)
+    assert str(error.value).endswith(stack.COMMANDS['onedl']['torch'])
+
+
 def test_arrays_that_torch_cannot_use(monkeypatch):
     def refuse(array):
         raise RuntimeError('Numpy is not available')
@@ -111,8 +123,14 @@ def test_commands_are_of_the_stack(versions):
     versions(**ONEDL)
     assert stack.install_command('mmseg').startswith(
         'pip install onedl-mmsegmentation')
-    assert stack.install_command('mmdeploy') == 'pip install "mmbasis[deploy]"'
-    versions(**OPENMMLAB)
+    assert stack.install_command('mmcv').endswith('onedl-mmcv==2.3.6')
+    # it demands mmengine, which pip would install over the fork
+    assert '--no-deps mmdeploy' in stack.install_command('mmdeploy')
+    versions(torch='2.1.2+cu121', **OPENMMLAB)
+    assert stack.install_command('mmcv').endswith(
+        'mmcv/dist/cu121/torch2.1.0/index.html')
+    versions(torch='2.13.0+cpu', **OPENMMLAB)
+    assert '--no-build-isolation' in stack.install_command('mmcv')
     assert stack.install_command('mmseg').startswith(
         'pip install mmsegmentation')
     assert stack.install_command('timm') == 'pip install timm'
