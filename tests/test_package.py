@@ -203,7 +203,7 @@ def test_configs_are_inherited(installed, tmp_path):
         ('_base_ = "mmbasis::mmdet/rtmdet_tiny_bccd_basis-macs50.py"',
          'rtmdet.py')):
         (tmp_path / name).write_text(f'{lines}\nmodel = dict(train_cfg=None)')
-    program = '''
+    program = """
 import sys
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
@@ -215,7 +215,7 @@ for path in sys.argv[1:]:
     init_default_scope(cfg.default_scope)
     print(type(MODELS.build(cfg.model)).__name__, cfg.custom_hooks[0].type)
     TRANSFORMS.build(cfg.train_dataloader.dataset.pipeline[-1])
-'''
+"""
     out = installed(
         sys.executable, '-W', 'ignore', '-c', program,
         'mmbasis::mmpretrain/resnet56_cifar10_basis-paper.py',

@@ -15,7 +15,7 @@ from mmbasis.utils.libraries import check_library, libraries_of
 METADATA = 'Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n'
 #: what a transformers 5 has of the names that are asked for on import
 PRESENT = {
-    '__init__.py': '''
+    '__init__.py': """
         class PreTrainedModel:
             @classmethod
             def from_pretrained(cls): pass
@@ -27,10 +27,10 @@ PRESENT = {
                      'WordpieceTokenizer'):
             globals()[name] = type(name, (PreTrainedModel, ), {})
         from . import configuration_utils
-        ''',
-    'configuration_utils.py': '''
+        """,
+    'configuration_utils.py': """
         from . import PretrainedConfig
-        ''',
+        """,
     'models/__init__.py': '',
     'models/auto/__init__.py': '',
     'models/auto/auto_factory.py': 'class _BaseAutoModelClass: pass',
@@ -41,17 +41,17 @@ BROKEN = {
     'a dependency is missing':
     ({'__init__.py': 'import a_dependency'}, 'ModuleNotFoundError'),
     'it imports lazily, and fails then': (dict(PRESENT, **{
-        '__init__.py': '''
+        '__init__.py': """
             class PretrainedConfig: pass
             from . import configuration_utils
             def __getattr__(name):
                 if name == 'AutoConfig':
                     raise RuntimeError('operator nms does not exist')
                 raise AttributeError(name)
-            '''
+            """
     }), 'RuntimeError: operator nms does not exist'),
 }
-BUILD = '''
+BUILD = """
 import sys
 import mmbasis
 loaded = {x.partition('.')[0] for x in sys.modules}
@@ -65,7 +65,7 @@ for config, scope in zip(sys.argv[1::2], sys.argv[2::2]):
     print(type(build_dense(cfg)).__name__)
 assert MODELS.get('mmpretrain.Llava') is not None  # says what it needs
 assert DATASETS.get('mmpretrain.ImageNet') is not None
-'''
+"""
 
 
 @pytest.fixture
