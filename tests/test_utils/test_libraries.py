@@ -101,7 +101,8 @@ def test_a_broken_guest(broken, repo_root):
     result = run(folder, BUILD, configs / 'mmpretrain/resnet56_cifar10.py',
                  'mmpretrain', configs / 'mmdet/rtmdet_tiny_bccd.py', 'mmdet')
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-2:] == ['ImageClassifier', 'RTMDet']
+    # the forks print more
+    assert {'ImageClassifier', 'RTMDet'} <= set(result.stdout.split())
     said = result.stdout + result.stderr
     assert 'mmpretrain.models cannot be imported with the transformers' in said
     assert error in said
@@ -155,5 +156,5 @@ def test_configs_are_found_by_import_name(tmp_path):
         'mmseg::unet/unet.py', tmp_path / 'mine.py')
     assert result.stdout.split() == ['UNet', 'UNet'], result.stderr
     # of a library that is not there, pip must not be told an import name
-    assert MODULE2PACKAGE['mmseg'] == 'mmsegmentation'
+    assert MODULE2PACKAGE['mmaction'] == 'mmaction2'
     assert MODULE2PACKAGE['mmdet'] == 'mmdet'
