@@ -64,7 +64,13 @@ def check_load_from(cfg: Any) -> None:
     """Find the weights that a config starts from, before any work begins; see
     :func:`find_weights` for errors."""
     if cfg.get('load_from') and not cfg.get('resume'):
-        cfg.load_from = find_weights(cfg.load_from)
+        try:
+            cfg.load_from = find_weights(cfg.load_from)
+        except FileNotFoundError as error:
+            data = os.environ.get('MMBASIS_DATA')
+            raise FileNotFoundError(
+                f'load_from of the config: {error} (MMBASIS_DATA is '
+                f'{data or "not set: data"})') from None
 
 
 def _path_at_host(name: str) -> Optional[str]:
