@@ -3,11 +3,14 @@
 import functools
 import inspect
 import pickle
-from typing import Any, Optional
+from importlib.util import find_spec
+from typing import Any, Optional, Tuple
 
 import numpy as np
 import torch
 import torch.onnx
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
 
@@ -95,5 +98,31 @@ def max_onnx_opset() -> int:
     return _constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
 
 
+def _find_configs_by_import_name() -> None:
+    """Let ``library::config`` find the library by its import name. MMEngine
+    asks for a distribution, such as ``mmsegmentation`` for ``mmseg``, whose
+    fork is called otherwise, and would have pip install it over the fork."""
+    MODULE2PACKAGE['mmbasis'] = 'mmbasis'
+    for module in MODULE2PACKAGE:
+        if find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module
+
+
+def _inherit_own_configs_without_scope() -> None:
+    """Let ``_base_ = 'mmbasis::…'`` inherit a config as a file would be.
+    MMEngine would write the scope ``mmbasis`` into it, but the types in our
+    configs are those of their ``default_scope``."""
+    find = Config._get_cfg_path
+
+    def find_without_scope(cfg_path: str,
+                           filename: str) -> Tuple[str, Optional[str]]:
+        path, scope = find(cfg_path, filename)
+        return path, None if scope == 'mmbasis' else scope
+
+    Config._get_cfg_path = staticmethod(find_without_scope)
+
+
 _allow_mmengine_checkpoints()
+_find_configs_by_import_name()
+_inherit_own_configs_without_scope()
 _keep_tracing_exporter()

@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Registries of mmbasis: children of MMEngine's, in the scope ``mmbasis``."""
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 from mmengine import registry
 from mmengine.registry import Registry
@@ -30,13 +30,16 @@ class CompressedModels(Registry):
         return build
 
 
-DATASETS = Registry('dataset', parent=registry.DATASETS, scope='mmbasis')
-HOOKS = Registry('hook', parent=registry.HOOKS, scope='mmbasis')
-MODELS = CompressedModels('model', parent=registry.MODELS, scope='mmbasis')
+# importing mmbasis fills all of them
+_HOME: Dict[str, Any] = dict(scope='mmbasis', locations=['mmbasis'])
+
+DATASETS = Registry('dataset', parent=registry.DATASETS, **_HOME)
+HOOKS = Registry('hook', parent=registry.HOOKS, **_HOME)
+MODELS = CompressedModels('model', parent=registry.MODELS, **_HOME)
 OPTIM_WRAPPERS = Registry(
-    'optim_wrapper', parent=registry.OPTIM_WRAPPERS, scope='mmbasis')
-PLANNERS = Registry('planner', scope='mmbasis')
+    'optim_wrapper', parent=registry.OPTIM_WRAPPERS, **_HOME)
+PLANNERS = Registry('planner', **_HOME)
 #: kinds of dense layers, see :class:`mmbasis.layers.DenseKind`
-LAYER_KINDS = Registry('layer kind', scope='mmbasis')
+LAYER_KINDS = Registry('layer kind', **_HOME)
 #: ways to run a model, see :class:`mmbasis.running.Adapter`
-ADAPTERS = Registry('adapter', scope='mmbasis')
+ADAPTERS = Registry('adapter', **_HOME)

@@ -1,11 +1,10 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Pictures of spectra and plans, each written to a PNG at ``path``."""
+"""Pictures of spectra and plans, each written to a PNG at ``path``. They need
+matplotlib, as the extra ``mmbasis[plots]`` installs it."""
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .planning import Analysis, CompressionPlan
@@ -20,6 +19,7 @@ FORM_COLORS = dict(output='tab:blue', input='tab:green', both='tab:purple',
 def _axes(path: str, width: float, height: float, rows: int = 1,
           **labels: Any) -> Iterator[Any]:
     """Axes outside pyplot, which has global state; then writes the PNG."""
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout='constrained')
     yield figure.subplots(rows, sharex=True, subplot_kw=labels)
     with whole_file(path) as temporary:
@@ -42,10 +42,12 @@ def plot_spectra(analysis: Analysis, plan: CompressionPlan,
             energies[name] = known.columns.values.sum(0)[:entry.full_rank]
         elif entry.rank is not None and known.spectrum is not None:
             energies[name] = known.spectrum.energy
-    colors = matplotlib.colormaps['viridis'](np.linspace(0, 1, len(energies)))
     title = 'Spectra (dark: first layers, bright: last) and chosen ranks'
     with _axes(path, 7, 4.5, yscale='log', xlabel='rank / full rank',
                ylabel='energy lost', title=title) as axes:
+        import matplotlib
+        colors = matplotlib.colormaps['viridis'](
+            np.linspace(0, 1, len(energies)))
         for color, (name, energy) in zip(colors, energies.items()):
             lost = _lost(energy)
             lost = np.maximum(lost / max(lost[0], 1e-300), 1e-6)

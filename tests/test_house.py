@@ -12,13 +12,15 @@ MAX_FUNCTION, MAX_FILE, MAX_TOOL = 40, 400, 250
 # each folder may import those before it, and SHARED
 FLOORS = ('factorization', 'layers', 'running', 'planning', 'compression',
           'models', 'hooks')
-SHARED = {'registry', 'compat', 'version', 'utils', 'quirks'}
+SHARED = {'registry', 'compat', 'stack', 'version', 'utils', 'quirks'}
 # beside the floors: what these may import (floors may import optim, hooks also
 # datasets)
 SIDE = {
-    'utils': {'registry', 'compat'},
+    '__main__': {'version'},
+    'utils': {'registry', 'compat', 'stack'},
     'registry': set(),
     'compat': set(),
+    'stack': set(),
     'version': set(),
     'quirks': set(),
     'datasets': {'registry', 'quirks'},

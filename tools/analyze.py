@@ -45,6 +45,7 @@ from mmbasis.planning import Analysis, CompressionPlan
 from mmbasis.running import model_complexity
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
+from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
 from mmbasis.visualization import (
     plot_curves,
@@ -194,6 +195,7 @@ def draw_points(found: Measurements, metric: str) -> None:
 def main() -> None:
     """Measure what is missing, then draw everything."""
     args = parse_args()
+    check_library('matplotlib')
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     check_evaluation(cfg, 'val')
     mkdir_or_exist(cfg.work_dir)

@@ -30,8 +30,9 @@ from mmbasis.datasets import calibration_dataloader
 from mmbasis.models import build_dense, standalone_config
 from mmbasis.planning.layers import FORMS
 from mmbasis.running import model_complexity
-from mmbasis.utils import load_config
+from mmbasis.utils import find_weights, load_config
 from mmbasis.utils.io import write_atomically
+from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
 from mmbasis.visualization import plot_ranks, plot_spectra
 
@@ -156,12 +157,13 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     if args.evaluate:
         check_evaluation(cfg, 'test')
+    checkpoint = find_weights(args.checkpoint)
     mkdir_or_exist(cfg.work_dir)
     MMLogger.get_instance('mmbasis', logger_name='mmbasis')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     set_random_seed(args.seed)
     model = build_dense(cfg)
-    load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+    load_weights(model, read_checkpoint(checkpoint), checkpoint)
     model.eval()
 
     loader = calibration_dataloader(cfg, args.seed)
@@ -199,16 +201,27 @@ def main() -> None:
         {
             'dataset_meta': dataset_meta(loader),
             # of further training
-            TEACHER_KEY: osp.abspath(args.checkpoint)
+            TEACHER_KEY: osp.abspath(checkpoint)
         })
     standalone = standalone_config(cfg, plan, path('compressed.pth'))
     write_atomically(path('compressed.py'), standalone.pretty_text)
-    plot_spectra(analysis, plan, path('spectra.png'))
-    plot_ranks(plan, path('ranks.png'))
+    pictures = draw(analysis, plan, path)
     write_atomically(path('report.json'), json.dumps(report, indent=2))
     print_report(report)
     Console().print(f'Written to {cfg.work_dir}: plan.json, report.json, '
-                    'compressed.pth, compressed.py, spectra.png, ranks.png')
+                    f'compressed.pth, compressed.py, {pictures}')
+
+
+def draw(analysis, plan, path) -> str:
+    """Draw spectra and ranks where that is possible; the names of the files,
+    or why there are none."""
+    try:
+        check_library('matplotlib')
+    except ModuleNotFoundError as error:
+        return f'no pictures ({error})'
+    plot_spectra(analysis, plan, path('spectra.png'))
+    plot_ranks(plan, path('ranks.png'))
+    return 'spectra.png, ranks.png'
 
 
 def dataset_meta(loader) -> dict:

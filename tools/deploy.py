@@ -33,7 +33,7 @@ from mmbasis.deploy import (
     trtexec_command,
     write_calibration,
 )
-from mmbasis.utils import load_config
+from mmbasis.utils import find_weights, load_config
 from mmbasis.utils.io import write_atomically
 
 
@@ -122,7 +122,7 @@ def quantize(deployment: Deployment, args: argparse.Namespace,
 def make_report(args: argparse.Namespace) -> dict:
     """Export, check, compare."""
     cfg = load_config(args.model_cfg, args.cfg_options, args.work_dir)
-    checkpoint, merged = args.checkpoint, None
+    checkpoint, merged = find_weights(args.checkpoint), None
     if args.merge:
         cfg, checkpoint, merged = merge_slow_layers(args.deploy_cfg, cfg,
                                                     checkpoint, args.table,

@@ -12,7 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmbasis.quirks import repair
-from mmbasis.utils import init_cpu_dist, load_config
+from mmbasis.utils import find_weights, init_cpu_dist, load_config
 
 #: how the libraries' own tools merge predictions where a config does not say
 TTA_MODELS = dict(
@@ -55,8 +55,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.out and not args.out.endswith(('.pkl', '.pickle', '.json')):
         parser.error(f'--out must end with .pkl or .json, got {args.out}')
-    if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
-        parser.error(f'checkpoint {args.checkpoint} does not exist')
+    try:
+        args.checkpoint = find_weights(args.checkpoint)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
 

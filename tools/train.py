@@ -8,7 +8,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmbasis.quirks import repair
-from mmbasis.utils import init_cpu_dist, load_config
+from mmbasis.utils import check_load_from, init_cpu_dist, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,6 +79,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     cfg = merge_args(cfg, args)
+    check_load_from(cfg)
     init_cpu_dist(args.launcher, cfg)
     runner = (
         RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))

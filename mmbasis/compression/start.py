@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn as nn
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..planning import BasePlanner, CompressionPlan
+from ..utils import find_weights
 from ..utils.io import whole_file
 from .recipe import Recipe
 
@@ -22,7 +22,8 @@ TEACHER_KEY = 'mmbasis_teacher'
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint: a local file, or a URL that MMEngine reads.
+    """Read a checkpoint: a local file, or a URL; see
+    :func:`mmbasis.utils.find_weights`.
 
     Returns:
         dict: The checkpoint, tensors on the CPU. A file that holds a bare
@@ -32,12 +33,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or holds no weights.
     """
-    if '://' not in path and not os.path.isfile(path):
-        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    file = find_weights(path)
     try:
-        found = mmengine_checkpoint._load_checkpoint(path, map_location='cpu')
+        found = mmengine_checkpoint._load_checkpoint(file, map_location='cpu')
     except Exception as error:
-        raise ValueError(f'checkpoint {path} cannot be read, it may be '
+        raise ValueError(f'checkpoint {file} cannot be read, it may be '
                          f'truncated: {error}') from error
     if not isinstance(found, dict):
         raise ValueError(f'checkpoint {path} holds a {type(found).__name__}, '

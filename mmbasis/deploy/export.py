@@ -20,6 +20,7 @@ from ..models import load_compressed, standalone_config
 from ..planning import CompressionPlan, DensePlan, LatencyTable
 from ..quirks import repair
 from ..utils import load_config
+from ..utils.libraries import check_library
 
 #: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads
 MIN_OPSET, MAX_OPSET = 11, 17
@@ -39,10 +40,12 @@ class Deployment:
         KeyError: If the deploy config lacks a part.
         ValueError: If its opset is not supported.
         RuntimeError: If config and checkpoint do not belong together.
+        ModuleNotFoundError: Without MMDeploy.
     """
 
     def __init__(self, deploy_cfg: Union[str, Config],
                  model_cfg: Union[str, Config], checkpoint: str) -> None:
+        check_library('mmdeploy')
         from mmdeploy.codebase import get_codebase_class, import_codebase
         from mmdeploy.utils import get_codebase
         repair_static_methods()

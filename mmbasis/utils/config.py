@@ -15,6 +15,8 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
+from .libraries import check_library, import_models, libraries_of
+
 
 def load_config(path: str, cfg_options: Optional[dict] = None,
                 work_dir: Optional[str] = None) -> Config:
@@ -27,13 +29,16 @@ def load_config(path: str, cfg_options: Optional[dict] = None,
         work_dir (str, optional): Where the run writes. Defaults to the
             config's own, else ``work_dirs/<name of the config>``.
 
-    Raises a :class:`FileNotFoundError`; a :class:`KeyError` without a model.
+    Raises a :class:`FileNotFoundError`; a :class:`ModuleNotFoundError` for a
+    library that is not installed; a :class:`KeyError` without a model.
     """
     if '::' not in path and not osp.isfile(path):
         raise FileNotFoundError(
             f'config {path} does not exist (looked from {os.getcwd()}); give '
             "a file, or the name of an installed config as "
             "'library::folder/name.py'")
+    if '::' in path:  # MMEngine would have pip install it
+        check_library(path.partition('::')[0])
     cfg = get_config(path) if '::' in path else Config.fromfile(path)
     cfg.merge_from_dict(cfg_options or {})
     if cfg.get('model') is None:
@@ -44,6 +49,8 @@ def load_config(path: str, cfg_options: Optional[dict] = None,
     if cfg.get('data_preprocessor') is not None:  # as the runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     _fill_in_by_library(cfg)
+    for library in libraries_of(cfg):
+        import_models(library)
     return cfg
 
 

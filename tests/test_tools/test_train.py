@@ -91,12 +91,21 @@ def test_killed_and_resumed_is_uninterrupted(data, tmp_path, repo_root):
         assert torch.equal(a[key], b[key]), key
 
 
-def test_missing_data_is_explained(data, tmp_path, repo_root, monkeypatch):
-    monkeypatch.setenv('MMBASIS_DATA', str(tmp_path / 'nowhere'))
+@pytest.mark.parametrize('present, said', [
+    ('resnet56_cifar10.pth', 'cifar10/train'),
+    ('cifar10', 'load_from of the config'),
+])
+def test_missing_data_is_explained(data, tmp_path, repo_root, monkeypatch,
+                                   present, said):
+    part = tmp_path / 'part'
+    part.mkdir()
+    (part / present).symlink_to(data / present)
+    monkeypatch.setenv('MMBASIS_DATA', str(part))
     process = train(repo_root, tmp_path / 'run')
     output = process.communicate(timeout=200)[0]
     assert process.returncode != 0
-    assert 'MMBASIS_DATA' in output and 'cifar10/train' in output
+    assert 'MMBASIS_DATA' in output and said in output
+    assert 'random weights' not in output
 
 
 def test_resume_without_a_checkpoint_starts_from_load_from(

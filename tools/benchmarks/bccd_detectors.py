@@ -23,9 +23,9 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime
-from importlib.metadata import version
 
 import mmcv
+import mmdet
 import numpy as np
 import torch
 from bench_utils import command
@@ -188,7 +188,7 @@ def main() -> None:
             machine=f'{platform.machine()}, {os.cpu_count()} cores',
             versions=dict(
                 mmbasis=mmbasis.__version__,
-                mmdet=version('mmdet'),
+                mmdet=mmdet.__version__,
                 torch=torch.__version__),
             command=command(),
             runs=runs)

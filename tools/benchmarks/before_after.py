@@ -18,9 +18,9 @@ import os.path as osp
 import platform
 import subprocess
 from datetime import datetime
-from importlib.metadata import version
 from statistics import median
 
+import torch
 from bench_utils import command, run_in_checkout
 
 HERE = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
@@ -114,7 +114,7 @@ def main() -> None:
         date=datetime.now().isoformat(timespec='seconds'),
         machine=f'{platform.machine()}, {os.cpu_count()} cores',
         python=platform.python_version(),
-        torch=version('torch'),
+        torch=torch.__version__,
         threads=args.threads,
         load_average=os.getloadavg(),
         images=args.images,
