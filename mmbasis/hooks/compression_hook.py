@@ -10,9 +10,15 @@ from .. import compression
 from ..compression import Action, Recipe, Run, get_plan, resolve
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
-from ..optim import bare_model, replaced_parameters, set_model
+from ..optim import (
+    bare_model,
+    replaced_parameters,
+    set_model,
+    strategy_of,
+)
 from ..registry import HOOKS
 from ..utils.io import from_plain, to_plain
+from ..utils.strategy import check_strategy
 
 
 @HOOKS.register_module()
@@ -44,6 +50,19 @@ class BasisCompressionHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
+        strategy = strategy_of(runner)
+        if strategy is not None:
+            check_strategy(strategy)
+            if runner._compile:
+                raise RuntimeError(
+                    'FlexibleRunner compiles the dense model before it can '
+                    "be compressed: use runner_type='Runner' with compile, or "
+                    'compile=False')
+            if runner._has_loaded:
+                return  # it loads before it runs this
+        self._begin(runner)
+
+    def _begin(self, runner: Runner) -> None:
         self._run, self._source = Run.TEST, None
         model = bare_model(runner)
         # after training, the model under test is the one that was trained
@@ -67,6 +86,8 @@ class BasisCompressionHook(Hook):
             model = BasisModel(model, **self.recipe.config)
             self.recipe = model.recipe
             set_model(runner, model)
+            if strategy_of(runner) is not None:  # it initialises before
+                model.note_pretrained()
         if runner._load_from is not None or resumes:
             model.has_weights = True
             model.source = runner._load_from
@@ -74,6 +95,9 @@ class BasisCompressionHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the structure of a compressed checkpoint, before its weights
         are copied into the model; an error if they do not go together."""
+        if strategy_of(runner) is not None:
+            check_strategy(strategy_of(runner))
+            self._begin(runner)
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = unwrap(bare_model(runner))
@@ -98,7 +122,7 @@ class BasisCompressionHook(Hook):
             with replaced_parameters(runner):
                 model.compress(
                     _calibration_batches(runner, self.recipe), self.recipe)
-            if is_model_wrapper(runner.model):
+            if is_model_wrapper(runner.model) and not strategy_of(runner):
                 runner._maybe_compile('train_step')
         else:
             compression.pipeline.log_plan(model.plan)

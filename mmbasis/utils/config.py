@@ -15,6 +15,8 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
+from .strategy import check_config
+
 
 def load_config(path: str, cfg_options: Optional[dict] = None,
                 work_dir: Optional[str] = None) -> Config:
@@ -27,7 +29,8 @@ def load_config(path: str, cfg_options: Optional[dict] = None,
         work_dir (str, optional): Where the run writes. Defaults to the
             config's own, else ``work_dirs/<name of the config>``.
 
-    Raises a :class:`FileNotFoundError`; a :class:`KeyError` without a model.
+    Raises a :class:`FileNotFoundError`; a :class:`KeyError` without a model;
+    a :class:`RuntimeError` of a ``strategy`` that cannot compress.
     """
     if '::' not in path and not osp.isfile(path):
         raise FileNotFoundError(
@@ -44,6 +47,7 @@ def load_config(path: str, cfg_options: Optional[dict] = None,
     if cfg.get('data_preprocessor') is not None:  # as the runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     _fill_in_by_library(cfg)
+    check_config(cfg)
     return cfg
 
 
