@@ -140,6 +140,11 @@ class BasisCompressionHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Put the plan into ``meta`` and everything into plain types."""
         model = bare_model(runner)
+        if strategy_of(runner) and is_model_wrapper(runner.model):
+            # it saves the wrapper's names, which only it can load
+            checkpoint['state_dict'] = {
+                key[len('module.'):]: value
+                for key, value in checkpoint['state_dict'].items()}
         plan = get_plan(unwrap(model))
         if plan is not None:
             checkpoint['meta'][compression.META_KEY] = plan.to_dict()
