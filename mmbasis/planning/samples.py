@@ -22,7 +22,8 @@ def chosen_positions(count: int, device: torch.device) -> Tensor:
     the same for each image, so that batches make no difference."""
     if count <= MAX_POSITIONS:
         return torch.arange(count, device=device)
-    return _drawn_positions(count).to(device)
+    # the kept copy does not change, so nobody waits for it to arrive
+    return _drawn_positions(count).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
