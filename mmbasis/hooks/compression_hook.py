@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from typing import Any, Dict, Optional, Sequence
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import find_latest_checkpoint
@@ -50,14 +50,8 @@ class BasisCompressionHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
-        strategy = strategy_of(runner)
-        if strategy is not None:
-            check_strategy(strategy)
-            if runner._compile:
-                raise RuntimeError(
-                    'FlexibleRunner compiles the dense model before it can '
-                    "be compressed: use runner_type='Runner' with compile, or "
-                    'compile=False')
+        if strategy_of(runner) is not None:
+            _check_flexible(runner)
             if runner._has_loaded:
                 return  # it loads before it runs this
         self._begin(runner)
@@ -96,7 +90,7 @@ class BasisCompressionHook(Hook):
         """Take the structure of a compressed checkpoint, before its weights
         are copied into the model; an error if they do not go together."""
         if strategy_of(runner) is not None:
-            check_strategy(strategy_of(runner))
+            _check_flexible(runner)
             self._begin(runner)
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
@@ -181,6 +175,22 @@ class BasisCompressionHook(Hook):
                 'distillation=False')
         runner.logger.warning('Training without a teacher: %s', found)
         model.distillation = None
+
+
+def _check_flexible(runner: Any) -> None:
+    """Refuse what MMEngine's ``FlexibleRunner`` cannot do with a model that is
+    compressed."""
+    check_strategy(strategy_of(runner))
+    if runner._compile:
+        raise RuntimeError(
+            'FlexibleRunner compiles the dense model before it can be '
+            "compressed: use runner_type='Runner' with compile, or "
+            'compile=False')
+    loads = runner._load_from is not None or runner._resume
+    if loads and any(isinstance(x, EMAHook) for x in runner.hooks):
+        raise RuntimeError(
+            'FlexibleRunner loads weights before EMAHook has a model to load '
+            "them into: use runner_type='Runner', or drop EMAHook")
 
 
 def _calibration_batches(runner: Runner, recipe: Recipe) -> Any:

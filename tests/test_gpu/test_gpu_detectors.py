@@ -30,7 +30,9 @@ def test_detector_of_torchvision(device):
     net = detection.RetinaNet(
         backbone, 3, 64, 64, anchor_generator=anchors, score_thresh=0.,
         detections_per_img=7).to(device).eval()
-    plan = mmbasis.compress(net, BUDGET, [images_on(device)])
+    # in training it wants targets, which a batch of images has not
+    planner = dict(BUDGET, loss_aware=False)
+    plan = mmbasis.compress(net, planner, [images_on(device)])
     totals = plan.totals()['macs']
     assert totals['after'] <= .5 * totals['before']
     assert {x.device for x in net.parameters()} == {device}
@@ -73,9 +75,7 @@ def test_detector_of_mmdet(tmp_path, device):
     batch = dict(inputs=list(255 * images_on('cpu')),
                  data_samples=[sample(), sample()])
     plan = mmbasis.compress(net, BUDGET, [batch])
-    assert any(x.importance is not None if hasattr(x, 'importance') else x
-               for x in plan.layers.values())
-    assert len(dict(basis_layers(net))) > 10
+    assert len(dict(basis_layers(net))) == len(plan.layers) > 10
     with torch.no_grad():
         found = net.test_step(batch)
     for one in found:

@@ -169,6 +169,15 @@ def test_run_is_refused_before_it_begins(cfg):
             run(other)
 
 
+def test_average_is_refused_where_weights_are_loaded(cfg):
+    other = flexible(cfg, 'average')
+    other.custom_hooks.append(dict(type='EMAHook'))
+    with pytest.raises(RuntimeError, match='EMAHook has a model.*Runner'):
+        run(other)
+    other.load_from = None
+    assert run(other).model.plan is not None
+
+
 def test_compile_is_refused(cfg):
     other = flexible(cfg, 'compiled', load_from=None)
     other.experiment_name = 'flexible_compiled'
