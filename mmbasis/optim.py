@@ -181,6 +181,9 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
     new.optimizer.state.clear()
     before = dict(old_model.named_parameters())
     dense = _dense_names(new_model)
+    for name, other in _dense_names(old_model).items():
+        if name.endswith('bias'):  # it moves between parts with the form
+            before.setdefault(other, before[name])
     for name, parameter in new_model.named_parameters():
         # biases and offset branches move when a layer gets a basis
         same = before.get(name, before.get(dense.get(name, ''), parameter))
