@@ -64,13 +64,8 @@ def widen(layer: Tensor, basis: Tensor) -> Tensor:
 
 def _deviation(basis: Tensor) -> Tensor:
     """``F F^T - I``, shape ``(G, Q, Q)``."""
-    identity = _identity(basis.shape[-2], basis)
+    identity = basis.new_ones(basis.shape[-2]).diag()
     return torch.baddbmm(identity, basis, basis.mT, beta=-1)
-
-
-def _identity(size: int, like: Tensor) -> Tensor:
-    """The identity, shape ``(N, N)``, of a tensor's type and on its device."""
-    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def orthogonality_penalty(basis: Tensor) -> Tensor:
@@ -218,7 +213,7 @@ def spectrum_of_input(matrix: Tensor,
         blocks = matrix.double().unflatten(-1, (channels, -1))
         gradient = torch.einsum('gpck,gpdk->gcd', blocks, blocks)
     if covariance is None:
-        covariance = _identity(channels, gradient).expand_as(gradient)
+        covariance = gradient.new_ones(channels).diag().expand_as(gradient)
     covariance = covariance.to(gradient)
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(1e-10 * values.amax(-1, True)).clamp_min(1e-300)
@@ -329,7 +324,7 @@ def _truncate(mapping: Tensor, root: Tensor, metric: Optional[Tensor],
     """The left singular vectors of ``C^T M L`` with most energy, or the whole
     mapping."""
     if rank is None:
-        identity = _identity(mapping.shape[-2], mapping)
+        identity = mapping.new_ones(mapping.shape[-2]).diag()
         return identity.expand(len(mapping), -1, -1), mapping
     weighted = mapping if metric is None else metric @ mapping
     vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]

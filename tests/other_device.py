@@ -3,7 +3,8 @@
 
 Tensors on it say that they are on ``meta`` (which, alone of the devices that
 are not there, has autograd), but hold values, which are computed on the CPU.
-As on a GPU, an operator refuses tensors of two devices, unless one is a scalar.
+As on a GPU, an operator refuses tensors of two devices, unless one is a
+number.
 """
 from contextlib import contextmanager
 from unittest.mock import patch

@@ -50,9 +50,9 @@ def check_config(cfg: Config) -> None:
     """:func:`check_strategy` of a config that compresses, before anything is
     built."""
     kind = (cfg.get('strategy') or {}).get('type')
-    names = [hook.get('type') for hook in cfg.get('custom_hooks') or []
+    types = [hook.get('type') for hook in cfg.get('custom_hooks') or []
              if isinstance(hook, dict)] + [cfg.model.get('type')]
-    names = [getattr(x, '__name__', str(x)) for x in names]
+    names = [str(getattr(x, '__name__', x)) for x in types]
     if kind is not None and any(
             x.startswith('mmbasis.') or x.rpartition('.')[2] in (
                 'BasisCompressionHook', 'BasisModel') for x in names):
