@@ -19,10 +19,11 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # on a busy machine, threads that spin while they wait make the demo four times
 # as long (821 s against 192 s): hence OMP_WAIT_POLICY below
 
-.PHONY: help env env-modern demo test test-modern lint format clean
+.PHONY: help env env-modern demo test test-modern test-gpu lint format clean
 
 help:
-	@echo 'make demo | test | test-modern | lint | format | env | clean'
+	@echo 'make demo | test | test-modern | test-gpu | lint | format | env |' \
+		'clean'
 	@echo 'with SET=main (OpenMMLab) or SET=forks (onedl); here: $(SET)'
 
 env:
@@ -40,6 +41,10 @@ test: env
 test-modern: env-modern
 	$(THREADS) $(VENV_MODERN)/bin/python -m pytest \
 		$(wildcard $(MODERN_TESTS)) $(ARGS)
+
+# where there is a GPU: docs/gpu.md
+test-gpu: env
+	PYTHON=$(VENV)/bin/python tools/gpu_suite.sh '' $(LOG)
 
 lint: env
 	VENV=$(VENV) tools/lint.sh $(SOURCES)

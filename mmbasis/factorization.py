@@ -64,8 +64,7 @@ def widen(layer: Tensor, basis: Tensor) -> Tensor:
 
 def _deviation(basis: Tensor) -> Tensor:
     """``F F^T - I``, shape ``(G, Q, Q)``."""
-    identity = torch.eye(
-        basis.shape[-2], dtype=basis.dtype, device=basis.device)
+    identity = basis.new_ones(basis.shape[-2]).diag()
     return torch.baddbmm(identity, basis, basis.mT, beta=-1)
 
 
@@ -214,7 +213,7 @@ def spectrum_of_input(matrix: Tensor,
         blocks = matrix.double().unflatten(-1, (channels, -1))
         gradient = torch.einsum('gpck,gpdk->gcd', blocks, blocks)
     if covariance is None:
-        covariance = torch.eye(channels).expand(len(matrix), -1, -1)
+        covariance = gradient.new_ones(channels).diag().expand_as(gradient)
     covariance = covariance.to(gradient)
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(1e-10 * values.amax(-1, True)).clamp_min(1e-300)
@@ -325,7 +324,7 @@ def _truncate(mapping: Tensor, root: Tensor, metric: Optional[Tensor],
     """The left singular vectors of ``C^T M L`` with most energy, or the whole
     mapping."""
     if rank is None:
-        identity = torch.eye(mapping.shape[-2]).to(mapping)
+        identity = mapping.new_ones(mapping.shape[-2]).diag()
         return identity.expand(len(mapping), -1, -1), mapping
     weighted = mapping if metric is None else metric @ mapping
     vectors = spectrum_of_factor(weighted @ root).vectors[..., :rank]

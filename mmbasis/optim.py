@@ -23,12 +23,14 @@ from .registry import OPTIM_WRAPPERS
 class CPUAmpOptimWrapper(OptimWrapper):
     """Automatic mixed precision on CPUs, in bfloat16, which halves the time
     of a step where they have the instructions. MMEngine's ``AmpOptimWrapper``
-    refuses CPUs. bfloat16 has the range of float32, so no loss is scaled."""
+    refuses CPUs. bfloat16 has the range of float32, so no loss is scaled. The
+    same config on a GPU computes in bfloat16 there."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
+        device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(
-                'cpu', dtype=torch.bfloat16):
+                device, dtype=torch.bfloat16):
             yield
 
 
@@ -40,9 +42,20 @@ def bare_model(runner: Runner) -> Any:
     return model
 
 
+def strategy_of(runner: Any) -> Any:
+    """What MMEngine's ``FlexibleRunner`` leaves its model, optimizer and
+    schedulers to; None of a ``Runner``."""
+    return getattr(runner, 'strategy', None)
+
+
 def set_model(runner: Runner, model: nn.Module) -> None:
     """Give the runner a model, wrapped as its config says."""
-    if not isinstance(runner.model, BaseTTAModel):  # else changed in place
+    strategy = strategy_of(runner)
+    if isinstance(runner.model, BaseTTAModel):
+        return  # changed in place
+    if strategy is not None:
+        runner.model = strategy.model = strategy._wrap_model(model)
+    else:
         runner.model = runner.wrap_model(
             copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), model)
 
@@ -90,14 +103,24 @@ def _parts(whole: Any) -> List[Any]:
 
 def _build_again(runner: Runner, model: nn.Module) -> None:
     """Optimizer and schedulers from the config."""
-    runner.optim_wrapper = runner.build_optim_wrapper(
-        _with_custom_keys(runner.cfg.optim_wrapper, model))
-    # the runner refuses to scale under schedulers, which are stale anyway
+    config = _with_custom_keys(runner.cfg.optim_wrapper, model)
+    schedule = copy.deepcopy(runner.cfg.get('param_scheduler'))
+    strategy = strategy_of(runner)
+    # who scales refuses to under schedulers, which are stale anyway
     runner.param_schedulers = None
-    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-    if runner.cfg.get('param_scheduler') is not None:
-        runner.param_schedulers = runner.build_param_scheduler(
-            copy.deepcopy(runner.cfg.param_scheduler))
+    if strategy is None:
+        runner.optim_wrapper = runner.build_optim_wrapper(config)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if schedule is not None:
+            runner.param_schedulers = runner.build_param_scheduler(schedule)
+        return
+    vars(strategy).pop('param_schedulers', None)
+    runner.optim_wrapper = strategy.optim_wrapper = (
+        strategy.build_optim_wrapper(config, runner.model))
+    strategy._scale_lr()
+    if schedule is not None:
+        runner.param_schedulers = strategy.param_schedulers = (
+            strategy.build_param_scheduler(schedule, runner.optim_wrapper))
 
 
 def _dense_names(model: nn.Module) -> Dict[str, str]:
@@ -158,6 +181,9 @@ def carry_over(old_model: nn.Module, old: OptimWrapper, new_model: nn.Module,
     new.optimizer.state.clear()
     before = dict(old_model.named_parameters())
     dense = _dense_names(new_model)
+    for name, other in _dense_names(old_model).items():
+        if name.endswith('bias'):  # it moves between parts with the form
+            before.setdefault(other, before[name])
     for name, parameter in new_model.named_parameters():
         # biases and offset branches move when a layer gets a basis
         same = before.get(name, before.get(dense.get(name, ''), parameter))

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import os
+import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -8,6 +9,49 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--device',
+        choices=['cpu', 'cuda'],
+        help='where runners train and test; by default cuda with -m gpu, '
+        'else cpu')
+
+
+def pytest_configure(config):
+    """Choose the device before MMEngine asks for one, which it does once."""
+    wanted = config.getoption('--device')
+    asked = re.search(r'(?<!not )\bgpu\b', config.option.markexpr or '')
+    config.why_no_gpu = None
+    if wanted == 'cuda' or asked and wanted is None:
+        # unlike CUDA's own, this count can be followed by a fork
+        os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
+        import torch
+        if torch.cuda.is_available():
+            return
+        config.why_no_gpu = (
+            f'torch {torch.__version__} sees no GPU; --device cpu runs these '
+            'tests on the CPU')
+        if wanted == 'cuda':
+            raise pytest.UsageError(f'--device cuda: {config.why_no_gpu}')
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that were asked for as those of a GPU do not pass without one."""
+    if config.why_no_gpu:
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason=config.why_no_gpu))
+
+
+@pytest.fixture(scope='session')
+def device():
+    """Where runners train and test."""
+    import torch
+    return torch.device('cuda', 0) if torch.cuda.is_available() else (
+        torch.device('cpu'))
 
 
 @pytest.fixture(scope='session')

@@ -1,8 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """A model, a dataset and a run that take a second."""
 import copy
+import os
 import random
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,8 +15,8 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, METRICS, MODELS
-from mmengine.runner import Runner
+from mmengine.registry import DATASETS, METRICS, MODELS, RUNNERS
+from mmengine.runner import FlexibleRunner  # noqa: F401
 
 
 @MODELS.register_module(force=True)
@@ -140,9 +144,48 @@ def run(cfg):
     """Train; the runner."""
     cfg = copy.deepcopy(cfg)
     cfg.experiment_name = f'toy_{next(_COUNT)}'
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.get(cfg.get('runner_type', 'Runner')).from_cfg(cfg)
     runner.train()
     return runner
+
+
+def device_of(model):
+    """Where the parameters of a model are."""
+    return next(model.parameters()).device
+
+
+def processes(cfg, folder, count, backend='gloo'):
+    """Train in several processes, which share a GPU if there is one."""
+    cfg = copy.deepcopy(cfg)
+    cfg.launcher = 'pytorch'
+    cfg.env_cfg = dict(dist_cfg=dict(backend=backend))
+    path = Path(folder) / f'processes_{next(_COUNT)}.py'
+    cfg.dump(path)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).resolve().parents[1]
+    env = dict(
+        os.environ,
+        PYTHONPATH=str(root),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        WORLD_SIZE=str(count),
+        OMP_NUM_THREADS='1')
+    # MMEngine takes the local rank for the number of the GPU
+    alone = torch.cuda.is_available()
+    started = [
+        subprocess.Popen([sys.executable, '-m', 'tests.toy', path],
+                         cwd=root,
+                         env=dict(
+                             env,
+                             RANK=str(rank),
+                             LOCAL_RANK='0' if alone else str(rank)),
+                         stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE) for rank in range(count)
+    ]
+    errors = [x.communicate(timeout=240)[1].decode() for x in started]
+    assert [x.returncode for x in started] == [0] * count, '\n'.join(errors)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from typing import Any, Dict, List
 
 import torch.nn as nn
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
@@ -211,6 +212,7 @@ def main() -> None:
             seed=args.seed))
     model = build_dense(cfg)
     load_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+    model.to(get_device())  # apart: some models override it without a result
     model.eval()
 
     loader = calibration_dataloader(cfg, args.seed)

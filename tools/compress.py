@@ -10,6 +10,7 @@ import json
 import os.path as osp
 
 from mmengine.config import DictAction
+from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
@@ -164,6 +165,7 @@ def main() -> None:
     set_random_seed(args.seed)
     model = build_dense(cfg)
     load_weights(model, read_checkpoint(checkpoint), checkpoint)
+    model.to(get_device())  # apart: some models override it without a result
     model.eval()
 
     loader = calibration_dataloader(cfg, args.seed)

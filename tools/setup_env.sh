@@ -80,10 +80,11 @@ checksum() {  # the folder is part of it: environments do not survive a move
 
 find_python() {
   interpreter "$pythons" && return
-  die "the set '$set_name' needs Python ${pythons// / or } with the venv" \
+  local newest=${pythons%% *}
+  die "the set '$set_name' needs Python ${pythons// /, } with the venv" \
     "module (torch $torch has no builds for others), but found:$(interpreter \
-      "$pythons"). Install one (for example: apt install python3.11" \
-    "python3.11-venv python3.11-dev, or pyenv install ${pythons%% *}) or name" \
+      "$pythons"). Install one (for example: apt install python$newest" \
+    "python$newest-venv python$newest-dev, or pyenv install $newest) or name" \
     "it: PYTHON=/path make ..."
 }
 

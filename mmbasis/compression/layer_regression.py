@@ -161,7 +161,7 @@ class LayerRegression:
         mean_change, mean_r, cross, second = moments
         matrix, scale = weight_matrix(self.layer), self.scale.double()
         prior = scale * (
-            matrix if self.of_input else torch.eye(self.rows).to(matrix))
+            matrix if self.of_input else matrix.new_ones(self.rows).diag())
         factors, explained = self._regress(cross, second, prior, rank)
         means, squares = (self.sums / self.joint[0, -1, -1]).unbind(1)
         change, wanted = (squares - (means * centred).square()).sum((1, 2))

@@ -108,7 +108,8 @@ def output_errors(model: nn.Module, reference: nn.Module,
     with evaluation(model), evaluation(reference):
         for data in batches:
             images = found.count_images(data)
-            rows = [_rows(x.float().cpu(), y.float().cpu()) for x, y in zip(
+            # only the errors leave the device, not the outputs
+            rows = [_rows(x.float(), y.float()).cpu() for x, y in zip(
                 found.outputs(data), wanted.outputs(data))
                     if x.shape == y.shape]
             if rows and all(len(x) == images for x in rows):

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
 from ..planning import CompressionPlan, LayerPlan, find_layers
+from ..running import kept_random
 from .merging import keep_structure
 
 #: where a model keeps its plan: None for a dense one whose loading is guarded
@@ -175,16 +176,15 @@ def _build_layers(model: nn.Module, plan: CompressionPlan, bases: Bases,
     """The basis layers of a plan by the dense ones, moving averages' too."""
     followers = _followers(model)
     new: dict[nn.Module, nn.Module] = {}
-    for name, entry in plan.layers.items():
-        module = model.get_submodule(name)
-        for dense in (module, *followers.get(module, ())):
-            # new layers draw random numbers that nobody keeps
-            with torch.random.fork_rng():
+    with kept_random():  # new layers draw numbers that nobody keeps
+        for name, entry in plan.layers.items():
+            module = model.get_submodule(name)
+            for dense in (module, *followers.get(module, ())):
                 layer = BasisLayer(dense, entry.rank, entry.bias, plan.norm,
                                    entry.input_rank, entry.spatial)
-            if project:
-                layer.project(dense, *bases.get(name, ()))
-            new[dense] = layer
+                if project:
+                    layer.project(dense, *bases.get(name, ()))
+                new[dense] = layer
     return new
 
 

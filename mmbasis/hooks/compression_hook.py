@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from typing import Any, Dict, Optional, Sequence
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import find_latest_checkpoint
@@ -10,9 +10,15 @@ from .. import compression
 from ..compression import Action, Recipe, Run, get_plan, resolve
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
-from ..optim import bare_model, replaced_parameters, set_model
+from ..optim import (
+    bare_model,
+    replaced_parameters,
+    set_model,
+    strategy_of,
+)
 from ..registry import HOOKS
 from ..utils.io import from_plain, to_plain
+from ..utils.strategy import check_strategy
 
 
 @HOOKS.register_module()
@@ -44,6 +50,13 @@ class BasisCompressionHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the model, before EMA copies it and weights are loaded."""
+        if strategy_of(runner) is not None:
+            _check_flexible(runner)
+            if runner._has_loaded:
+                return  # it loads before it runs this
+        self._begin(runner)
+
+    def _begin(self, runner: Runner) -> None:
         self._run, self._source = Run.TEST, None
         model = bare_model(runner)
         # after training, the model under test is the one that was trained
@@ -67,6 +80,8 @@ class BasisCompressionHook(Hook):
             model = BasisModel(model, **self.recipe.config)
             self.recipe = model.recipe
             set_model(runner, model)
+            if strategy_of(runner) is not None:  # it initialises before
+                model.note_pretrained()
         if runner._load_from is not None or resumes:
             model.has_weights = True
             model.source = runner._load_from
@@ -74,6 +89,9 @@ class BasisCompressionHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the structure of a compressed checkpoint, before its weights
         are copied into the model; an error if they do not go together."""
+        if strategy_of(runner) is not None:
+            _check_flexible(runner)
+            self._begin(runner)
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = unwrap(bare_model(runner))
@@ -98,7 +116,7 @@ class BasisCompressionHook(Hook):
             with replaced_parameters(runner):
                 model.compress(
                     _calibration_batches(runner, self.recipe), self.recipe)
-            if is_model_wrapper(runner.model):
+            if is_model_wrapper(runner.model) and not strategy_of(runner):
                 runner._maybe_compile('train_step')
         else:
             compression.pipeline.log_plan(model.plan)
@@ -116,6 +134,11 @@ class BasisCompressionHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Put the plan into ``meta`` and everything into plain types."""
         model = bare_model(runner)
+        if strategy_of(runner) and is_model_wrapper(runner.model):
+            # it saves the wrapper's names, which only it can load
+            checkpoint['state_dict'] = {
+                key[len('module.'):]: value
+                for key, value in checkpoint['state_dict'].items()}
         plan = get_plan(unwrap(model))
         if plan is not None:
             checkpoint['meta'][compression.META_KEY] = plan.to_dict()
@@ -152,6 +175,22 @@ class BasisCompressionHook(Hook):
                 'distillation=False')
         runner.logger.warning('Training without a teacher: %s', found)
         model.distillation = None
+
+
+def _check_flexible(runner: Any) -> None:
+    """Refuse what MMEngine's ``FlexibleRunner`` cannot do with a model that is
+    compressed."""
+    check_strategy(strategy_of(runner))
+    if runner._compile:
+        raise RuntimeError(
+            'FlexibleRunner compiles the dense model before it can be '
+            "compressed: use runner_type='Runner' with compile, or "
+            'compile=False')
+    loads = runner._load_from is not None or runner._resume
+    if loads and any(isinstance(x, EMAHook) for x in runner.hooks):
+        raise RuntimeError(
+            'FlexibleRunner loads weights before EMAHook has a model to load '
+            "them into: use runner_type='Runner', or drop EMAHook")
 
 
 def _calibration_batches(runner: Runner, recipe: Recipe) -> Any:

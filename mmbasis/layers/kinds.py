@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..registry import LAYER_KINDS
 from .inheritance import why_not_inherited
@@ -310,7 +311,7 @@ def why_not(module: nn.Module) -> Optional[str]:
         return 'nn.MultiheadAttention reads its weight and never calls it'
     if not isinstance(module._parameters.get('weight'), nn.Parameter):
         return 'its weight is computed (weight or spectral norm)'
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+    if is_lazy(module.weight):
         return 'its weight is not initialised yet (lazy module)'
     groups, out_per_group, _ = kind.matrix_shape(module)
     if out_per_group == 1:

@@ -183,6 +183,11 @@ class BasisModel(BaseModel):
             return
         if hasattr(self.architecture, 'init_weights'):
             self.architecture.init_weights()
+        self.note_pretrained()
+
+    def note_pretrained(self) -> None:
+        """Take what initialised the architecture for trained weights, if its
+        config names a file."""
         for config in pretrained_configs(self.architecture):
             self.has_weights, self.source = True, config['checkpoint']
 

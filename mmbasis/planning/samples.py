@@ -1,9 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Samples of what layers take and return, and moments of them."""
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +22,28 @@ def chosen_positions(count: int, device: torch.device) -> Tensor:
     the same for each image, so that batches make no difference."""
     if count <= MAX_POSITIONS:
         return torch.arange(count, device=device)
+    # the kept copy does not change, so nobody waits for it to arrive
+    return _drawn_positions(count).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=256)
+def _drawn_positions(count: int) -> Tensor:
+    """On the CPU, whose generator draws the same for every device."""
     # a grid would see one phase of a strided transposed convolution only
     generator = torch.Generator().manual_seed(count)
     chosen = torch.randperm(count, generator=generator)
     # in their order they are next to each other in memory
-    return chosen[:MAX_POSITIONS].sort()[0].to(device)
+    return chosen[:MAX_POSITIONS].sort()[0]
+
+
+def _places(positions: Tensor, shape: torch.Size) -> Tuple[Tensor, ...]:
+    """Positions as indices of each axis, on their device: NumPy's way would
+    wait for a GPU."""
+    found = []
+    for size in reversed(shape):
+        found.append(positions % size)
+        positions = positions.div(size, rounding_mode='floor')
+    return tuple(reversed(found))
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -102,6 +119,6 @@ def input_samples(layer: Layer, x: Tensor) -> Tensor:
     x = kind.patches(module, x)
     shape = x.shape[-max(module.weight.dim() - 2, 1):]
     positions = chosen_positions(shape.numel(), x.device)
-    places = np.unravel_index(positions.cpu().numpy(), shape)
     return _by_group(
-        x[(..., *places)].flatten(1, -2), layer.matrix_shape[0])
+        x[(..., *_places(positions, shape))].flatten(1, -2),
+        layer.matrix_shape[0])

@@ -15,6 +15,7 @@ from .passes import (
     SumWatch,
     current_pass,
     evaluation,
+    kept_random,
     train_deterministically,
     undisturbed,
 )
@@ -23,6 +24,7 @@ from .traffic import Operation, TrafficWatch
 __all__ = [
     'Adapter', 'CannotRunError', 'UnknownLossError', 'adapter_of', 'Batch',
     'tensors', 'model_complexity', 'MMEngineAdapter', 'fisher_loss', 'Pass',
-    'SumWatch', 'current_pass', 'evaluation', 'train_deterministically',
-    'undisturbed', 'Targets', 'trace_targets', 'Operation', 'TrafficWatch'
+    'SumWatch', 'current_pass', 'evaluation', 'kept_random',
+    'train_deterministically', 'undisturbed', 'Targets', 'trace_targets',
+    'Operation', 'TrafficWatch'
 ]

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
 from .libraries import check_library, import_models, libraries_of
+from .strategy import check_config
 
 
 def load_config(path: str, cfg_options: Optional[dict] = None,
@@ -30,7 +31,8 @@ def load_config(path: str, cfg_options: Optional[dict] = None,
             config's own, else ``work_dirs/<name of the config>``.
 
     Raises a :class:`FileNotFoundError`; a :class:`ModuleNotFoundError` for a
-    library that is not installed; a :class:`KeyError` without a model.
+    library that is not installed; a :class:`KeyError` without a model; a
+    :class:`RuntimeError` of a ``strategy`` that cannot compress.
     """
     if '::' not in path and not osp.isfile(path):
         raise FileNotFoundError(
@@ -51,6 +53,7 @@ def load_config(path: str, cfg_options: Optional[dict] = None,
     _fill_in_by_library(cfg)
     for library in libraries_of(cfg):
         import_models(library)
+    check_config(cfg)
     return cfg
 
 

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 import mmbasis  # noqa: F401
 from mmbasis.compression import basis_layers
 from mmbasis.planning.layers import FORMS
-from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
+from tests.toy import ToyNet, dense_checkpoint, device_of, run, toy_cfg
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_trains_the_factors(tmp_path, dense):
         for p in group['params']
     }
     assert managed == {id(p) for p in runner.model.parameters()}
-    start = ToyNet()
+    start = ToyNet().to(device_of(runner.model))
     start.load_state_dict(torch.load(dense)['state_dict'])
     mmbasis.compress(start, runner.model.plan,
                      [dict(inputs=torch.zeros(1, 3, 8, 8), data_samples=[0])])
@@ -75,10 +75,11 @@ def test_starts_from_the_projected_weights(tmp_path, dense):
     cfg = toy_cfg(tmp_path / 'run', dense, hook, epochs=1)
     cfg.optim_wrapper.optimizer.lr = 0.
     runner = run(cfg)
-    net = ToyNet()
+    device = device_of(runner.model)
+    net = ToyNet().to(device)
     net.load_state_dict(torch.load(dense)['state_dict'])
     # batch statistics moved while training; compare what does not depend
-    x = torch.rand(2, 3, 8, 8)
+    x = torch.rand(2, 3, 8, 8, device=device)
     torch.testing.assert_close(
         runner.model.conv1(x), net.conv1(x), atol=1e-5, rtol=1e-5)
     assert len(dict(basis_layers(runner.model))) == 4
@@ -180,7 +181,7 @@ def test_ema_averages_the_compressed_model(tmp_path, dense):
     difference = (average[key] - current[key]).abs().max()
     assert 0 < difference < 1
     saved = torch.load(f'{runner.work_dir}/epoch_2.pth', weights_only=True)
-    torch.testing.assert_close(saved['state_dict'][key], average[key])
+    torch.testing.assert_close(saved['state_dict'][key], average[key].cpu())
 
 
 def test_auto_scaled_lr_and_schedule(tmp_path, dense):

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from mmbasis.hooks.training_hooks import EpochSeedHook
+from tests.toy import device_of
 
 
 class RandomDataset(Dataset):
@@ -32,7 +33,7 @@ class Recorder(BaseModel):
         self.seen = []
 
     def forward(self, inputs, mode='loss'):
-        mask = torch.rand(2, dtype=torch.float64)
+        mask = torch.rand(2, dtype=inputs.dtype, device=inputs.device)
         self.seen.append(torch.cat([inputs.flatten(), mask]))
         return dict(loss=self.linear(inputs).mean())
 
@@ -40,7 +41,8 @@ class Recorder(BaseModel):
 def train(work_dir, epochs, num_workers=0, resume=False, **kwargs):
     """Train, and return the batches seen, one row per iteration."""
     model = Recorder()
-    model.data_preprocessor.forward = lambda data, training: [data]
+    model.data_preprocessor.forward = lambda data, training: [
+        data.to(device_of(model))]
     runner = Runner(
         model=model,
         work_dir=str(work_dir),
@@ -60,7 +62,7 @@ def train(work_dir, epochs, num_workers=0, resume=False, **kwargs):
         default_scope='mmengine',
         experiment_name=f'{work_dir.name}_{random.random()}')
     runner.train()
-    return torch.stack(model.seen)
+    return torch.stack(model.seen).cpu()
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])

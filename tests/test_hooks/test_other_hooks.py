@@ -9,7 +9,7 @@ import torch.nn as nn
 from mmbasis.compression import basis_layers
 from mmbasis.hooks import SpectrumHook
 from mmbasis.layers import BasisLayer
-from tests.toy import dense_checkpoint, run, toy_cfg
+from tests.toy import dense_checkpoint, device_of, run, toy_cfg
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_retraction_keeps_the_basis_orthonormal(tmp_path, dense, by_epoch,
 def test_retraction_keeps_the_function(tmp_path, dense, form):
     runner = run(toy_cfg(tmp_path / 'run', dense, budget(form)))
     model = runner.model.eval()
-    x = torch.rand(4, 3, 8, 8)
+    x = torch.rand(4, 3, 8, 8, device=device_of(model))
     before = model(x)
     for _, layer in basis_layers(model):
         layer.retract()

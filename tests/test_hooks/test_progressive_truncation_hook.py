@@ -156,6 +156,26 @@ def test_factors_of_a_dense_layer_count_steps_of_their_own(
     assert len(steps) >= 2
 
 
+@pytest.mark.parametrize('first, second', [('input', 'both'),
+                                           ('output', 'input')])
+def test_bias_keeps_its_state_when_it_moves(first, second):
+    """It belongs to the last part of a layer, which depends on the form."""
+    ranks = dict(input=(None, 5), both=(4, 5), output=(4, None))
+    dense = ToyNet()
+    nets = [ToyNet(), ToyNet()]
+    for net, form in zip(nets, (first, second)):
+        net.conv3 = BasisLayer(
+            dense.conv3, ranks[form][0], input_rank=ranks[form][1])
+    old, new = (
+        OptimWrapper(torch.optim.AdamW(net.parameters())) for net in nets)
+    nets[0](torch.rand(2, 3, 8, 8)).sum().backward()
+    old.step()
+    biases = [net.conv3.last.bias for net in nets]
+    wanted = old.optimizer.state[biases[0]]['exp_avg']
+    carry_over(nets[0], old, nets[1], new)
+    assert torch.equal(new.optimizer.state[biases[1]]['exp_avg'], wanted)
+
+
 @pytest.mark.parametrize('stages, message', [
     ([dict(epoch=0, planner=budget(.5))], 'at least 1'),
     ([dict(epoch=1)], 'planner=dict'),

@@ -15,7 +15,14 @@ from mmbasis.hooks import BasisCompressionHook
 from mmbasis.layers import BasisLayer
 from mmbasis.models import unwrap
 from mmbasis.optim import replaced_parameters
-from tests.toy import ToyImages, ToyNet, dense_checkpoint, run, toy_cfg
+from tests.toy import (
+    ToyImages,
+    ToyNet,
+    dense_checkpoint,
+    device_of,
+    run,
+    toy_cfg,
+)
 
 FORMS = ['output', 'input', 'both']
 
@@ -107,7 +114,7 @@ def test_test_time_augmentation(tmp_path, compressed, door):
     expected = torch.load(compressed)['state_dict']
     found = unwrap(runner.model.module).state_dict()
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+        assert torch.equal(found[key].cpu(), value), key
     assert 0 <= metrics['accuracy'] <= 1
 
 
@@ -187,7 +194,7 @@ def test_a_runner_without_a_config(tmp_path, dense, form):
     saved = torch.load(f'{runner.work_dir}/epoch_2.pth', weights_only=True)
     assert 'conv2.basis.weight' in saved['state_dict']
     dense_state = torch.load(dense)['state_dict']
-    start = ToyNet()
+    start = ToyNet().to(device_of(model))
     start.load_state_dict(dense_state)
     moved = dict(basis_layers(model))['conv2'].weight - start.conv2.weight
     assert moved.abs().max() > 1e-3
@@ -197,7 +204,8 @@ def test_an_offset_branch_stays_in_its_group(tmp_path, dense):
     """What is inside a basis, too, stands for what was inside the layer."""
     ops = pytest.importorskip('mmcv.ops')
     _, runner = bare_runner(tmp_path, dense, grouped)
-    runner.model.conv3 = ops.DeformConv2dPack(8, 8, 3)
+    runner.model.conv3 = ops.DeformConv2dPack(8, 8, 3).to(
+        device_of(runner.model))
     optimizer = torch.optim.SGD([
         dict(params=list(runner.model.conv3.conv_offset.parameters())),
         dict(params=[runner.model.conv3.weight])

@@ -126,7 +126,7 @@ def test_pretrained_weights_teach(tmp_path, dense, as_list):
     model = run(cfg).model
     teacher = model.distillation.teacher.state_dict()
     expected = torch.load(dense, weights_only=True)['state_dict']
-    assert all(torch.equal(teacher[k], v) for k, v in expected.items())
+    assert all(torch.equal(teacher[k].cpu(), v) for k, v in expected.items())
     assert model.source == dense
 
 
@@ -141,7 +141,7 @@ def test_pretrained_weights_keep_an_explicit_teacher(tmp_path, dense):
     cfg.model = dict(type='PretrainedNet', path=dense)
     teacher = run(cfg).model.distillation.teacher.state_dict()
     expected = torch.load(other, weights_only=True)
-    assert all(torch.equal(teacher[k], v) for k, v in expected.items())
+    assert all(torch.equal(teacher[k].cpu(), v) for k, v in expected.items())
 
 
 def test_pretrained_weights_under_a_plan(dense, batch):
@@ -172,7 +172,7 @@ def test_checkpoint_of_the_wrapper_names_its_teacher(tmp_path, dense):
     assert 'train/loss_distill_fc' in runner.message_hub.log_scalars
     teacher = runner.model.distillation.teacher.state_dict()
     expected = torch.load(dense, weights_only=True)['state_dict']
-    assert all(torch.equal(teacher[k], v) for k, v in expected.items())
+    assert all(torch.equal(teacher[k].cpu(), v) for k, v in expected.items())
 
 
 @pytest.fixture

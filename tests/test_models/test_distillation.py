@@ -173,7 +173,7 @@ def test_dense_model_teaches_by_default(tmp_path, dense, head_cfg):
     assert losses in whole.message_hub.log_scalars
     teacher = whole.model.distillation.teacher.state_dict()
     expected = torch.load(dense, weights_only=True)['state_dict']
-    assert all(torch.equal(teacher[k], v) for k, v in expected.items())
+    assert all(torch.equal(teacher[k].cpu(), v) for k, v in expected.items())
 
     saved = str(tmp_path / 'run' / 'epoch_1.pth')
     head_cfg.merge_from_dict(
@@ -186,7 +186,7 @@ def test_dense_model_teaches_by_default(tmp_path, dense, head_cfg):
     again = run(head_cfg)
     assert losses in again.message_hub.log_scalars
     again = again.model.distillation.teacher.state_dict()
-    assert all(torch.equal(again[k], v) for k, v in expected.items())
+    assert all(torch.equal(again[k].cpu(), v) for k, v in expected.items())
 
     os.remove(dense)
     fresh = run(head_cfg)  # a start goes without a teacher, and says so

@@ -94,6 +94,18 @@ def test_broken_weights_are_named(value):
         check_finite(find_layers(model))
 
 
+def test_weights_of_a_class_of_their_own_are_not_lazy():
+    """``isinstance`` takes every such parameter for one of a lazy layer."""
+
+    class Own(torch.Tensor):
+        pass
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3))
+    net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(Own))
+    assert isinstance(net[0].weight, nn.parameter.UninitializedParameter)
+    assert find_layers(net)[0].obstacle is None
+
+
 def test_lazy_layers_do_no_harm():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LazyConv2d(6, 3))
     layers = find_layers(model)

@@ -1,4 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -6,7 +7,9 @@ import torch.nn as nn
 from mmbasis.planning import find_layers
 from mmbasis.planning.samples import (
     BLOCK,
+    _places,
     add_products,
+    chosen_positions,
     gram,
     input_samples,
     output_samples,
@@ -35,6 +38,16 @@ def test_products_add_up():
     add_products(total, left, right)
     expected = 1 + left.double() @ right.double().mT
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', [(300, ), (20, 17), (5, 9, 11)])
+def test_positions_are_places_in_a_window(shape):
+    """On the device, as NumPy finds them."""
+    positions = chosen_positions(torch.Size(shape).numel(),
+                                 torch.device('cpu'))
+    found = _places(positions, torch.Size(shape))
+    for one, other in zip(found, np.unravel_index(positions.numpy(), shape)):
+        assert one.tolist() == other.tolist()
 
 
 @pytest.mark.parametrize('size', [3, BLOCK, BLOCK + 1, 2 * BLOCK + 7])

@@ -130,7 +130,7 @@ def write_config(recipe: str, seed: int, args: argparse.Namespace,
         cfg[f'{name}_dataloader'].num_workers = 1
     cfg.custom_imports.imports.append('channels_last')
     cfg.custom_hooks.append(dict(type='ChannelsLastHook'))
-    cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+    cfg.optim_wrapper.type = 'mmbasis.CPUAmpOptimWrapper'
     cfg.dump(path)
 
 
