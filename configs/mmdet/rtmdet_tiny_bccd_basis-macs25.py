@@ -5,8 +5,8 @@ custom_hooks = [
     dict(
         type='mmbasis.BasisCompressionHook',
         planner=dict(type='BudgetPlanner', macs=0.25),
-        # 96 images
-        calibration=dict(num_batches=12))
+        # 192 of the 205 images
+        calibration=dict(num_batches=24))
 ]
 
 max_epochs, iterations = 20, 26  # an epoch: 205 images in batches of 8

@@ -90,7 +90,7 @@ def checkpoints(name: str, percent: int, work_dir: str) -> dict:
     compressed = osp.join(work_dir, f'{name}_macs{percent}')
     if not osp.isfile(osp.join(ROOT, compressed, 'compressed.pth')):
         call('tools/compress.py', osp.join(CONFIGS, f'{name}.py'), dense,
-             '--macs', str(percent / 100), '--calib-batches', '12',
+             '--macs', str(percent / 100), '--calib-batches', '24',
              '--work-dir', compressed)
     return {
         'dense': dense,
