@@ -45,6 +45,8 @@ optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.01))
 """
 FORKS = """
 import gc, json, os, runpy, sys, traceback
+answers = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1)  # libraries print while they are imported
 import matplotlib.pyplot, rich.table
 import mmpretrain.datasets, mmpretrain.evaluation, mmpretrain.models
 import mmpretrain.visualization
@@ -70,7 +72,7 @@ for line in sys.stdin:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    print(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), flush=True)
+    print(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 """
 
 
