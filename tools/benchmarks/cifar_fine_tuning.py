@@ -163,6 +163,7 @@ def run(recipe: str, seed: int, args: argparse.Namespace) -> dict:
         recipe=recipe,
         seed=seed,
         epochs=args.epochs,
+        date=datetime.now().isoformat(timespec='seconds'),
         options=RECIPES[recipe][1],
         **read_logs(work_dir))
 
@@ -189,8 +190,9 @@ def read_logs(work_dir: str) -> dict:
 
 def to_markdown(runs: list) -> str:
     lines = [
-        '| recipe | epochs | conv MACs kept | top-1, last epoch | seeds |',
-        '|---|---|---|---|---|'
+        '| recipe | epochs | conv MACs kept | top-1, last epoch | seeds | '
+        'date |',
+        '|---|---|---|---|---|---|'
     ]
     groups = {}
     for entry in runs:
@@ -200,7 +202,8 @@ def to_markdown(runs: list) -> str:
         top1 = [r['top1'] for r in group]
         spread = f' ± {(max(top1) - min(top1)) / 2:.2f}' if top1[1:] else ''
         lines.append(f'| {recipe} | {epochs} | {group[0]["conv_macs"]:.4f} | '
-                     f'{mean(top1):.2f}{spread} | {len(group)} |')
+                     f'{mean(top1):.2f}{spread} | {len(group)} | '
+                     f'{max(r["date"] for r in group)[:10]} |')
     return '\n'.join(lines) + '\n'
 
 
