@@ -190,7 +190,9 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _normalized(student: Tensor, teacher: Tensor) -> Tensor:
     axes = [axis for axis in range(teacher.dim()) if axis != 1]
-    variance = teacher.var(axes, unbiased=False, keepdim=True)
+    # a single number, such as a loss, varies in no axis
+    variance = (teacher.var(axes, unbiased=False, keepdim=True)
+                if axes else teacher.square())
     return (student - teacher).square() / (variance + 1e-6)
 
 

@@ -62,7 +62,9 @@ class Loss(Plain):
 
 def images(size, seed):
     generator = torch.Generator().manual_seed(seed)
-    first, second = torch.randn(2, size, 3, 9, 9, generator=generator)
+    # with colours: predictions of noise alone would hardly differ
+    first, second = (torch.randn(2, size, 3, 9, 9, generator=generator)
+                     + 2 * torch.randn(2, size, 3, 1, 1, generator=generator))
     return first, second, torch.arange(size) % 5
 
 
@@ -108,7 +110,7 @@ def test_plain_modules(way):
     torch.manual_seed(0)
     model = cls()
     data = [give(*images(size, i)) for i, size in enumerate((16, 16, 3))]
-    plan = check_compressed(model, data, give(*images(8, 9)), .8)
+    plan = check_compressed(model, data, give(*images(8, 9)), .3)
     assert plan.dense['fc'].reason == 'prediction layer'
     assert model.training
 
