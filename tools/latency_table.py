@@ -64,9 +64,15 @@ def parse_args() -> argparse.Namespace:
         default=FORMS,
         help='what layers may become (default: all)')
     export.add_argument(
-        '--ranks', type=int, default=8, help='per layer and form (default 8)')
+        '--ranks',
+        type=int,
+        default=8,
+        help='at most, per layer and form (default 8)')
     export.add_argument(
-        '--round-to', type=int, default=8, help='multiples of this (default)')
+        '--round-to',
+        type=int,
+        default=8,
+        help='ranks are multiples of this (default 8)')
     export.add_argument(
         '--torchscript',
         action='store_true',

@@ -27,7 +27,6 @@ import torch.nn as nn
 from ..compression.surgery import replace_modules
 from ..layers import BasisLayer, observe
 from ..planning import Costs, Layer, Ranks, find_layers
-from ..planning.budget import rank_grid
 from ..planning.latency_table import (
     CARRIER,
     COMPRESSED_ID,
@@ -79,7 +78,7 @@ def export_layers(folder: str, model: nn.Module, shape: Sequence[int],
         shape (Sequence[int]): Of its input, ``(N, 3, H, W)``.
         samples (list, optional): ``data_samples`` for detectors that ask
             for them even in mode ``'tensor'``.
-        count (int): Ranks for each layer and form.
+        count (int): The most ranks of each layer and form.
         round_to (int): Ranks are multiples of this.
         torchscript (bool): Write TorchScript files for the PyTorch back end
             instead of ONNX. Defaults to False.
@@ -114,36 +113,42 @@ def _export(module: nn.Module, inputs: torch.Tensor, path: str) -> None:
 
 def _choices(costs: Costs, forms: Sequence[str], count: int,
              round_to: int) -> List[List[Ranks]]:
-    """Ranks of a layer by form, those that save MACs and parameters, evenly
-    spread. With two bases both are the same fraction of their channels: a
-    whole grid would be many models."""
-    layer, found = costs.layer, []
-    outputs, inputs = (rank_grid(x, round_to)
-                       for x in (layer.full_rank, layer.in_channels))
-    steps = max(len(outputs), len(inputs)) if len(inputs) else 0
+    """Ranks of a layer by form, those that save MACs and parameters: the
+    multiples of the smallest power of two times ``round_to`` that are at most
+    ``count``. Latencies have steps at such ranks."""
+    found = []
     for form in forms:
         if costs.why_not(form):
             continue
-        if form == 'output':
-            ranks = [Ranks(x) for x in outputs.tolist()]
-        elif form == 'input':
-            ranks = [Ranks(None, x) for x in inputs.tolist()]
-        elif form == 'both':
-            ranks = [Ranks(x, y) for x, y in zip(
-                _spread(outputs.tolist(), steps),
-                _spread(inputs.tolist(), steps)) if x <= y * layer.window]
-        else:
-            ranks = [Ranks(x, None, True) for x in rank_grid(
-                layer.full_spatial_rank, round_to).tolist()]
-        ranks = [x for x in ranks if costs.is_smaller(x)]
-        found.append(_spread(ranks, min(count, len(ranks))))
-    return [x for x in found if x]
+        step, ranks = round_to, _multiples(costs, form, round_to, round_to)
+        while len(ranks) > count:
+            step *= 2
+            ranks = _multiples(costs, form, step, round_to)
+        if ranks:
+            found.append(ranks)
+    return found
 
 
-def _spread(values: list, count: int) -> list:
-    """So many of some values, evenly spread; none of none."""
-    at = np.linspace(0, len(values) - 1, count if values else 0)
-    return [values[i] for i in at.round().astype(int)]
+def _multiples(costs: Costs, form: str, step: int,
+               round_to: int) -> List[Ranks]:
+    """Ranks of a form that save something. With two bases both are about the
+    same fraction of their channels, the larger one a multiple of ``step`` and
+    the other of ``round_to``: a whole grid would be many models."""
+    layer = costs.layer
+    full, inputs = layer.full_rank, layer.in_channels
+    if form == 'spatial':
+        found = [Ranks(x, None, True)
+                 for x in range(step, layer.full_spatial_rank + 1, step)]
+    elif form == 'input':
+        found = [Ranks(None, x) for x in range(step, inputs + 1, step)]
+    elif form == 'output':
+        found = [Ranks(x) for x in range(step, full + 1, step)]
+    else:
+        sides = (np.arange(step, max(full, inputs) + 1, step)[:, None]
+                 * [full, inputs] // (max(full, inputs) * round_to) * round_to)
+        found = [Ranks(x, y) for x, y in sides.tolist()
+                 if 0 < x <= y * layer.window]
+    return [x for x in found if costs.is_smaller(x)]
 
 
 def _models(

@@ -297,15 +297,11 @@ class BudgetPlanner(BasePlanner):
         return forms
 
     def _grid(self, size: int, channels: int | None = None) -> np.ndarray:
-        """:func:`rank_grid` in multiples of :meth:`step` for so many channels
-        (the size by default)."""
-        return rank_grid(size, self.step(channels or size))
-
-
-def rank_grid(size: int, step: int) -> np.ndarray:
-    """Ranks up to a size, multiples of ``step``, at most ``GRID`` of them."""
-    step *= -(-size // (GRID * step))
-    return np.arange(step, size + 1, step)
+        """Ranks up to a size, at most ``GRID`` of them, each a multiple of
+        :meth:`step` for so many channels (the size by default)."""
+        step = self.step(channels or size)
+        step *= -(-size // (GRID * step))
+        return np.arange(step, size + 1, step)
 
 
 def warn_if_slower(plan: CompressionPlan, metric: str,
