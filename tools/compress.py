@@ -69,8 +69,8 @@ def parse_args() -> argparse.Namespace:
         '--forms',
         nargs='+',
         choices=FORMS,
-        help='what layers may become (default: all; output with --table); not '
-        'with --energy')
+        help='what layers may become (default: all, or those that --table '
+        'has); not with --energy')
     parser.add_argument(
         '--calib-batches',
         type=int,

@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Latency tables: what each layer costs at each rank, in milliseconds.
+"""Latency tables: what each layer costs in each form, in milliseconds.
 
     # small models of every distinct layer, and an index
     python tools/latency_table.py export CONFIG CHECKPOINT \\
@@ -24,6 +24,7 @@ from mmbasis.compression import load_weights, read_checkpoint
 from mmbasis.deploy.layer_models import export_layers
 from mmbasis.models import build_dense
 from mmbasis.planning import LatencyTable
+from mmbasis.planning.layers import FORMS
 from mmbasis.utils import load_config
 
 # the benchmark of the Jetson tool
@@ -57,9 +58,21 @@ def parse_args() -> argparse.Namespace:
         help='of the deployed network, such as 1x3x224x224')
     export.add_argument('--out', required=True, help='folder')
     export.add_argument(
-        '--ranks', type=int, default=8, help='per layer (default 8)')
+        '--forms',
+        nargs='+',
+        choices=FORMS,
+        default=FORMS,
+        help='what layers may become (default: all)')
     export.add_argument(
-        '--round-to', type=int, default=8, help='multiples of this (default)')
+        '--ranks',
+        type=int,
+        default=8,
+        help='at most, per layer and form (default 8)')
+    export.add_argument(
+        '--round-to',
+        type=int,
+        default=8,
+        help='ranks are multiples of this (default 8)')
     export.add_argument(
         '--torchscript',
         action='store_true',
@@ -104,7 +117,7 @@ def export(args: argparse.Namespace) -> None:
     samples = samples_for(cfg, args.input_shape)
     count = export_layers(args.out, model, args.input_shape, samples,
                           args.ranks, args.round_to, args.torchscript,
-                          Console(stderr=True).print)
+                          Console(stderr=True).print, args.forms)
     Console().print(f'{count} models in {args.out}')
 
 
@@ -136,12 +149,17 @@ def show(args: argparse.Namespace) -> None:
     console.print(f'{", ".join(list(table.target.values())[1:])}, '
                   f'whole model {table.model_ms} ms, outside the layers '
                   f'{table.rest():.3f} ms')
-    rows = Table('layer', 'dense, ms', 'noise, ms', 'ms at rank')
-    for name in table.curves:
-        rows.add_row(
-            name, f'{table.cost(name, None):.3f}', f'{table.noise(name):.3f}',
-            '  '.join(f'{r}: {table.cost(name, r):.3f}'
-                      for r in table.curves[name].ranks))
+    rows = Table('layer', 'dense, ms', 'noise, ms', 'form', 'ms at ranks')
+    for name, curve in table.curves.items():
+        for form, grid in curve.grids.items():
+            times = [
+                f'{"x".join(str(r) for r in x[:2] if r)}: '
+                f'{table.cost(name, x):.3f}' for x in grid.choices
+            ]
+            if times:
+                rows.add_row(
+                    name, f'{table.cost(name, None):.3f}',
+                    f'{table.noise(name):.3f}', form, '  '.join(times))
     console.print(rows)
 
 

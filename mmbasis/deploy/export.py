@@ -262,7 +262,7 @@ def merge_slow_layers(deploy_cfg: Union[str, Config], model_cfg: Config,
 
     Returns:
         tuple[Config, str, dict]: Config and checkpoint of the result, and
-        for each merged layer its rank and what it took, ms.
+        for each merged layer its form, ranks and what it took, ms.
 
     Raises:
         ValueError: If the table is of another back end, precision or model,
@@ -289,8 +289,10 @@ def _slow_layers(plan: CompressionPlan,
     """Layers of a plan that are not faster as a basis on the plan's device."""
     latencies.check(device=(plan.planner.get('table') or {}).get('device'))
     return {
-        name: dict(rank=x.rank, basis_ms=latencies.cost(name, x.rank),
+        name: dict(form=x.form, rank=x.rank, input_rank=x.input_rank,
+                   basis_ms=latencies.cost(name, x.ranks),
                    dense_ms=latencies.cost(name, None))
         for name, x in plan.layers.items() if name in latencies.curves
-        and x.form == 'output' and not latencies.is_faster(name, x.rank)
+        and x.form in latencies.forms
+        and not latencies.is_faster(name, x.ranks)
     }

@@ -123,9 +123,13 @@ def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
     if isinstance(forms, str) or not set(forms) <= set(FORMS) or not forms:
         raise ValueError(f'BudgetPlanner: forms is a list of '
                          f'{", ".join(FORMS)}, but got {forms!r}')
-    if tuple(forms) != FORMS[:1] and not cost.knows_inputs:
-        raise ValueError('BudgetPlanner: a latency table knows the output '
-                         f'form only, but got forms={forms!r}')
+    missing = [x for x in forms if x not in cost.forms]
+    if missing:
+        raise ValueError(
+            f'BudgetPlanner: forms={forms!r}, but the latency table was '
+            f'measured without {", ".join(missing)}: it has '
+            f'{", ".join(cost.forms)}. Leave forms out, or export and measure '
+            'the table again by tools/latency_table.py')
     return tuple(forms)
 
 
@@ -158,9 +162,9 @@ class BudgetPlanner(BasePlanner):
         forms (Sequence[str], optional): What a layer may become: ``'output'``
             (basis filters and 1x1 coefficients, the paper), ``'input'`` (a 1x1
             basis of the input channels in front), ``'both'``, ``'spatial'``
-            (k x 1, then 1 x k). Defaults to all of them where data are looked
-            at; a latency table, and a planner without data, know the first
-            only. With a normalization behind the basis none is spatial.
+            (k x 1, then 1 x k). Defaults to all of them, with a latency table
+            to those that it has; without data to the first. With a
+            normalization behind the basis none is spatial.
         loss_aware (bool, optional): Weigh directions by the gradients of the
             loss on the calibration images. By default this is done where
             ``data_aware`` is set and the model's loss is known.
@@ -204,9 +208,8 @@ class BudgetPlanner(BasePlanner):
         self.time, self.weights = self.cost, WEIGHTS[:1]
         if macs is not None:
             self.time, self.weights = DeviceCost(device or 'cpu'), WEIGHTS
-        knows_inputs = self.cost.knows_inputs and self.data_aware
         if forms is None:
-            forms = FORMS if knows_inputs else FORMS[:1]
+            forms = self.cost.forms if self.data_aware else FORMS[:1]
         self.forms = check_forms(forms, self.cost)
 
     def _can_pay(self, costs: Costs) -> bool:

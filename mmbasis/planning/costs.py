@@ -12,7 +12,7 @@ from ..factorization import Spectrum
 from ..running import Operation
 from .devices import DEVICES, device
 from .kernels import Convolution, Kernel
-from .layers import Layer
+from .layers import FORMS, Layer
 from .statistics import LayerStatistics
 
 
@@ -24,6 +24,16 @@ class Ranks(NamedTuple):
     output: Any = None
     input: Any = None
     spatial: bool = False
+
+    @property
+    def form(self) -> str:
+        """``'output'``, ``'input'`` or ``'both'``: where it has a basis; or
+        ``'spatial'``."""
+        if self.spatial:
+            return 'spatial'
+        if self.input is None:
+            return 'output'
+        return 'input' if self.output is None else 'both'
 
     @classmethod
     def of(cls, ranks: int | Ranks | None) -> Ranks | None:
@@ -144,8 +154,8 @@ class Cost:
     Others derive from it."""
     #: what a plan's record says of it
     record: dict[str, Any] = {}
-    #: whether it knows all forms, or the output form alone
-    knows_inputs = True
+    #: the forms whose cost it knows
+    forms: tuple[str, ...] = FORMS
     #: where its time is from, as in "faster on a T4"; empty if it is no time
     source = ''
 

@@ -5,36 +5,72 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from .costs import Cost, Costs, Ranks
-from .layers import Layer
+from .layers import FORMS, Layer
 
-SCHEMA, VERSION = 'mmbasis.latency_table', 1
+SCHEMA = 'mmbasis.latency_table'
+#: in version 1 all ranks are of the output form
+VERSIONS = (1, 2)
 #: ids of the entries that are no layer
 MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
+#: whether an entry of each form has a rank of the output and of the input
+SIDES = dict(dense=(False, False), output=(True, False), input=(False, True),
+             both=(True, True), spatial=(True, False))
+
+
+class Grid:
+    """Latencies of a layer in one form at the measured ranks, if any.
+
+    Args:
+        latencies (dict[Ranks, float]): By ranks, in ms.
+        dense (float): Of the dense layer, ms.
+    """
+
+    def __init__(self, latencies: dict[Ranks, float], dense: float) -> None:
+        self.choices = sorted(latencies, key=_sides)
+        self.sides = np.array([_sides(x) for x in self.choices]).reshape(-1, 2)
+        times = np.array([latencies[x] for x in self.choices])
+        # ranks that are not above others on any side do not cost more
+        below = (self.sides <= self.sides[:, None]).all(-1)
+        self.latencies = np.where(below, times, 0.).max(-1, initial=0.)
+        self.past = max([dense, *times])
+
+    def at(self, ranks: Ranks) -> Any:
+        """Milliseconds of the cheapest measured ranks that are not below these
+        on any side; where there are none, not less than dense."""
+        asked = np.stack(np.broadcast_arrays(*_sides(ranks)), -1)
+        within = (asked[..., None, :] <= self.sides).all(-1)
+        return np.where(within, self.latencies, self.past).min(
+            -1, initial=self.past)
+
+
+def _sides(ranks: Ranks) -> tuple[Any, Any]:
+    """Ranks of the output and of the input, 0 without a basis there."""
+    return (0 if ranks.output is None else ranks.output,
+            0 if ranks.input is None else ranks.input)
 
 
 @dataclass
 class Curve:
-    """Latency of a layer in one forward pass of the model, ms: dense, at the
-    measured ranks, rising, and past these."""
+    """Latency of a layer in one forward pass of the model, ms: dense, and in
+    each form."""
     shape: list[int]
     dense: float
     noise: float
-    ranks: np.ndarray
-    latencies: np.ndarray
+    grids: dict[str, Grid]
 
 
 class LatencyTable(Cost):
     """Measured latencies of the layers of one model on one device, as
     ``tools/latency_table.py measure`` wrote them to a file. Where a lower rank
-    was measured slower than a higher one, its latency counts for the higher
-    one too."""
+    was measured slower than a higher one of the same form, its latency counts
+    for the higher one too. In a form that was not measured, a layer is not
+    faster than dense."""
 
-    knows_inputs = False
     source = 'by the latency table'
 
     def __init__(self, path: str, data: dict[str, Any]) -> None:
@@ -48,16 +84,20 @@ class LatencyTable(Cost):
             backend=data['backend'],
             precision=data['precision'])
         self.record = dict(table=self.target)
-        self.curves = _curves(entries)
+        version = data['version']
+        self.curves = _curves(entries, version)
+        self.forms = tuple(x for x in FORMS if x == FORMS[0] or any(
+            curve.grids[x].choices for curve in self.curves.values()))
         #: latency of the whole dense model, if it was measured
         self.model_ms = entries.get(MODEL_ID, {}).get('median_ms')
         #: how much longer layers take inside the model than alone
         self._dense_scale = self._basis_scale = 1.
         if self.model_ms is not None:
-            self._scale_to(self.model_ms, entries.get(COMPRESSED_ID))
+            self._scale_to(self.model_ms, entries.get(COMPRESSED_ID),
+                           version)
 
-    def _scale_to(self, dense_ms: float,
-                  compressed: dict[str, Any] | None) -> None:
+    def _scale_to(self, dense_ms: float, compressed: dict[str, Any] | None,
+                  version: int) -> None:
         """Predict the latencies of the dense and of the compressed model that
         were measured, as far as that is no speed-up of basis layers."""
         alone = sum(self.cost(name, None) for name in self.curves)
@@ -65,7 +105,9 @@ class LatencyTable(Cost):
             self._dense_scale = self._basis_scale = dense_ms / alone
         if compressed is None:
             return
-        ranks = compressed.get('ranks', {})
+        read = {name: _read_ranks(x, version, COMPRESSED_ID)
+                for name, x in compressed.get('ranks', {}).items()}
+        ranks = {name: x for name, x in read.items() if x is not None}
         basis = sum(
             self.cost(name, rank) for name, rank in ranks.items()
             if name in self.curves)
@@ -90,15 +132,16 @@ class LatencyTable(Cost):
             raise ValueError(f'{path} is no latency table: make one by '
                              'tools/latency_table.py')
         version = data.get('version')
-        if version != VERSION:
-            raise ValueError(f'{path} is a latency table of version '
-                             f'{version!r}, this mmbasis reads {VERSION}')
+        if version not in VERSIONS:
+            raise ValueError(
+                f'{path} is a latency table of version {version!r}, this '
+                f'mmbasis reads {" and ".join(map(str, VERSIONS))}')
         if data.get('status') != 'complete':
             raise ValueError(f'{path} is not complete: tools/latency_table.py '
                              'measure goes on where it stopped')
         try:
             table = cls(path, data)
-        except (AttributeError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is malformed: {error!r} in its entries; '
                              'was the index of tools/latency_table.py export '
                              'measured?') from None
@@ -133,14 +176,12 @@ class LatencyTable(Cost):
                 f'model: {"; ".join(wrong[:4])} ({len(wrong)} layers in all)')
 
     def of(self, costs: Costs, ranks: int | Ranks | None) -> Any:
-        given = Ranks.of(ranks) or Ranks()
-        return self.cost(costs.layer.name, given.output)
+        return self.cost(costs.layer.name, ranks)
 
     def pays(self, costs: Costs, ranks: int | Ranks) -> Any:
-        given = Ranks.of(ranks) or Ranks()
         return np.logical_and(
             super().pays(costs, ranks),
-            self.is_faster(costs.layer.name, given.output))
+            self.is_faster(costs.layer.name, ranks))
 
     def budget(self, fraction: float, layers: Iterable[Costs]) -> float:
         """What some layers may take if the whole model keeps a fraction of
@@ -148,37 +189,59 @@ class LatencyTable(Cost):
         dense = self.predict({})
         return fraction * dense - (dense - super().budget(1, layers))
 
-    def cost(self, name: str, rank: Any) -> Any:
+    def cost(self, name: str, ranks: int | Ranks | None) -> Any:
         """Milliseconds that a layer takes in one forward pass of the model,
-        None for the dense layer; between two measured ranks it is that of the
-        higher one, and past the last not less than dense."""
-        curve = self.curves[name]
-        if rank is None:
+        None for the dense layer: those of the next higher measured ranks of
+        this form, and past the last not less than dense."""
+        given, curve = Ranks.of(ranks), self.curves[name]
+        if given is None:
             return self._dense_scale * curve.dense
-        at = np.searchsorted(curve.ranks, rank)
-        return self._basis_scale * curve.latencies[at]
+        return self._basis_scale * curve.grids[given.form].at(given)
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""
         return self._basis_scale * self.curves[name].noise
 
-    def is_faster(self, name: str, rank: Any) -> Any:
-        """Whether a layer is faster at a rank than dense, beyond noise."""
-        return self.cost(name, rank) + self.noise(name) < self.cost(name, None)
+    def is_faster(self, name: str, ranks: int | Ranks) -> Any:
+        """Whether a layer is faster at some ranks than dense, beyond
+        noise."""
+        basis = self.cost(name, ranks) + self.noise(name)
+        return basis < self.cost(name, None)
 
     def rest(self) -> float:
         """Milliseconds of the dense model outside the layers of the table."""
         layers = sum(self.cost(name, None) for name in self.curves)
         return max(0., (self.model_ms or 0.) - layers)
 
-    def predict(self, ranks: dict[str, int]) -> float:
+    def predict(self, ranks: Mapping[str, int | Ranks]) -> float:
         """Milliseconds for one forward pass of the whole model, given the
         ranks of the layers that are compressed."""
         return self.rest() + sum(
             self.cost(name, ranks.get(name)) for name in self.curves)
 
 
-def _curves(entries: dict[str, dict]) -> dict[str, Curve]:
+def write_ranks(ranks: Ranks | None) -> dict[str, Any]:
+    """What an entry says of a layer: its form, and its ranks as in a plan."""
+    if ranks is None:
+        return dict(form='dense', rank=None, input_rank=None)
+    return dict(form=ranks.form, rank=ranks.output, input_rank=ranks.input)
+
+
+def _read_ranks(entry: Any, version: int, name: str) -> Ranks | None:
+    """The ranks that an entry is of, None for the dense layer; the error
+    names the key that is missing, or what does not fit together."""
+    if version == 1:
+        rank = entry['rank'] if isinstance(entry, dict) else entry
+        return None if rank is None else Ranks(rank)
+    form, sides = entry['form'], (entry['rank'], entry['input_rank'])
+    if SIDES.get(form) != tuple(x is not None for x in sides) or not all(
+            isinstance(x, int) and x > 0 for x in sides if x is not None):
+        raise ValueError(f'{name}: form={form!r}, rank={sides[0]!r} and '
+                         f'input_rank={sides[1]!r} do not fit together')
+    return None if form == 'dense' else Ranks(*sides, form == 'spatial')
+
+
+def _curves(entries: dict[str, dict], version: int) -> dict[str, Curve]:
     """By layer, the sums over all input shapes that it sees."""
     groups: dict[str, dict] = defaultdict(dict)
     noise: dict[str, float] = defaultdict(float)
@@ -189,21 +252,27 @@ def _curves(entries: dict[str, dict]) -> dict[str, Curve]:
             # what feeds the layer is not the layer's
             feed = entries[entry['carrier']]['median_ms']
             key = entry['group']
-            groups[key][entry['rank']] = max(entry['median_ms'] - feed, 1e-6)
+            ranks = _read_ranks(entry, version, entry['id'])
+            groups[key][ranks] = max(entry['median_ms'] - feed, 1e-6)
             noise[key] = max(noise[key], entry['noise_ms'])
             for name, count in entry['uses'].items():
                 uses[name][key] = count
                 shapes[name] = entry['weight_shape']
     curves = {}
     for name, counts in uses.items():
-        ranks = set.intersection(*(set(groups[key]) for key in counts))
-        rising = sorted(ranks - {None})
-        times = [
-            sum(count * groups[key][rank] for key, count in counts.items())
-            for rank in (*rising, None)
-        ]
+        common = set.intersection(*(set(groups[key]) for key in counts))
+        times = {
+            ranks: sum(count * groups[key][ranks]
+                       for key, count in counts.items())
+            for ranks in common | {None}
+        }
+        dense = times[None]
+        grids: dict[str, dict] = defaultdict(dict)
+        for ranks, ms in times.items():
+            if ranks is not None:
+                grids[ranks.form][ranks] = ms
         curves[name] = Curve(
-            shapes[name], times[-1],
+            shapes[name], dense,
             sum(count * noise[key] for key, count in counts.items()),
-            np.array(rising, dtype=int), np.maximum.accumulate(times))
+            {form: Grid(grids[form], dense) for form in FORMS})
     return curves

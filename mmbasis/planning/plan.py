@@ -52,13 +52,8 @@ class LayerPlan:
 
     @property
     def form(self) -> str:
-        """``'output'``, ``'input'`` or ``'both'``: where it has a basis; or
-        ``'spatial'``."""
-        if self.spatial:
-            return 'spatial'
-        if self.input_rank is None:
-            return 'output'
-        return 'input' if self.rank is None else 'both'
+        """See :class:`Ranks`."""
+        return self.ranks.form
 
     @classmethod
     def of(cls, costs: Costs, ranks: Ranks) -> 'LayerPlan':

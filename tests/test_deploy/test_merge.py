@@ -13,8 +13,8 @@ CLS = 'classification_onnxruntime_static-32x32'
 
 
 def write_table(path, plan, slow, **changes):
-    """A table in which the layers ``slow`` do not get faster; as all tables,
-    it has ranks of the output form."""
+    """A table of version 1 in which the layers ``slow`` do not get faster; it
+    has ranks of the output form."""
     rows = [dict(id='c', role='carrier', median_ms=0., noise_ms=0.)]
     for name, entry in plan.layers.items():
         own = entry.rank or entry.full_rank // 2
@@ -48,7 +48,7 @@ def test_slow_layers_are_merged(classifier, deploy_cfg, tmp_path):
     slow = [name for name, x in entries.items() if x.form == 'output'][:2]
     # of which the table knows nothing
     others = {name for name, x in entries.items() if x.form != 'output'}
-    assert len(slow) == 2 and others
+    assert slow and others
     table = write_table(tmp_path / 't.json', classifier.plan,
                         {*slow, *others})
     cfg, checkpoint, merged = merge_slow_layers(
@@ -69,6 +69,31 @@ def test_slow_layers_are_merged(classifier, deploy_cfg, tmp_path):
     with torch.no_grad():
         assert torch.allclose(
             new(x, mode='tensor'), old(x, mode='tensor'), atol=1e-4)
+
+
+def test_slow_layers_of_all_forms_are_merged(classifier, deploy_cfg, tmp_path):
+    """One layer of each form is slow by a table of version 2."""
+    plan = classifier.plan
+    slow = {x.form: name for name, x in plan.layers.items()}
+    assert set(slow) > {'output'}
+    table = write_table(tmp_path / 't.json', plan, slow.values())
+    data = json.loads((tmp_path / 't.json').read_text())
+    for row in data['entries'][1:]:
+        entry = plan.layers[row['group']]
+        ranks = dict(form='dense', rank=None, input_rank=None)
+        if row['rank'] is not None:
+            ranks = dict(form=entry.form, rank=entry.rank,
+                         input_rank=entry.input_rank)
+        row.update(ranks)
+    (tmp_path / 't.json').write_text(json.dumps(dict(data, version=2)))
+    _, checkpoint, merged = merge_slow_layers(
+        deploy_cfg(CLS), classifier.cfg, classifier.checkpoint, table,
+        str(tmp_path))
+    assert set(merged) == set(slow.values())
+    for form, name in slow.items():
+        assert merged[name]['form'] == form
+        assert merged[name]['basis_ms'] == 2.
+    assert not set(merged) & set(plan_of(read_checkpoint(checkpoint)).layers)
 
 
 def test_nothing_to_merge(classifier, deploy_cfg, tmp_path):

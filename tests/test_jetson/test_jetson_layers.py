@@ -43,6 +43,7 @@ def test_table(folder, tmp_path):
     assert status == 0, err
     table = json.loads((tmp_path / 't.json').read_text())
     assert table['version'] == 1 and table['status'] == 'complete'
+    assert 'form' not in table['entries'][0]
     assert table['backend'] == 'onnxruntime'
     assert table['precision'] == 'fp32' and table['device']['cores'] > 0
     assert [e['id']
@@ -82,8 +83,8 @@ def test_other_conditions_are_refused(folder, tmp_path):
 
 def test_bad_indices(folder):
     index = json.loads((folder / 'index.json').read_text())
-    for change, message in ((dict(version=2),
-                             '"version": 1'), (dict(entries=[]), 'no entries'),
+    for change, message in ((dict(version=3), '"version": 1 or 2'),
+                            (dict(entries=[]), 'no entries'),
                             (dict(entries=[dict(id=1)]), "no 'onnx'"),
                             (dict(entries=[dict(id=1, onnx='gone.onnx')]),
                              'is missing'),
@@ -100,3 +101,36 @@ def test_entry_that_does_not_run_keeps_the_rest(folder, tmp_path):
     assert status == 1 and "entry 'conv/128'" in err
     table = json.loads((tmp_path / 't.json').read_text())
     assert table['status'] == 'partial' and len(table['entries']) == 1
+
+
+def test_forms(folder, tmp_path):
+    """An index of version 2 gives a table of version 2."""
+    index = json.loads((folder / 'index.json').read_text())
+    index['version'] = 2
+    for entry in index['entries']:
+        entry.update(role='layer', form='input', input_rank=entry['rank'])
+        entry['rank'] = None
+    (folder / 'index.json').write_text(json.dumps(index))
+    out = tmp_path / 't.json'
+    status, _, err = measure(folder, out)
+    assert status == 0, err
+    table = json.loads(out.read_text())
+    assert table['version'] == 2
+    assert [(e['form'], e['rank'], e['input_rank'])
+            for e in table['entries']] == [
+                ('input', None, n) for n in (4, 128, 8)]
+    # one of version 1 is not continued
+    out.write_text(json.dumps(dict(table, version=1)))
+    status, _, err = measure(folder, out)
+    assert status == 1 and 'not a latency table of version 2' in err
+
+
+@pytest.mark.parametrize('key', ['form', 'rank', 'input_rank'])
+def test_layers_of_version_2_say_their_form(folder, key):
+    index = json.loads((folder / 'index.json').read_text())
+    index['version'] = 2
+    index['entries'][1].update(role='layer', form='input', input_rank=8)
+    del index['entries'][1][key]
+    (folder / 'index.json').write_text(json.dumps(index))
+    with pytest.raises(BenchError, match='an entry has no .%s.' % key):
+        read_index(str(folder))

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Latency tables, and plans made with them."""
+import copy
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from mmbasis.planning import BudgetPlanner, LatencyTable
+from mmbasis import compress
+from mmbasis.planning import BudgetPlanner, LatencyTable, Ranks
 from tests.analyses import make_plan
 
 #: ms by rank, None is dense; conv '0' is slow at low ranks, '2' pays
@@ -92,7 +94,8 @@ def test_costs(write):
     table = LatencyTable.load(write())
     assert table.cost('2', None) == pytest.approx(4)
     assert table.cost('2', 4) == pytest.approx(1)
-    assert table.curves['2'].ranks.tolist() == [4, 8, 12, 16, 20]
+    ranks = [x.output for x in table.curves['2'].grids['output'].choices]
+    assert ranks == [4, 8, 12, 16, 20]
     assert table.rest() == pytest.approx(2)
 
 
@@ -151,7 +154,8 @@ def test_layers_take_longer_inside_the_model(write, model):
 
 @pytest.mark.parametrize('changes, text', [
     (dict(schema='other'), 'no latency table'),
-    (dict(version=2), 'version 2'),
+    (dict(version=3), 'version 3, this mmbasis reads 1 and 2'),
+    (dict(version=None), 'version None'),
     (dict(status='partial'), 'goes on where it stopped'),
     (dict(entries=[dict(id='a', role='layer')]), 'malformed'),
     (dict(entries=3), 'malformed'),
@@ -247,3 +251,190 @@ def test_the_plan_says_what_it_was_made_for(write, model):
 def test_latency_and_table_belong_together(options):
     with pytest.raises(ValueError, match='latency with its table or device'):
         BudgetPlanner(**options)
+
+
+# ------------------------------------------------------------------- forms
+def milliseconds(name, ranks):
+    """A known time of each layer: launches, and a price by form."""
+    if ranks is None:
+        return dict(zip('02', (1., 4.)))[name]
+    output, inputs, spatial = ranks
+    if name == '0':
+        return 2.  # never pays
+    if spatial:
+        return .2 + .1 * output
+    if inputs is None:
+        return .1 + .3 * output
+    return .2 + (.4 * inputs if output is None else .02 * output * inputs)
+
+
+#: ranks that are measured; of the diagonal for two bases
+GRIDS = dict(
+    output=[Ranks(x) for x in (4, 8, 12)],
+    input=[Ranks(None, x) for x in (2, 4, 6, 8)],
+    both=[Ranks(2 * x, x) for x in (2, 4, 6, 8, 10)],
+    spatial=[Ranks(x, None, True) for x in (6, 12, 18)])
+
+
+def forms_table(write, model, forms=tuple(GRIDS), **changes):
+    """A table of version 2 by :func:`milliseconds`, with changes of its last
+    entry."""
+    rows = [x for x in entries(model) if x['id'] in ('carrier', 'model')]
+    for old in entries(model):
+        if old.get('role') != 'layer' or old['rank'] is not None:
+            continue
+        name = old['group']
+        for form, ranks in [('dense', None)] + [
+                (x, y) for x in forms for y in GRIDS[x]]:
+            output, inputs, _ = ranks or Ranks()
+            rows.append(dict(
+                old, id=f'{name}/{form}{output}x{inputs}', form=form,
+                rank=output, input_rank=inputs,
+                median_ms=milliseconds(name, ranks) + .5))
+    rows[-1].update(changes)
+    return write(version=2, entries=rows)
+
+
+def test_costs_in_all_forms(write, model):
+    table = LatencyTable.load(forms_table(write, model))
+    assert table.forms == ('output', 'input', 'both', 'spatial')
+    for grid in GRIDS.values():
+        for ranks in grid:
+            assert table.cost('2', ranks) == pytest.approx(
+                milliseconds('2', ranks))
+            assert not table.is_faster('0', ranks)
+    assert table.predict({'2': Ranks(4, 2)}) == pytest.approx(
+        7 - 4 + milliseconds('2', Ranks(4, 2)))
+    # between measured ranks, the next that are lower on no side
+    for ranks in (Ranks(5, 2), Ranks(4, 3), Ranks(8, 1)):
+        assert table.cost('2', ranks) == table.cost('2', Ranks(8, 4))
+    assert table.cost('2', Ranks(None, 3)) == table.cost('2', Ranks(None, 4))
+    assert table.cost('2', Ranks(7, None, True)) == table.cost(
+        '2', Ranks(12, None, True))
+    # past them, on one side or on both
+    for ranks in (Ranks(4, 11), Ranks(21, 2), Ranks(21, 11), Ranks(13),
+                  Ranks(None, 9), Ranks(19, None, True)):
+        assert table.cost('2', ranks) >= 4 and not table.is_faster('2', ranks)
+
+
+def test_grids_of_ranks_at_once(write, model):
+    table = LatencyTable.load(forms_table(write, model))
+    outputs, inputs = np.array([1, 4, 9, 30]), np.array([1, 2, 7])
+    found = table.cost('2', Ranks(outputs[:, None], inputs))
+    assert found.tolist() == [[
+        table.cost('2', Ranks(int(x), int(y))) for y in inputs
+    ] for x in outputs]
+
+
+@pytest.mark.parametrize('form', list(GRIDS))
+@pytest.mark.parametrize('fraction', [.7, .9])
+def test_plans_in_each_form_meet_the_budget(write, model, form, fraction):
+    path = forms_table(write, model)
+    plan = data_plan(model, latency=fraction, table=path, forms=[form])
+    assert {x.form for x in plan.layers.values()} == {form}
+    assert set(plan.layers) == {'2'}
+    assert taken(plan) <= fraction * 7 + 1e-9
+
+
+def read(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def data_plan(model, **options):
+    torch.manual_seed(1)
+    images = torch.randn(8, 3, 6, 6)
+    planner = BudgetPlanner(
+        loss_aware=False, prediction_layers=True, **options)
+    return compress(model, planner, [images])
+
+
+def taken(plan):
+    """Milliseconds by the known function: all else takes two."""
+    return 2 + sum(
+        milliseconds(x, plan.layers[x].ranks if x in plan.layers else None)
+        for x in TIMES)
+
+
+@pytest.mark.parametrize('fraction', [.5, .6, .8, .9])
+def test_default_forms_use_the_budget(write, model, fraction):
+    path = forms_table(write, model)
+    plan = data_plan(model, latency=fraction, table=path, round_to=2)
+    table = LatencyTable.load(path)
+    ranks = {k: v.ranks for k, v in plan.layers.items()}
+    assert taken(plan) <= table.predict(ranks) <= fraction * 7 + 1e-9
+    # the steps of the table are this wide
+    assert table.predict(ranks) >= (fraction - .2) * 7
+
+
+def test_the_form_that_is_fast_here_is_chosen(write, model):
+    """Half the time for twice the ranks, in one form."""
+    rows = read(forms_table(write, model))['entries']
+    for fast in ('input', 'spatial'):
+        changed = [
+            dict(x, median_ms=.6) if x.get('form') == fast and x['group'] ==
+            '2' else x for x in rows
+        ]
+        path = write(version=2, entries=changed)
+        plan = data_plan(copy.deepcopy(model), latency=.5, table=path)
+        assert plan.layers['2'].form == fast
+
+
+def test_forms_are_those_of_the_table(write, model):
+    def check(path, *has):
+        assert BudgetPlanner(latency=.5, table=path).forms == has
+        assert BudgetPlanner(
+            latency=.5, table=path, data_aware=False).forms == ('output', )
+        with pytest.raises(ValueError, match='without spatial: it has '
+                           f'{", ".join(has)}. .*latency_table.py'):
+            BudgetPlanner(latency=.5, table=path, forms=['output', 'spatial'])
+
+    check(forms_table(write, model, ('output', 'both')), 'output', 'both')
+    check(write(), 'output')
+
+
+def test_version_2_reads_the_output_form_as_version_1_does(write, model):
+    old = LatencyTable.load(write())
+    rows = [
+        dict(x, input_rank=None, form='dense' if x['rank'] is None else
+             'output') if x.get('role') == 'layer' else x
+        for x in entries(model)
+    ]
+    new = LatencyTable.load(write(version=2, entries=rows))
+    for rank in (None, *range(1, 33)):
+        assert [old.cost(x, rank) for x in '02'] == [
+            new.cost(x, rank) for x in '02']
+    assert old.forms == new.forms == ('output', )
+
+
+def test_compressed_model_in_several_forms(write, model):
+    path = forms_table(write, model)
+    data = read(path)
+    ranks = dict(form='both', rank=4, input_rank=2)
+    data['entries'].append(
+        dict(id='model/compressed', median_ms=5., ranks={'2': ranks}))
+    table = LatencyTable.load(write(**data))
+    assert table.predict({'2': Ranks(4, 2)}) == pytest.approx(5)
+    assert table.predict({}) == pytest.approx(7)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(form='tucker'), dict(form='both'), dict(form='dense'),
+    dict(rank=None), dict(rank='8'), dict(rank=0), dict(rank=[1]),
+    dict(input_rank=3)])
+def test_entries_that_contradict_themselves(write, model, changes):
+    """The last one is spatial."""
+    path = forms_table(write, model, **changes)
+    with pytest.raises(ValueError, match=f'{path} is malformed: .*2/spatial'
+                       f'18xNone: .*{next(iter(changes))}=.* do not fit'):
+        LatencyTable.load(path)
+
+
+@pytest.mark.parametrize('key', [
+    'form', 'rank', 'input_rank', 'median_ms', 'noise_ms', 'uses', 'carrier'])
+def test_missing_keys_are_named(write, model, key):
+    path = forms_table(write, model)
+    data = read(path)
+    del data['entries'][-1][key]
+    with pytest.raises(ValueError, match=f"malformed: KeyError\\('{key}'"):
+        LatencyTable.load(write(**data))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -84,9 +85,21 @@ def test_table_and_budget(repo_root, workspace, table):
     # layers that differ in nothing share their models
     uses = [
         x['uses'] for x in data['entries']
-        if x.get('role') == 'layer' and x['rank'] is None
+        if x.get('role') == 'layer' and x['form'] == 'dense'
     ]
     assert len(groups) == len(uses) < sum(len(x) for x in uses)
+    # two ranks of each form at most, and the dense layer
+    models = Counter(
+        (x['group'], x['form']) for x in data['entries']
+        if x.get('role') == 'layer')
+    assert data['version'] == 2 and max(models.values()) <= 2
+    assert {form for _, form in models} == {
+        'dense', 'output', 'input', 'both', 'spatial'}
+    for entry in data['entries']:
+        if entry.get('form') == 'both':
+            shares = np.divide([entry['rank'], entry['input_rank']],
+                               entry['weight_shape'][:2])
+            assert np.ptp(shares) <= 4 / 16  # a step
     assert data['device'] and data['backend'] == 'onnxruntime'
     assert 'whole model' in tool(repo_root, 'latency_table.py', 'show', table)
     tool(repo_root, 'compress.py', workspace / 'dense.py',

@@ -22,6 +22,7 @@ import os.path as osp
 import sys
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch
@@ -97,25 +98,39 @@ def measure_layers(args, model, samples) -> LatencyTable:
 
 
 class Plans:
-    """Plans of one model from its weights, by different planners."""
+    """Plans of one model by different planners: from a batch, and those of
+    the paper's rule from its weights."""
 
     def __init__(self, model, batch) -> None:
-        self.model = model
-        self.batch = batch
+        # the default looks at all forms; there are no annotations for a loss
+        self.on_data, self.of_weights = (
+            analyze(model, self._recipe(data_aware, macs=.5), [batch])
+            for data_aware in (True, False))
+
+    @staticmethod
+    def _recipe(data_aware: bool, **planner) -> Recipe:
+        planner = dict(dict(type='BudgetPlanner'), **planner)
+        if planner['type'] == 'BudgetPlanner':
+            planner['loss_aware'] = False
+        return Recipe.of(planner=dict(planner, data_aware=data_aware))
 
     def make(self, **planner):
         """A plan; the model stays dense."""
-        recipe = Recipe.of(planner=dict(planner, data_aware=False))
-        return make_plan(recipe, analyze(self.model, recipe, [self.batch]))
+        return make_plan(self._recipe(True, **planner), self.on_data)
 
     def energy_at(self, macs: float):
         """The plan of the paper's rule that keeps this fraction of MACs."""
         low, high = .01, 1.
         for _ in range(12):
             middle = (low + high) / 2
-            plan = self.make(type='EnergyPlanner', threshold=middle)
+            plan = self._by_energy(middle)
             low, high = (low, middle) if kept(plan) > macs else (middle, high)
-        return self.make(type='EnergyPlanner', threshold=low)
+        return self._by_energy(low)
+
+    def _by_energy(self, threshold: float):
+        recipe = self._recipe(
+            False, type='EnergyPlanner', threshold=threshold)
+        return make_plan(recipe, self.of_weights)
 
 
 def kept(plan) -> float:
@@ -185,15 +200,12 @@ def main() -> None:
     plans = Plans(model, batch_for(cfg, args.input_shape, samples))
     chosen = dict(dense=None)
     chosen['latency'] = plans.make(
-        type='BudgetPlanner',
         latency=args.latency,
         table=table.target['path'],
         round_to=args.round_to)
     macs = kept(chosen['latency'])
-    # the table knows the output form only
-    by_macs = dict(type='BudgetPlanner', macs=macs, forms=['output'])
-    chosen['macs'] = plans.make(**by_macs, round_to=1)
-    chosen['macs, rounded'] = plans.make(**by_macs, round_to=args.round_to)
+    chosen['macs'] = plans.make(macs=macs, round_to=1)
+    chosen['macs, rounded'] = plans.make(macs=macs, round_to=args.round_to)
     chosen['paper'] = plans.energy_at(macs)
     paths = {}
     for name, plan in chosen.items():
@@ -204,12 +216,13 @@ def main() -> None:
     rows = {}
     for name, plan in chosen.items():
         ranks = {} if plan is None else {
-            k: v.rank
+            k: v.ranks
             for k, v in plan.layers.items()
         }
         rows[name] = dict(
             macs=1. if plan is None else kept(plan),
             layers=len(ranks),
+            forms=dict(Counter(x.form for x in ranks.values())),
             median_ms=float(np.median(times[name])),
             quartiles_ms=np.percentile(times[name], [25, 75]).tolist(),
             predicted_ms=table.predict(ranks),

@@ -3,16 +3,19 @@
 
 Input: a folder with ``index.json``::
 
-    {"version": 1,
-     "entries": [{"id": "conv1/rank8", "onnx": "conv1_rank8.onnx",
-                  "input_shape": [1, 16, 32, 32], ...}]}
+    {"version": 2,
+     "entries": [{"id": "conv1/output8", "onnx": "conv1_output8.onnx",
+                  "input_shape": [1, 16, 32, 32], "role": "layer",
+                  "form": "output", "rank": 8, "input_rank": null, ...}]}
 
 ``id`` is unique; ``onnx`` is relative to the folder; ``input_shape`` may be
-left out if the file has fixed sizes. All other keys are carried through.
+left out if the file has fixed sizes. All other keys are carried through; where
+``role`` is ``"layer"``, ``form``, ``rank`` and ``input_rank`` must be there.
+An index of version 1, which has ``rank`` alone, gives a table of version 1.
 
 Output, a JSON table::
 
-    {"schema": "mmbasis.latency_table", "version": 1, "status": "complete",
+    {"schema": "mmbasis.latency_table", "version": 2, "status": "complete",
      "device": {...}, "backend": "tensorrt", "engine_version": "8.5",
      "precision": "fp16", "protocol": {...}, "flags": [...],
      "entries": [{...keys of the index..., "onnx_sha256": "...",
@@ -38,7 +41,8 @@ from .util import (
 )
 
 SCHEMA = 'mmbasis.latency_table'
-VERSION = 1
+#: of index and table, with what an entry of a layer must have
+VERSIONS = {1: ('rank', ), 2: ('form', 'rank', 'input_rank')}
 
 
 def read_index(folder):
@@ -48,19 +52,22 @@ def read_index(folder):
         folder (str): see the module.
 
     Returns:
-        list[dict]: the entries.
+        dict: ``version`` and ``entries``.
 
     Raises:
         BenchError: another version, a missing key or file, or an id twice.
     """
     path = os.path.join(folder, 'index.json')
     index = read_json(path, 'index of layers')
-    if not isinstance(index, dict) or index.get('version') != 1:
+    if not isinstance(index, dict) or index.get('version') not in VERSIONS:
         raise BenchError(
-            '{}: expected an object with "version": 1'.format(path))
+            '{}: expected an object with "version": 1 or 2'.format(path))
     seen = set()
     for entry in index.get('entries', []):
-        for key in ('id', 'onnx'):
+        keys = ('id', 'onnx')
+        if entry.get('role') == 'layer':
+            keys += VERSIONS[index['version']]
+        for key in keys:
             if key not in entry:
                 raise BenchError('{}: an entry has no {!r}: {}'.format(
                     path, key, entry))
@@ -72,7 +79,7 @@ def read_index(folder):
             raise BenchError('{}: {} is missing'.format(path, entry['onnx']))
     if not seen:
         raise BenchError('{} has no entries'.format(path))
-    return index['entries']
+    return index
 
 
 def _identity(table):
@@ -93,9 +100,11 @@ def _resume(path, table):
     if not os.path.exists(path):
         return {}
     old = read_json(path, 'latency table')
-    if old.get('schema') != SCHEMA or old.get('version') != VERSION:
-        raise BenchError('{} is not a latency table of version {}: move it '
-                         'away or choose another --out'.format(path, VERSION))
+    version = table['version']
+    if old.get('schema') != SCHEMA or old.get('version') != version:
+        raise BenchError('{} is not a latency table of version {}, as the '
+                         'index is: move it away or choose another '
+                         '--out'.format(path, version))
     mine, theirs = _identity(table), _identity(old)
     other = [
         '{} {} instead of {}'.format(k, theirs[k], mine[k]) for k in mine
@@ -135,7 +144,8 @@ def measure_table(folder,
         BenchError: a bad index, an entry that does not run, or an earlier
         table of other conditions.
     """
-    entries = read_index(folder)
+    index = read_index(folder)
+    entries = index['entries']
     state = device.snapshot(sysroot)
     protocol = dict(rounds=rounds, seconds=seconds, min_count=min_count)
     table, done = None, {}
@@ -148,7 +158,8 @@ def measure_table(folder,
             session = _open(entry, path, backend, options)
             try:
                 if table is None:
-                    table = _new_table(sysroot, state, session, protocol)
+                    table = _new_table(index['version'], sysroot, state,
+                                       session, protocol)
                     done = _resume(out, table)
                 if key not in done:
                     done[key] = dict(
@@ -201,12 +212,12 @@ def _open(entry, path, backend, options):
         raise BenchError('entry {!r}: {}'.format(entry['id'], e)) from e
 
 
-def _new_table(sysroot, state, session, protocol):
+def _new_table(version, sysroot, state, session, protocol):
     info = dict(
         device.describe(sysroot), mode=state['mode'][0], gpu=state['gpu'])
     return dict(
         schema=SCHEMA,
-        version=VERSION,
+        version=version,
         status='partial',
         device=info,
         backend=session.info['backend'],
