@@ -45,7 +45,7 @@ import mmbasis
 from mmbasis.compression import Recipe, analyze, apply_plan, make_plan
 from mmbasis.deploy.layer_models import RawOutputs
 from mmbasis.models import build_dense
-from mmbasis.planning import Costs, Ranks
+from mmbasis.planning import Costs
 from mmbasis.planning.budget import FORMS
 from mmbasis.planning.costs import DeviceCost
 from mmbasis.running import tensors
@@ -168,11 +168,11 @@ class Plans:
                 continue  # not used
             known = replace(known, **{
                 key: batch * getattr(known, key) for key in (
-                    'weight_positions', 'out_positions', 'in_positions')})
+                    'weight_positions', 'out_positions', 'in_positions',
+                    'middle_positions')})
             entry = plan and plan.layers.get(layer.name)
-            total += cost.of(
-                Costs(layer, known),
-                Ranks(entry.rank, entry.input_rank) if entry else None)
+            total += cost.of(Costs(layer, known),
+                             entry.ranks if entry else None)
         return float(total)
 
 
