@@ -81,8 +81,9 @@ def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
     """The type that autocast computes in on ``'cuda'``, ``'cpu'``, …; None
     where it is off, or there is none."""
     if hasattr(torch, 'get_autocast_dtype'):  # since torch 2.4
-        on = (torch.amp.is_autocast_available(device_type)
-              and torch.is_autocast_enabled(device_type))  # type: ignore
+        amp: Any = torch  # what mypy's torch does not have
+        on = (amp.amp.is_autocast_available(device_type)
+              and amp.is_autocast_enabled(device_type))
         return torch.get_autocast_dtype(device_type) if on else None
     if device_type == 'cpu':
         on, dtype = (torch.is_autocast_cpu_enabled(),

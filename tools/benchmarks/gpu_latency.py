@@ -46,8 +46,8 @@ from mmbasis.compression import Recipe, analyze, apply_plan, make_plan
 from mmbasis.deploy.layer_models import RawOutputs
 from mmbasis.models import build_dense
 from mmbasis.planning import Costs
-from mmbasis.planning.budget import FORMS
 from mmbasis.planning.costs import DeviceCost
+from mmbasis.planning.layers import FORMS
 from mmbasis.running import tensors
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically

@@ -28,7 +28,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmbasis.compression import Recipe, analyze, compress, make_plan
 from mmbasis.layers import BasisLayer
 from mmbasis.planning import BudgetPlanner, find_layers
-from mmbasis.planning.budget import FORMS
+from mmbasis.planning.layers import FORMS
 from mmbasis.planning.statistics import LayerRecorder
 from mmbasis.running import evaluation
 from mmbasis.utils.io import write_atomically

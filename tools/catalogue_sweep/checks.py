@@ -41,7 +41,7 @@ from mmbasis.planning import (
     Form,
     Ranks,
 )
-from mmbasis.planning.budget import FORMS
+from mmbasis.planning.layers import FORMS
 from mmbasis.planning.planners import Choice, Decided
 from mmbasis.running import adapter_of
 
