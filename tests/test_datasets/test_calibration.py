@@ -486,8 +486,8 @@ def test_boxes_that_stay_behind_are_an_error(coco, name):
 def test_boxes_that_follow_are_no_error(coco, steps):
     """Whatever moves, cuts off or drops them, or changes colours."""
     # of some strong shears little is left at the border, less than the box
-    random.seed(0)
-    np.random.seed(0)
+    random.seed(1)
+    np.random.seed(1)
     testing = [IMAGE, *steps, ANNOTATIONS, PACK]
     cfg = config(dataset(coco, TRAINING), dataset(coco, testing))
     assert len(list(calibration_dataloader(cfg, 0))) == 2
