@@ -95,14 +95,14 @@ def test_broken_weights_are_named(value):
 
 
 def test_weights_of_a_class_of_their_own_are_not_lazy():
-    """``isinstance`` takes every such parameter for one of a lazy layer."""
+    """``isinstance`` takes every such parameter for one of a lazy layer, but
+    for the newest torch."""
 
     class Own(torch.Tensor):
         pass
 
     net = nn.Sequential(nn.Conv2d(3, 8, 3))
     net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(Own))
-    assert isinstance(net[0].weight, nn.parameter.UninitializedParameter)
     assert find_layers(net)[0].obstacle is None
 
 
