@@ -1,13 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What mmbasis says of the libraries around it."""
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from mmbasis import stack
+from tests.toy import run_beside
 
 #: as the two families call their releases
 OPENMMLAB = dict(mmengine='0.10.7', mmcv='2.1.0')
@@ -37,13 +36,7 @@ def run_without(tmp_path, text, **modules):
     """Import mmbasis in a process of its own, with some modules replaced."""
     for name, source in modules.items():
         (tmp_path / f'{name}.py').write_text(source)
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', text],
-                          capture_output=True,
-                          text=True,
-                          env=dict(
-                              os.environ,
-                              PYTHONPATH=os.pathsep.join(
-                                  [str(tmp_path), *sys.path[1:]])))
+    return run_beside(tmp_path, text)
 
 
 def test_names_what_is_missing_and_what_is_too_old(tmp_path):

@@ -188,6 +188,18 @@ def processes(cfg, folder, count, backend='gloo'):
     assert [x.returncode for x in started] == [0] * count, '\n'.join(errors)
 
 
+def run_beside(folder, *args):
+    """Run code in a process of its own that finds the modules of a folder
+    first: ``-c`` is given."""
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', *args],
+                          capture_output=True,
+                          text=True,
+                          env=dict(
+                              os.environ,
+                              PYTHONPATH=os.pathsep.join(
+                                  [str(folder), *sys.path[1:]])))
+
+
 if __name__ == '__main__':
     # one of several processes: tests.toy CONFIG
     from mmbasis.utils import init_cpu_dist

@@ -1,8 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Guests that are broken, and libraries under their import names."""
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -11,6 +8,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 
 from mmbasis.utils import load_config
 from mmbasis.utils.libraries import check_library, libraries_of
+from tests.toy import run_beside
 
 METADATA = 'Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n'
 #: what a transformers 5 has of the names that are asked for on import
@@ -81,24 +79,15 @@ def broken(tmp_path, request):
     return tmp_path, BROKEN[request.param][1]
 
 
-def run(folder, *args):
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', *args],
-                          capture_output=True,
-                          text=True,
-                          env=dict(
-                              os.environ,
-                              PYTHONPATH=os.pathsep.join(
-                                  [str(folder), *sys.path[1:]])))
-
-
 @pytest.mark.parametrize('broken', list(BROKEN), indirect=True)
 def test_a_broken_guest(broken, repo_root):
     folder, error = broken
     # the fault is there: without us, the library cannot be imported
-    result = run(folder, 'import mmpretrain.models')
+    result = run_beside(folder, 'import mmpretrain.models')
     assert result.returncode == 1 and error in result.stderr
     configs = repo_root / 'configs'
-    result = run(folder, BUILD, configs / 'mmpretrain/resnet56_cifar10.py',
+    result = run_beside(folder,
+                        BUILD, configs / 'mmpretrain/resnet56_cifar10.py',
                  'mmpretrain', configs / 'mmdet/rtmdet_tiny_bccd.py', 'mmdet')
     assert result.returncode == 0, result.stderr
     # the forks print more
@@ -113,7 +102,7 @@ def test_another_error_is_the_users(tmp_path):
     (package / 'models').mkdir(parents=True)
     (package / '__init__.py').write_text('')
     (package / 'models' / '__init__.py').write_text('raise KeyError("own")')
-    result = run(
+    result = run_beside(
         tmp_path, 'from mmbasis.utils.libraries import import_models\n'
         'import_models("mmselfsup"); import_models("mmtrack")')
     assert result.returncode == 1
@@ -150,7 +139,7 @@ def test_configs_are_found_by_import_name(tmp_path):
     (package / '.mim' / 'model-index.yml').write_text('Import: []')
     config.write_text('model = dict(type="UNet")')
     (tmp_path / 'mine.py').write_text('_base_ = "mmseg::unet/unet.py"')
-    result = run(
+    result = run_beside(
         tmp_path, 'import sys; from mmbasis.utils import load_config\n'
         'for x in sys.argv[1:]: print(load_config(x).model.type)',
         'mmseg::unet/unet.py', tmp_path / 'mine.py')
