@@ -20,6 +20,8 @@ MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
 #: whether an entry of each form has a rank of the output and of the input
 SIDES = dict(dense=(False, False), output=(True, False), input=(False, True),
              both=(True, True), spatial=(True, False))
+#: of the time alone, what a layer takes in a model at least
+LEAST_SCALE = .5
 
 
 class Grid:
@@ -41,11 +43,11 @@ class Grid:
 
     def at(self, ranks: Ranks) -> Any:
         """Milliseconds of the cheapest measured ranks that are not below these
-        on any side; where there are none, not less than dense."""
+        on any side, infinitely many where there are none."""
         asked = np.stack(np.broadcast_arrays(*_sides(ranks)), -1)
         within = (asked[..., None, :] <= self.sides).all(-1)
-        return np.where(within, self.latencies, self.past).min(
-            -1, initial=self.past)
+        return np.where(within, self.latencies, np.inf).min(
+            -1, initial=np.inf)
 
 
 def _sides(ranks: Ranks) -> tuple[Any, Any]:
@@ -99,7 +101,8 @@ class LatencyTable(Cost):
     def _scale_to(self, dense_ms: float, compressed: dict[str, Any] | None,
                   version: int) -> None:
         """Predict the latencies of the dense and of the compressed model that
-        were measured, as far as that is no speed-up of basis layers."""
+        were measured: in a model, layers share the cache, and blocks of a
+        few channels more or less cost what no small model shows."""
         alone = sum(self.cost(name, None) for name in self.curves)
         if alone > dense_ms:
             self._dense_scale = self._basis_scale = dense_ms / alone
@@ -111,9 +114,9 @@ class LatencyTable(Cost):
         basis = sum(
             self.cost(name, rank) for name, rank in ranks.items()
             if name in self.curves)
-        excess = compressed['median_ms'] - self.predict(ranks)
-        if basis > 0 and excess > 0:
-            self._basis_scale *= 1 + excess / basis
+        if basis > 0:
+            excess = compressed['median_ms'] - self.predict(ranks)
+            self._basis_scale *= max(LEAST_SCALE, 1 + excess / basis)
 
     @classmethod
     def load(cls, path: str, **target: str | None) -> LatencyTable:
@@ -194,9 +197,12 @@ class LatencyTable(Cost):
         None for the dense layer: those of the next higher measured ranks of
         this form, and past the last not less than dense."""
         given, curve = Ranks.of(ranks), self.curves[name]
+        dense = self._dense_scale * curve.dense
         if given is None:
-            return self._dense_scale * curve.dense
-        return self._basis_scale * curve.grids[given.form].at(given)
+            return dense
+        grid = curve.grids[given.form]
+        return np.minimum(self._basis_scale * grid.at(given),
+                          max(dense, self._basis_scale * grid.past))
 
     def noise(self, name: str) -> float:
         """Differences of :meth:`cost` below this mean nothing, ms."""

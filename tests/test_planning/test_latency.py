@@ -134,8 +134,8 @@ def test_prediction_of_the_whole_model(write, model):
     assert table.predict({'2': 4}) == pytest.approx(1)
 
 
-def test_layers_take_longer_inside_the_model(write, model):
-    """The compressed model was measured, too: 6 ms instead of 4."""
+def test_layers_take_another_time_inside_the_model(write, model):
+    """The compressed model was measured, too: 6 ms instead of 4, or 3.5."""
 
     def table(ms):
         row = dict(
@@ -148,8 +148,14 @@ def test_layers_take_longer_inside_the_model(write, model):
     assert slower.cost('2', 4) == pytest.approx(3)
     assert slower.cost('2', None) == pytest.approx(4)
     assert slower.is_faster('2', 4) and not slower.is_faster('2', 8)
-    # but never that they are faster than alone
-    assert table(3.).predict({'2': 4}) == pytest.approx(4)
+    faster = table(3.5)
+    assert faster.predict({}) == pytest.approx(7)
+    assert faster.predict({'2': 4}) == pytest.approx(3.5)
+    assert faster.cost('2', 4) == pytest.approx(.5)
+    # past the ranks that were measured, it is as slow as dense
+    assert faster.cost('2', 10**6) == pytest.approx(4)
+    # half the time alone at least: no model is so much faster than its parts
+    assert table(1.).predict({'2': 4}) == pytest.approx(3.5)
 
 
 @pytest.mark.parametrize('changes, text', [
