@@ -23,14 +23,18 @@ import sys
 import time
 import warnings
 from collections import Counter
+from datetime import datetime
 
 import numpy as np
+import onnxruntime
 import torch
+from bench_utils import command
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 from rich.console import Console
 from rich.table import Table
 
+import mmbasis
 from mmbasis.compression import (
     Recipe,
     analyze,
@@ -234,6 +238,12 @@ def main() -> None:
         device=table.target['device'],
         threads=args.threads,
         repeats=args.repeats,
+        date=datetime.now().isoformat(timespec='seconds'),
+        command=command(),
+        versions=dict(
+            mmbasis=mmbasis.__version__,
+            torch=torch.__version__,
+            onnxruntime=onnxruntime.__version__),
         load_average=[before, os.getloadavg()],
         budget=args.latency,
         results=rows)
