@@ -9,8 +9,12 @@
     # plan with it
     python tools/compress.py CONFIG CHECKPOINT --latency 0.5 \\
         --table table.json
+    # the network took 0.54 of the dense latency? plan again with the other
+    python tools/latency_table.py refine table.json compressed.pth \\
+        --measured 0.54 --out refined.json
 """
 import argparse
+import json
 import os.path as osp
 import sys
 import warnings
@@ -20,12 +24,13 @@ from mmengine.registry import init_default_scope
 from rich.console import Console
 from rich.table import Table
 
-from mmbasis.compression import load_weights, read_checkpoint
+from mmbasis.compression import load_weights, plan_of, read_checkpoint
 from mmbasis.deploy.layer_models import export_layers
 from mmbasis.models import build_dense
-from mmbasis.planning import LatencyTable
+from mmbasis.planning import LatencyTable, refine
 from mmbasis.planning.layers import FORMS
 from mmbasis.utils import load_config
+from mmbasis.utils.io import write_atomically
 
 # the benchmark of the Jetson tool
 sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
@@ -86,6 +91,16 @@ def parse_args() -> argparse.Namespace:
     measure.add_argument('--threads', type=int, help='of CPU back ends')
     measure.add_argument('--rounds', type=int, default=3)
     measure.add_argument('--seconds', type=float, default=.3, help='per round')
+    refined = commands.add_parser(
+        'refine', help='have it agree with a network planned by it')
+    refined.add_argument('table')
+    refined.add_argument('checkpoint', help='the compressed network')
+    refined.add_argument(
+        '--measured',
+        type=float,
+        required=True,
+        help='latency, as a fraction of the dense one in the same run')
+    refined.add_argument('--out', required=True, help='the new table (JSON)')
     show = commands.add_parser('show', help='print a table')
     show.add_argument('table')
     return parser.parse_args()
@@ -142,6 +157,17 @@ def measure(args: argparse.Namespace) -> int:
     return 0
 
 
+def refine_table(args: argparse.Namespace) -> None:
+    """Write a table that agrees with what a network took."""
+    plan = plan_of(read_checkpoint(args.checkpoint))
+    if plan is None:
+        raise SystemExit(f'{args.checkpoint} is of a dense model: give the '
+                         'compressed one')
+    data = refine(args.table, plan, args.measured)
+    write_atomically(args.out, json.dumps(data, indent=1))
+    Console().print(args.out)
+
+
 def show(args: argparse.Namespace) -> None:
     """Print what each layer costs."""
     table = LatencyTable.load(args.table)
@@ -169,6 +195,7 @@ def main() -> int:
     return {
         'export': export,
         'measure': measure,
+        'refine': refine_table,
         'show': show
     }[args.command](args) or 0
 

@@ -2,7 +2,7 @@
 """Planning: layers, what is measured of them, and what becomes of them."""
 from .budget import BudgetPlanner
 from .costs import Costs, Form, Ranks
-from .latency_table import LatencyTable
+from .latency_table import LatencyTable, refine
 from .layers import (
     Exclusion,
     Layer,
@@ -22,5 +22,5 @@ __all__ = [
     'Reason', 'check_finite', 'find_layers', 'CompressionPlan', 'DensePlan',
     'LayerPlan', 'BasePlanner', 'EnergyPlanner', 'FixedPlanner',
     'Ranks', 'RatioPlanner', 'Rules', 'Selection', 'measure_sensitivity',
-    'Analysis', 'LayerStatistics', 'measure', 'with_columns'
+    'Analysis', 'LayerStatistics', 'measure', 'refine', 'with_columns'
 ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from .costs import Cost, Costs, Ranks
 from .layers import FORMS, Layer
+from .plan import CompressionPlan
 
 SCHEMA = 'mmbasis.latency_table'
 #: in version 1 all ranks are of the output form
@@ -224,6 +225,54 @@ class LatencyTable(Cost):
         ranks of the layers that are compressed."""
         return self.rest() + sum(
             self.cost(name, ranks.get(name)) for name in self.curves)
+
+
+def refine(path: str, plan: CompressionPlan,
+           fraction: float) -> dict[str, Any]:
+    """A latency table that agrees with a network that was planned by it: what
+    a planner chooses by measurements is on average slower than these say.
+
+    Args:
+        path (str): The table.
+        plan (CompressionPlan): What became of the layers.
+        fraction (float): The latency of the compressed network as a fraction
+            of that of the dense one, both measured in one run; over 0.
+
+    Returns:
+        dict: The table, whose compressed model is this network.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no complete table with the latency of the whole
+            model, is of another model, or the fraction is not over 0.
+    """
+    table = LatencyTable.load(path)
+    if not 0 < fraction < float('inf'):
+        raise ValueError(f'the latency is {fraction} of that of the dense '
+                         'network, not a positive number')
+    if table.model_ms is None:
+        raise ValueError(f'{path} has no latency of the whole model: measure '
+                         'it again')
+    other = [x for x in plan.layers if x not in table.curves]
+    if other:
+        raise ValueError(f'{path} is of another model than the plan: it lacks '
+                         f'{", ".join(other[:4])} ({len(other)} layers in '
+                         'all)')
+    with open(path, encoding='utf-8') as file:
+        data = json.load(file)
+    rows = [x for x in data['entries'] if x['id'] != COMPRESSED_ID]
+    write = _write_rank if data['version'] == 1 else write_ranks
+    rows.append(dict(
+        id=COMPRESSED_ID, role=MODEL_ID, noise_ms=0.,
+        median_ms=fraction * table.model_ms,
+        ranks={k: write(x.ranks) for k, x in plan.layers.items()}))
+    return dict(data, entries=rows)
+
+
+def _write_rank(ranks: Ranks) -> int:
+    if ranks.form != FORMS[0]:
+        raise ValueError(f'tables of version 1 have no form {ranks.form!r}')
+    return ranks.output
 
 
 def write_ranks(ranks: Ranks | None) -> dict[str, Any]:

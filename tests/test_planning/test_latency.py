@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Latency tables, and plans made with them."""
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from mmbasis import compress
-from mmbasis.planning import BudgetPlanner, LatencyTable, Ranks
+from mmbasis.planning import BudgetPlanner, LatencyTable, Ranks, refine
 from tests.analyses import make_plan
 
 #: ms by rank, None is dense; conv '0' is slow at low ranks, '2' pays
@@ -156,6 +157,40 @@ def test_layers_take_another_time_inside_the_model(write, model):
     assert faster.cost('2', 10**6) == pytest.approx(4)
     # half the time alone at least: no model is so much faster than its parts
     assert table(1.).predict({'2': 4}) == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_refined_table_agrees_with_the_network_that_it_chose(
+        write, model, tmp_path, version):
+    path = write() if version == 1 else forms_table(write, model)
+    planner = BudgetPlanner(latency=.8, table=path)
+    plan = make_plan(planner, model)
+    ranks = {k: x.ranks for k, x in plan.layers.items()}
+    before = LatencyTable.load(path)
+    slower = 1.1 * before.predict(ranks) / 7
+    refined = tmp_path / 'refined.json'
+    refined.write_text(json.dumps(refine(path, plan, slower)))
+    after = LatencyTable.load(str(refined))
+    assert after.predict({}) == pytest.approx(7)
+    assert after.predict(ranks) == pytest.approx(slower * 7)
+    # a second time, of the table that was refined
+    again = refine(str(refined), plan, .5)
+    assert len(again['entries']) == len(read(str(refined))['entries'])
+
+
+def test_what_refines_no_table(write, model):
+    path = write()
+    plan = make_plan(BudgetPlanner(latency=.6, table=path), model)
+    for fraction in (0, -1., float('nan'), float('inf')):
+        with pytest.raises(ValueError, match='not a positive number'):
+            refine(path, plan, fraction)
+    layer, = plan.layers.values()
+    other = dataclasses.replace(plan, layers=dict(fc=layer))
+    with pytest.raises(ValueError, match='of another model .*lacks fc'):
+        refine(path, other, .5)
+    rows = [x for x in entries(model) if x['id'] != 'model']
+    with pytest.raises(ValueError, match='no latency of the whole model'):
+        refine(write(entries=rows), plan, .5)
 
 
 @pytest.mark.parametrize('changes, text', [

@@ -107,6 +107,17 @@ def test_table_and_budget(repo_root, workspace, table):
          '--work-dir', workspace / 'fast', '--calib-batches', 1)
     plan = json.loads((workspace / 'fast' / 'plan.json').read_text())
     assert plan['planner']['table']['precision'] == 'fp32'
+    refined = workspace / 'refined.json'
+    args = ('latency_table.py', 'refine', table)
+    options = ('--measured', .5, '--out', refined)
+    tool(repo_root, *args, workspace / 'fast' / 'compressed.pth', *options)
+    rows = {x['id']: x for x in json.loads(refined.read_text())['entries']}
+    assert rows['model/compressed']['median_ms'] == pytest.approx(
+        .5 * rows['model']['median_ms'])
+    assert set(rows['model/compressed']['ranks']) == set(plan['layers'])
+    refined.unlink()
+    out = tool(repo_root, *args, workspace / 'dense.pth', *options, status=1)
+    assert 'is of a dense model' in out and not refined.exists()
     # measured elsewhere, refused
     out = tool(
         repo_root,

@@ -1,11 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Does a budget in milliseconds give networks that are faster?
 
-Measures a latency table, plans at half the latency, and compares in one
-interleaved run of ONNX Runtime the dense model with plans of equal MACs: by
-latency, by MACs (BudgetPlanner, as it is and with ranks rounded) and by the
-paper's rule (EnergyPlanner, which does not round). The weights are random
-where no checkpoint is given: time does not depend on them, the ranks do.
+Measures a latency table, plans at half the latency, refines the table by what
+that network takes, plans again, and compares in one interleaved run of ONNX
+Runtime the dense model with the plans, and with plans of equal MACs: by MACs
+(BudgetPlanner, as it is and with ranks rounded) and by the paper's rule
+(EnergyPlanner, which does not round). The weights are random where no
+checkpoint is given: time does not depend on them, the ranks do.
 
     python tools/benchmarks/latency_budget.py \\
         mmpretrain::resnet/resnet50_8xb32_in1k.py \\
@@ -45,7 +46,7 @@ from mmbasis.compression import (
 )
 from mmbasis.deploy.layer_models import RawOutputs, export_layers
 from mmbasis.models import build_dense
-from mmbasis.planning import LatencyTable
+from mmbasis.planning import LatencyTable, refine
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 
@@ -143,17 +144,34 @@ def kept(plan) -> float:
     return macs['after'] / macs['before']
 
 
-def export(model, plan, samples, shape, path) -> None:
-    """Write the ONNX file of the model with a plan, None for dense."""
-    if plan is not None:
-        model = copy.deepcopy(model)
-        apply_plan(model, plan)
-    with torch.no_grad():
-        torch.onnx.export(
-            RawOutputs(model, samples).eval(), (torch.randn(*shape), ),
-            path,
-            input_names=['input'],
-            opset_version=13)
+class Files:
+    """ONNX files of one model with several plans, None for dense."""
+
+    def __init__(self, model, samples, shape, folder) -> None:
+        self.model, self.samples = model, samples
+        self.shape, self.folder = shape, folder
+        self.paths = {}
+
+    def time(self, plans: dict, threads: int, repeats: int) -> dict:
+        """Latencies in ms by plan, measured in one interleaved run."""
+        for name in plans.keys() - self.paths.keys():
+            file = name.replace(', ', '-')
+            self.paths[name] = osp.join(self.folder, f'{file}.onnx')
+            self._write(plans[name], self.paths[name])
+        return time_together(self.paths, self.shape, threads, repeats)
+
+    def _write(self, plan, path: str) -> None:
+        model = self.model
+        if plan is not None:
+            model = copy.deepcopy(model)
+            apply_plan(model, plan)
+        with torch.no_grad():
+            torch.onnx.export(
+                RawOutputs(model, self.samples).eval(),
+                (torch.randn(*self.shape), ),
+                path,
+                input_names=['input'],
+                opset_version=13)
 
 
 def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
@@ -202,21 +220,25 @@ def main() -> None:
     before = os.getloadavg()
     table = measure_layers(args, model, samples)
     plans = Plans(model, batch_for(cfg, args.input_shape, samples))
-    chosen = dict(dense=None)
-    chosen['latency'] = plans.make(
-        latency=args.latency,
-        table=table.target['path'],
-        round_to=args.round_to)
-    macs = kept(chosen['latency'])
+    budget = dict(latency=args.latency, round_to=args.round_to)
+    chosen = {
+        'dense': None,
+        'latency': plans.make(table=table.target['path'], **budget)
+    }
+    files = Files(model, samples, args.input_shape, args.work_dir)
+    times = files.time(chosen, args.threads, args.repeats)
+    refined = osp.join(args.work_dir, 'refined.json')
+    fraction = np.median(times['latency']) / np.median(times['dense'])
+    write_atomically(
+        refined,
+        json.dumps(refine(table.target['path'], chosen['latency'], fraction)))
+    table = LatencyTable.load(refined)
+    chosen['latency, refined'] = plans.make(table=refined, **budget)
+    macs = kept(chosen['latency, refined'])
     chosen['macs'] = plans.make(macs=macs, round_to=1)
     chosen['macs, rounded'] = plans.make(macs=macs, round_to=args.round_to)
     chosen['paper'] = plans.energy_at(macs)
-    paths = {}
-    for name, plan in chosen.items():
-        file = name.replace(', ', '-')
-        paths[name] = osp.join(args.work_dir, f'{file}.onnx')
-        export(model, plan, samples, args.input_shape, paths[name])
-    times = time_together(paths, args.input_shape, args.threads, args.repeats)
+    times = files.time(chosen, args.threads, args.repeats)
     rows = {}
     for name, plan in chosen.items():
         ranks = {} if plan is None else {
@@ -230,7 +252,7 @@ def main() -> None:
             median_ms=float(np.median(times[name])),
             quartiles_ms=np.percentile(times[name], [25, 75]).tolist(),
             predicted_ms=table.predict(ranks),
-            bytes=osp.getsize(paths[name]))
+            bytes=osp.getsize(files.paths[name]))
     report = dict(
         config=args.config,
         input_shape=list(args.input_shape),
