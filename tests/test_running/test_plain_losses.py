@@ -62,8 +62,8 @@ def test_detector_is_compressed_by_its_loss():
 
 def test_missing_targets_are_named():
     model = Detector()
-    with pytest.raises(UnknownLossError, match=r'Detector cannot be trained '
-                       r'without targets .*\(inputs, targets\)'):
+    with pytest.raises(UnknownLossError, match=r'(?s)Detector cannot be '
+                       r'trained without targets .*\(inputs, targets\)'):
         mmbasis.compress(model, BUDGET, [X])
     # by default energies count instead
     plan = mmbasis.compress(

@@ -15,7 +15,7 @@ from tests.test_tools.workplace import Forks
 
 RUN = """
 _base_ = {base!r}
-default_hooks = dict(visualization=None, checkpoint=dict(interval=2))
+default_hooks = dict(checkpoint=dict(interval=2))
 custom_hooks = []
 load_from = None
 """
