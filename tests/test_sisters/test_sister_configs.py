@@ -22,7 +22,7 @@ load_from = None
 
 SEGMENTOR = RUN + """
 norm_cfg = dict(type='BN')
-crop_size = (64, 64)
+crop_size = (96, 96)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(base_channels=16, stem_channels=16, norm_cfg=norm_cfg),
@@ -81,7 +81,7 @@ val_dataloader = val_evaluator = val_cfg = None
 #: config, its small version, size of images, and the last checkpoint
 CASES = dict(
     mmseg=('mmseg/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024_basis-macs50',
-           SEGMENTOR, 64, 'iter_4.pth'),
+           SEGMENTOR, 96, 'iter_4.pth'),
     mmrotate=('mmrotate/rotated-retinanet-rbox-le90_r50_fpn_1x_dota_'
               'basis-macs50', ROTATED, 96, 'epoch_2.pth'))
 
