@@ -185,7 +185,7 @@ def test_model_index_lists_all_configs(repo_root):
             assert model['Name'] == os.path.basename(listed[-1])[:-3]
     assert sorted(listed) == sorted(
         path.relative_to(repo_root).as_posix()
-        for library in ('mmdet', 'mmpretrain')
+        for library in ('mmdet', 'mmpretrain', 'mmrotate', 'mmseg')
         for path in (repo_root / 'configs' / library).glob('*.py'))
 
 

@@ -88,7 +88,8 @@ def standalone_config(cfg: Config, plan: CompressionPlan,
     cfg = as_text_config(cfg)
     model = dense_architecture(cfg)
     cfg.model = dict(
-        model, type=f'mmbasis.{model.type}', plan=plan.to_dict())
+        model, type=f'mmbasis.{_without_scope(model.type)}',
+        plan=plan.to_dict())
     given = cfg.get('custom_imports') or {}
     names = given.get('imports') or []
     names = [names] if isinstance(names, str) else names
@@ -104,6 +105,16 @@ def standalone_config(cfg: Config, plan: CompressionPlan,
     cfg.custom_hooks = hooks + [dict(type='mmbasis.BasisCompressionHook')]
     cfg.load_from, cfg.resume = checkpoint, False
     return cfg
+
+
+def _without_scope(type_: str) -> str:
+    """A type behind ``mmbasis.``, where a second scope would count alone
+    (MMRotate has ``'mmdet.RetinaNet'``): then the path of its class."""
+    scope, _, name = type_.partition('.')
+    if scope not in MMENGINE_MODELS.children or not name or '.' in name:
+        return type_
+    found = MMENGINE_MODELS.get(type_)
+    return f'{found.__module__}.{found.__qualname__}'
 
 
 def dense_architecture(cfg: Config) -> ConfigDict:

@@ -24,6 +24,11 @@ from ..registry import ADAPTERS
 TEMPERATURE = 2.
 #: annotations of sequences, perhaps in quotes, or with a module's name
 SEQUENCE = re.compile(r"'?([\w.]+\.)?(list|tuple|sequence)\b", re.IGNORECASE)
+#: arguments that a model takes in training alone, as torchvision's detectors
+TARGETS = re.compile(
+    r'(\w+_)?(targets?|labels?|annotations?|ground_?truths?)|gt\w*')
+#: what masks of classes hold where there is none to tell
+IGNORED = 255
 
 
 class UnknownLossError(ValueError):
@@ -166,23 +171,62 @@ class Adapter:
 
     def loss(self, data: Any) -> Tensor:
         """The training loss of a batch, a scalar, averaged over images as the
-        model defines it: what it returns as ``loss``, or a classifier's cross-
-        entropy. Raises an :class:`UnknownLossError` if there is none."""
+        model defines it: what it returns as ``loss``, the sum of losses that
+        it returns by name, or the cross-entropy of images or, in masks of
+        classes, of pixels. In training mode a batch's further entries go to
+        arguments that are named after :data:`TARGETS`. Raises an
+        :class:`UnknownLossError` if there is none."""
         batch = self.prepare(data)
-        outputs = self.raw(batch)
-        loss = _entry(outputs, 'loss')
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            return loss
-        logits = _logits(outputs)
+        outputs = self._train(batch) if self.model.training else (
+            self.raw(batch))
+        found = _entry(outputs, 'loss')
+        losses = [found]
+        if isinstance(outputs, Mapping) and found is None and (
+                self.model.training):
+            losses = list(outputs.values())
+        if losses and all(isinstance(x, Tensor) and x.dim() == 0
+                          for x in losses):
+            return sum(losses[1:], losses[0])
+        scores = _logits(outputs)
+        if scores is None:
+            scores = next(tensors(outputs), torch.empty(0))
         for target in tensors(getattr(batch, 'rest', [])):
-            if logits is not None and target.shape == logits.shape[:1] and (
-                    not target.is_floating_point()):
-                return F.cross_entropy(logits, target.to(logits.device).long())
+            if (scores.dim() > 1 and not target.is_floating_point()
+                    and target.shape == scores.shape[:1] + scores.shape[2:]):
+                return F.cross_entropy(
+                    scores, target.to(scores.device).long(),
+                    ignore_index=IGNORED if scores.dim() > 2 else -100)
         raise UnknownLossError(
             f'{type(self.model).__name__} is no MMEngine model, returns no '
-            'loss, and no logits of shape (images, classes) with labels: set '
+            'loss, and no scores of shape (images, classes, …) with labels of '
+            'shape (images, …) behind the inputs of a batch: set '
             'loss_aware=False, or register an adapter with a loss() in '
             'mmbasis.registry.ADAPTERS')
+
+    def _train(self, batch: Any) -> Any:
+        """What :meth:`loss` is taken from in training mode."""
+        if not isinstance(batch, Batch):  # an adapter may have its own
+            return self.raw(batch)
+        free = [x for x in parameters_of(self.model)
+                if x.kind.name == 'POSITIONAL_OR_KEYWORD']
+        lacks = [x.name for x in free[len(batch.args):]
+                 if TARGETS.fullmatch(x.name) and x.name not in batch.kwargs]
+        # what a dict has beside is of another name
+        if isinstance(batch.raw, (tuple, list)):
+            given = tree_map(lambda x: self.move(x) if isinstance(
+                x, Tensor) else x, dict(zip(lacks, batch.rest)))
+            batch = dataclasses.replace(
+                batch, kwargs={**batch.kwargs, **given})
+            lacks = lacks[len(given):]
+        try:
+            return self.raw(batch)
+        except Exception as error:
+            if not lacks:
+                raise
+            raise UnknownLossError(
+                f'{type(self.model).__name__} cannot be trained without '
+                f'{", ".join(lacks)} ({error}): let the batches be (inputs, '
+                'targets), or set loss_aware=False') from error
 
     def count_images(self, data: Any) -> int:
         """Number of images in a batch: of its data samples, else of its
