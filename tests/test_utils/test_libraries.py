@@ -86,9 +86,9 @@ def test_a_broken_guest(broken, repo_root):
     result = run_beside(folder, 'import mmpretrain.models')
     assert result.returncode == 1 and error in result.stderr
     configs = repo_root / 'configs'
-    result = run_beside(folder,
-                        BUILD, configs / 'mmpretrain/resnet56_cifar10.py',
-                 'mmpretrain', configs / 'mmdet/rtmdet_tiny_bccd.py', 'mmdet')
+    result = run_beside(
+        folder, BUILD, configs / 'mmpretrain/resnet56_cifar10.py',
+        'mmpretrain', configs / 'mmdet/rtmdet_tiny_bccd.py', 'mmdet')
     assert result.returncode == 0, result.stderr
     # the forks print more
     assert {'ImageClassifier', 'RTMDet'} <= set(result.stdout.split())
