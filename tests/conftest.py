@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 import os
 import re
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -110,3 +111,14 @@ def cifar10_subset(cifar10_root, tmp_path):
         return tmp_path / 'data'
 
     return link
+
+
+@pytest.fixture(autouse=True)
+def autocast_is_left():
+    """What stays inside of autocast makes later steps compute with weights of
+    earlier ones: its cache is cleared at the outermost end."""
+    yield
+    torch = sys.modules.get('torch')
+    if torch is not None:
+        torch.autocast_increment_nesting()
+        assert torch.autocast_decrement_nesting() == 0

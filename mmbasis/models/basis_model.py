@@ -228,9 +228,12 @@ class BasisModel(BaseModel):
     def _orthogonality(self) -> torch.Tensor:
         """``sum_layers ||F F^T - I||_F^2``, a scalar."""
         total = next(self.parameters()).new_zeros(())
+        # where a compiled graph breaks inside of autocast, torch 2.1 never
+        # leaves it: its cache goes on to hold old weights
+        stacked = _stacked_bases(self)
         # in full precision: it is a small difference of products
         with torch.autocast(total.device.type, enabled=False):
-            for bases in _stacked_bases(self):
+            for bases in stacked:
                 total = total + orthogonality_penalty(bases)
         return total
 

@@ -28,10 +28,6 @@ def state(runner):
     return runner.model.state_dict()
 
 
-def equal(a, b):
-    return all(map(torch.equal, state(a).values(), state(b).values()))
-
-
 def resume(cfg, tmp_path, runner, epoch, **options):
     """Continue from a copy of what a run had written after some epochs."""
     folder = tmp_path / f'resumed_{epoch}'
@@ -153,17 +149,10 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, dense, variant):
     if variant.pop('ema', False):
         cfg.custom_hooks.append(EMA)
     cfg.merge_from_dict(variant)
-    bfloat16 = 'Amp' in cfg.optim_wrapper.get('type', '')
     whole = run(cfg)
     norms = [x.norm for _, x in basis_layers(whole.model)]
     assert all((x is not None) == settings['norm'] for x in norms)
     resumed = resume(cfg, tmp_path, whole, 1)
-    if bfloat16 and not equal(resumed, whole):
-        # twice in some ten runs of all tests, bfloat16 did not repeat itself:
-        # what resuming loses would be lost each time
-        cfg.work_dir = str(tmp_path / 'again')
-        whole = run(cfg)
-        resumed = resume(cfg, tmp_path / 'again', whole, 1)
     same(state(resumed), state(whole), rtol=0, atol=0)
     assert resumed.model.plan.to_dict() == whole.model.plan.to_dict()
     a, b = (r.optim_wrapper.state_dict() for r in (whole, resumed))

