@@ -144,34 +144,17 @@ def kept(plan) -> float:
     return macs['after'] / macs['before']
 
 
-class Files:
-    """ONNX files of one model with several plans, None for dense."""
-
-    def __init__(self, model, samples, shape, folder) -> None:
-        self.model, self.samples = model, samples
-        self.shape, self.folder = shape, folder
-        self.paths = {}
-
-    def time(self, plans: dict, threads: int, repeats: int) -> dict:
-        """Latencies in ms by plan, measured in one interleaved run."""
-        for name in plans.keys() - self.paths.keys():
-            file = name.replace(', ', '-')
-            self.paths[name] = osp.join(self.folder, f'{file}.onnx')
-            self._write(plans[name], self.paths[name])
-        return time_together(self.paths, self.shape, threads, repeats)
-
-    def _write(self, plan, path: str) -> None:
-        model = self.model
-        if plan is not None:
-            model = copy.deepcopy(model)
-            apply_plan(model, plan)
-        with torch.no_grad():
-            torch.onnx.export(
-                RawOutputs(model, self.samples).eval(),
-                (torch.randn(*self.shape), ),
-                path,
-                input_names=['input'],
-                opset_version=13)
+def export(model, plan, samples, shape, path) -> None:
+    """Write the ONNX file of the model with a plan, None for dense."""
+    if plan is not None:
+        model = copy.deepcopy(model)
+        apply_plan(model, plan)
+    with torch.no_grad():
+        torch.onnx.export(
+            RawOutputs(model, samples).eval(), (torch.randn(*shape), ),
+            path,
+            input_names=['input'],
+            opset_version=13)
 
 
 def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
@@ -225,8 +208,19 @@ def main() -> None:
         'dense': None,
         'latency': plans.make(table=table.target['path'], **budget)
     }
-    files = Files(model, samples, args.input_shape, args.work_dir)
-    times = files.time(chosen, args.threads, args.repeats)
+    paths = {}
+
+    def time_chosen() -> dict:
+        """Latencies in ms of all plans so far, in one interleaved run."""
+        for name in [x for x in chosen if x not in paths]:
+            file = name.replace(', ', '-')
+            paths[name] = osp.join(args.work_dir, f'{file}.onnx')
+            export(model, chosen[name], samples, args.input_shape,
+                   paths[name])
+        return time_together(paths, args.input_shape, args.threads,
+                             args.repeats)
+
+    times = time_chosen()
     refined = osp.join(args.work_dir, 'refined.json')
     fraction = np.median(times['latency']) / np.median(times['dense'])
     write_atomically(
@@ -238,7 +232,7 @@ def main() -> None:
     chosen['macs'] = plans.make(macs=macs, round_to=1)
     chosen['macs, rounded'] = plans.make(macs=macs, round_to=args.round_to)
     chosen['paper'] = plans.energy_at(macs)
-    times = files.time(chosen, args.threads, args.repeats)
+    times = time_chosen()
     rows = {}
     for name, plan in chosen.items():
         ranks = {} if plan is None else {
@@ -252,7 +246,7 @@ def main() -> None:
             median_ms=float(np.median(times[name])),
             quartiles_ms=np.percentile(times[name], [25, 75]).tolist(),
             predicted_ms=table.predict(ranks),
-            bytes=osp.getsize(files.paths[name]))
+            bytes=osp.getsize(paths[name]))
     report = dict(
         config=args.config,
         input_shape=list(args.input_shape),
