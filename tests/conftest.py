@@ -56,6 +56,16 @@ def device():
 
 
 @pytest.fixture(scope='session')
+def torchvision_ops():
+    """torchvision with its compiled operators, which it lacks beside a torch
+    that it was not built for."""
+    torchvision = pytest.importorskip('torchvision')
+    if not torchvision.extension._has_ops():
+        pytest.skip('torchvision has no compiled operators here')
+    return torchvision
+
+
+@pytest.fixture(scope='session')
 def repo_root():
     """Folder of the repository: configs and tools lie below it."""
     return ROOT

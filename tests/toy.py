@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """A model, a dataset and a run that take a second."""
+import atexit
 import copy
 import os
 import random
@@ -200,8 +201,24 @@ def run_beside(folder, *args):
                                   [str(folder), *sys.path[1:]])))
 
 
+def _threads():
+    """How many threads this process has, where Linux tells."""
+    tasks = Path('/proc/self/task')
+    return len(list(tasks.iterdir())) if tasks.exists() else 1
+
+
+def _check_threads(before):
+    """Fail the process whose threads outlive the interpreter: one that still
+    works then aborts a run that has succeeded."""
+    if not torch.cuda.is_available() and _threads() > before:
+        print(f'{_threads()} threads at the end, {before} at the start',
+              file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 if __name__ == '__main__':
     # one of several processes: tests.toy CONFIG
     from mmbasis.utils import init_cpu_dist
+    atexit.register(_check_threads, _threads())  # the last to run
     init_cpu_dist('pytorch')
     run(Config.fromfile(sys.argv[1]))

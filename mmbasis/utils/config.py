@@ -1,6 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What all tools do before they build a runner from a config."""
 import atexit
+import gc
+import importlib
 import math
 import os
 import os.path as osp
@@ -117,6 +119,15 @@ def _as_text(value: Any, key: str) -> Any:
     return name
 
 
+def _leave_dist() -> None:
+    """Join the threads of gloo, which end with the last reference to the
+    process group. One that still works when the interpreter ends aborts it.
+    """
+    gc.collect()  # a runner and its wrapped model refer to each other
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
     """Join the processes over gloo where there is no GPU: MMEngine fails
     without a CUDA device unless a process group is already there. Of the
@@ -129,10 +140,10 @@ def init_cpu_dist(launcher: str, cfg: Optional[Config] = None) -> None:
         raise RuntimeError(
             'launcher is pytorch, but RANK is not set: start the tool with '
             'torchrun --nproc_per_node=N TOOL ... --launcher pytorch')
+    # loaded later, the defaults of its functions would hold the process group
+    importlib.import_module('torch.distributed.nn.functional')
     dist.init_process_group('gloo')
-    # gloo's threads must not outlive the interpreter, which would abort
-    atexit.register(
-        lambda: dist.is_initialized() and dist.destroy_process_group())
+    atexit.register(_leave_dist)
     if cfg is not None and cfg.get('model_wrapper_cfg') is None:
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',

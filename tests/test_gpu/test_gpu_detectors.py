@@ -17,8 +17,8 @@ def images_on(device, count=2, size=64):
     return torch.rand(count, 3, size, size, generator=generator).to(device)
 
 
-def test_detector_of_torchvision(device):
-    detection = pytest.importorskip('torchvision.models.detection')
+def test_detector_of_torchvision(device, torchvision_ops):
+    detection = torchvision_ops.models.detection
     torch.manual_seed(0)
     backbone = nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.ReLU(),

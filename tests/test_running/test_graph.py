@@ -17,7 +17,6 @@ from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
 from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from mmcv.ops.roi_align import RoIAlignFunction
-from torchvision.extension import _has_ops
 
 from mmbasis.planning import find_layers
 from mmbasis.running.graph import _sampling_operands, trace_targets
@@ -333,9 +332,9 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize('name', SAMPLING)
-def test_offsets(name):
-    if name in ('torchvision', 'regions') and not _has_ops():
-        pytest.skip('torchvision has no compiled operators here')
+def test_offsets(name, request):
+    if name in ('torchvision', 'regions'):
+        request.getfixturevalue('torchvision_ops')
     forward, build = SAMPLING[name]
     net = Net(
         forward,

@@ -119,8 +119,8 @@ DETECTORS = ['fasterrcnn_mobilenet_v3_large_320_fpn',
 
 
 @pytest.mark.parametrize('name', DETECTORS)
-def test_detectors_of_torchvision(name):
-    detection = pytest.importorskip('torchvision.models.detection')
+def test_detectors_of_torchvision(name, torchvision_ops):
+    detection = torchvision_ops.models.detection
     torch.manual_seed(0)
     options = dict(min_size=64, max_size=96) if 'rcnn' in name else {}
     model = getattr(detection, name)(
