@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """The house stays small and in layers (CONTRIBUTING.md draws it)."""
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,9 @@ SIDE = {
 ROOF = 'utils.runner'
 # what these floors may import of the world, where that is limited
 OUTSIDE = {'factorization': {'torch'}}
+# a folder of somebody's machine, at the start of a path
+MACHINE = re.compile(
+    r'(?<![\w./}~-])/(?:check|home|media|mnt|root|Users|work|workspace)/\w')
 # what no file of a floor may name, in whatever way it imports it
 UNKNOWN = {'layers': {'runner', 'Runner', 'MODELS', 'HOOKS', 'DATASETS'}}
 
@@ -166,6 +170,31 @@ def test_no_import_circles(modules):
 def test_tools_are_thin(path):
     """A tool reads arguments, calls the package and prints."""
     assert len(path.read_text(encoding='utf-8').splitlines()) <= MAX_TOOL
+
+
+def machine_paths(root):
+    """Where texts below a folder name a path of the machine they come from."""
+    for path in sorted(x for x in root.rglob('*') if x.is_file()):
+        try:
+            lines = path.read_text(encoding='utf-8').splitlines()
+        except UnicodeDecodeError:
+            continue  # an image
+        for number, line in enumerate(lines, 1):
+            found = MACHINE.search(line)
+            if found:
+                yield f'{path.relative_to(root)}:{number}: {found.group()}'
+
+
+@pytest.mark.parametrize('folder', ['configs', 'docs', 'mmbasis', 'tools'])
+def test_no_file_names_a_path_of_a_machine(folder):
+    assert list(machine_paths(ROOT / folder)) == []
+
+
+def test_paths_of_machines_are_seen(tmp_path):
+    (tmp_path / 'a.json').write_text(
+        '{"a": 1,\n "file": "/root/w/a.pth", "b": "work_dirs/home/x"}')
+    (tmp_path / 'b.png').write_bytes(b'\xff/home/me/x')
+    assert list(machine_paths(tmp_path)) == ['a.json:2: /root/w']
 
 
 def test_the_checks_see_faults(tmp_path):
