@@ -30,7 +30,6 @@ is the same each time, so that a part of the sweep says something of the whole:
 import argparse
 import json
 import os.path as osp
-import random
 import re
 from dataclasses import asdict
 from datetime import timedelta
@@ -42,6 +41,7 @@ import torch
 from catalogue_sweep.configs import Entry, list_entries
 from catalogue_sweep.processes import check_all
 from catalogue_sweep.report import STATUS, summary, write
+from catalogue_sweep.sample import draw_families, find_models
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.progress import (
@@ -145,15 +145,21 @@ def result_path(work_dir: str, entry: Entry) -> str:
     return osp.join(work_dir, 'results', f'{entry.key}.json')
 
 
+def read_report(path: Optional[str]) -> dict:
+    """Versions and rows of a report; empty where there is none."""
+    if not path or not osp.isfile(f'{path}.json'):
+        return dict(versions=None, models=[])
+    with open(f'{path}.json') as file:
+        return json.load(file)
+
+
 def load_results(entries: List[Entry], work_dir: str,
                  report: Optional[str]) -> Dict[str, dict]:
     """Results by key, of models that were checked with these versions."""
+    content = read_report(report)
     rows = {}
-    if report and osp.isfile(f'{report}.json'):
-        with open(f'{report}.json') as file:
-            content = json.load(file)
-        if content['versions'] == VERSIONS:
-            rows = {row['name']: row for row in content['models']}
+    if content['versions'] == VERSIONS:
+        rows = {row['name']: row for row in content['models']}
     results = {}
     for entry in entries:
         path = result_path(work_dir, entry)
@@ -164,29 +170,6 @@ def load_results(entries: List[Entry], work_dir: str,
         if entry.name in rows:
             results[entry.key] = rows[entry.name]
     return results
-
-
-def draw_families(entries: List[Entry], results: Dict[str, dict], count: int,
-                  seed: int) -> List[Entry]:
-    """The smallest model of each of some families that are drawn by lot.
-
-    Args:
-        entries (list[Entry]): Models to draw from.
-        results (dict[str, dict]): Of an earlier sweep; those that did not
-            pass then are left out.
-        count (int): Number of families.
-        seed (int): Of the draw.
-    """
-    families: Dict[str, List[Entry]] = {}
-    for entry in entries:
-        if results.get(entry.key, {}).get('status') == 'passed':
-            family = entry.name.partition('/')[0]
-            families.setdefault(family, []).append(entry)
-    drawn = random.Random(seed).sample(sorted(families), count)
-    return [
-        min(families[x], key=lambda entry: results[entry.key]['params'])
-        for x in sorted(drawn)
-    ]
 
 
 def main() -> None:
@@ -201,8 +184,9 @@ def main() -> None:
     ]
     entries = sorted(entries, key=lambda x: x.digest)[:args.limit]
     if args.families:
-        known = load_results(catalogue, args.work_dir, args.known)
-        entries = draw_families(entries, known, args.families, args.seed)
+        known = read_report(args.known)['models']
+        entries = find_models(
+            catalogue, draw_families(known, args.families, args.seed))
     for entry in entries:
         entry.closely = args.thorough
     if not args.report_only:

@@ -38,6 +38,7 @@ from catalogue_sweep.processes import (  # noqa: E402
     without_folders,
 )
 from catalogue_sweep.report import markdown, summary  # noqa: E402
+from catalogue_sweep.sample import draw_families, find_models  # noqa: E402
 
 from mmbasis.layers import BasisLayer  # noqa: E402
 
@@ -320,3 +321,20 @@ def test_reports_name_no_folder_of_a_machine():
     text = without_folders(f'File "{files[0]}", then {files[1]}: not found')
     assert text == 'File "tools/catalogue.py", then torch/__init__.py: ' \
         'not found'
+
+
+def test_families_are_the_same_with_every_stack(capsys):
+    rows = [dict(name=f'mmdet::{x}/{x}_{i}.py', params=params, status=status)
+            for x in 'abcdef' for i, (params, status) in enumerate(
+                [(9, 'passed'), (7, 'passed'), (5, 'failed')])]
+    names = draw_families(rows, 3, seed=1)
+    assert len(names) == 3 and all(x.endswith('_1.py') for x in names)
+    assert names == draw_families(rows[::-1], 3, seed=1)
+    assert any(names != draw_families(rows, 3, seed=x) for x in range(5))
+    with pytest.raises(ValueError, match='--families 7: models of 6 fam'):
+        draw_families(rows, 7, seed=1)
+    # a config that describes the same model as another one counts, too
+    installed = [Entry('k', 'mmdet', ['z.py', names[0].split('::')[1]])]
+    assert find_models(installed, names) == installed
+    assert all(x in capsys.readouterr().out.replace('\n', '') or x == names[0]
+               for x in names)
