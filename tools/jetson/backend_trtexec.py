@@ -15,13 +15,14 @@ import tempfile
 from .backends import Session
 from .inputs import resolve_shape
 from .trt_build import cache_path
-from .trtexec_report import parse_report
-from .util import BenchError, find_tool, now, run_tool
+from .trtexec_report import parse_inputs, parse_report, parse_version
+from .util import BenchError, end_process, find_tool, now, run_tool
 
-# The first line after the timed part: 7, 8.0 to 8.6, 10.
-_FINISHED = re.compile(r'Host Latency|=== Trace details|Trace averages of|'
+# The first line after the timed part. "Warmup completed" is printed with the
+# report, after all queries; the others are there without it.
+_FINISHED = re.compile(r'Warmup completed|Timing trace has|Host Latency|'
+                       r'=== Trace details|Trace averages of|'
                        r'=== Performance summary|Average on \d+ runs')
-_BATCH_LINE = re.compile(r'Input binding for (\S+) with dimensions (\S+) is')
 
 
 class TrtexecSession(Session):
@@ -57,7 +58,7 @@ class TrtexecSession(Session):
             if '--exportTimes' in self._flags:
                 command.append('--exportTimes=' + times)
             end, text = _run(command)
-            return _window(end, text, _latencies(times))
+            return _window(end, parse_report(text), times)
         finally:
             os.remove(times)
 
@@ -77,11 +78,10 @@ def _run(command):
                 end = now()
         status = process.wait()
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+        end_process(process)
+        process.stdout.close()
     text = ''.join(lines)
-    if status != 0:
+    if status != 0 or '&&&& FAILED' in text:
         raise BenchError('trtexec failed (status {}): {}'.format(
             status, _errors(text)))
     return end or now(), text
@@ -92,21 +92,27 @@ def _errors(text):
     return '\n'.join([n for n in lines if '[E]' in n][-5:] or lines[-5:])
 
 
-def _latencies(path):
-    """Returns latencies in s from ``--exportTimes``, or None."""
+def _latencies(path, count):
+    """Returns latencies in s from ``--exportTimes``, or None.
+
+    TensorRT before 8.5 writes the warm-up, too: the last ``count`` are those
+    of the timed part.
+    """
     try:
         with open(path) as f:
             records = json.load(f)
-        return [r['latencyMs'] * 1e-3 for r in records] or None
+        return [r['latencyMs'] * 1e-3 for r in records][-count:] or None
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _window(end, text, latencies):
-    report = parse_report(text)
+def _window(end, report, times):
     notes = report['warnings'] + [
         'window located by the output of trtexec, to some ms'
     ]
+    count = report['executions'] or int(
+        round(report['executions_per_s'] * report['walltime_s']))
+    latencies = _latencies(times, count)
     summary = report['latency_ms']
     return dict(
         start=end - report['walltime_s'],
@@ -121,8 +127,7 @@ def _window(end, text, latencies):
             'max': summary.get('max'),
             'std': None
         },
-        count=report['executions']
-        or int(round(report['executions_per_s'] * report['walltime_s'])),
+        count=count,
         notes=notes)
 
 
@@ -158,8 +163,8 @@ def load(path, options):
     # A nameless shape is not handed over, but must be that of the engine.
     named = sorted((k, v) for k, v in options.shapes.items() if k)
     shapes = ['--shapes=' + ','.join(
-        '{}:{}'.format(k, 'x'.join(map(str, v))) for k, v in named)] \
-        if named else []
+        '{}:{}'.format(_quoted(k), 'x'.join(map(str, v)))
+        for k, v in named)] if named else []
     engine = path
     if path.lower().endswith('.onnx'):
         engine = _engine_name(tool, path, options)
@@ -173,9 +178,8 @@ def load(path, options):
     serial = ['--exposeDMA'] if '--exposeDMA' in flags else []
     command = [tool, '--loadEngine=' + engine] + common + shapes + serial
     inputs = _inputs(built, options)
-    version = re.search(r'TensorRT v(\d+)', built)
     info = dict(
-        version=version.group(1) if version else None,
+        version=parse_version(built),
         engine=engine,
         plugins=options.plugins)
     return TrtexecSession(command, flags, inputs, info)
@@ -196,17 +200,32 @@ def _build(command, flags, engine, options):
         command.append('--fp16')
     if options.precision == 'int8':
         command.append('--int8')
-    _run(command)
+    text = _run(command)[1]
+    if not os.path.exists(temp):
+        raise BenchError('trtexec wrote no engine and told no error: ' +
+                         _errors(text))
     os.replace(temp, engine)
+
+
+def _quoted(name):
+    # trtexec splits its list at these; since 8.0 a name may be quoted.
+    return "'{}'".format(name) if set(name) & set(':,') else name
 
 
 def _inputs(text, options):
     """Returns input shapes from the output, or from the options."""
-    found = {}
-    for name, sizes in _BATCH_LINE.findall(text):
-        declared = [int(s) for s in sizes.split('x')]
-        found[name] = resolve_shape(name, declared, options.shapes)
-    found = found or dict(options.shapes)
+    printed, overridden = parse_inputs(text)
+    for name, sizes in overridden.items():
+        # An open batch becomes 1 with every back end; trtexec makes 1 of all.
+        if '' in options.shapes or 1 in sizes[1:]:
+            raise BenchError(
+                'input {0} has open sizes, of which trtexec makes {1}: give '
+                '--input-shape {0}:1x3x224x224, with this name'.format(
+                    name, 'x'.join(map(str, sizes))))
+    found = {
+        name: resolve_shape(name, sizes, options.shapes)
+        for name, sizes in printed.items()
+    } or dict(options.shapes)
     if not found:
         raise BenchError('this trtexec does not print the shapes of the '
                          'inputs: give --input-shape NAME:1x3x224x224')

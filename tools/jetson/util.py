@@ -186,6 +186,22 @@ def run_tool(command, timeout=60):
     return done.returncode, done.stdout.decode('utf-8', 'replace')
 
 
+def end_process(process, patience=3):
+    """Ends a process for certain: SIGTERM, then SIGKILL.
+
+    Args:
+        process (subprocess.Popen): may have ended already.
+        patience (float): s that it has for an orderly end.
+    """
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def duration_text(seconds):
     """Returns seconds for people, such as ``'2 min 05 s'``."""
     seconds = int(round(max(0, seconds)))
