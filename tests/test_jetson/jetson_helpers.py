@@ -19,7 +19,7 @@ if TOOLS not in sys.path:
 
 # Short but complete: all steps of the protocol happen.
 QUICK = [
-    '--repeats', '2', '--min-seconds', '0.3', '--min-count', '5',
+    '--repeats', '1', '--min-seconds', '0.3', '--min-count', '5',
     '--warm-seconds', '0.1', '--max-warm-seconds', '1', '--rewarm-seconds',
     '0.05', '--idle-seconds', '0.3'
 ]

@@ -68,14 +68,17 @@ def test_everything_that_a_run_writes(tmp_path, models):
     status, table, err = helpers.program(
         'run', *(models + ORT + helpers.QUICK), '--power',
         'replay:{}:0.02'.format(log), '--baseline', 'dense', '--raw',
-        '--repeats', '3', '--sample-hz', '50', '--out', out)
+        '--repeats', '2', '--sample-hz', '50', '--out', out)
     assert status == 0, err
     result = helpers.result_of(out)
     assert result['schema'] == 'mmbasis.jetson_bench'
     assert result['schema_version'] == 1 and result['status'] == 'complete'
     order = sorted((w['start'], m['name']) for m in result['models']
                    for w in m['windows'])
-    assert [n for _, n in order] == ['dense', 'basis'] * 3
+    order = [n for _, n in order]
+    assert order[:4] in (['dense', 'basis', 'basis', 'dense'],
+                         ['basis', 'dense', 'dense', 'basis'])
+    assert order[4:] == order[2:4] + order[:2]
     # Energy of every window against the integral of the known function.
     with open(str(out / 'raw.json')) as f:
         raw = json.load(f)
@@ -98,7 +101,7 @@ def test_everything_that_a_run_writes(tmp_path, models):
         rows = list(csv.DictReader(f))
     assert [r['model'] for r in rows] == ['dense', 'basis']
     assert float(rows[1]['ratio_fps']) == pytest.approx(ratio['ratio'])
-    assert len(raw['latencies_s']) == 6
+    assert len(raw['latencies_s']) == 8
     assert os.path.getsize(str(out / 'power.png')) > 5000
     assert 'left]' in err
 

@@ -130,6 +130,6 @@ def _check_energy(result):
                 flag(
                     'energy_below_noise',
                     'the energy difference to {} is below '
-                    'the noise of the repeats'.format(entry['baseline']),
+                    'the noise of the blocks'.format(entry['baseline']),
                     model=entry['model']))
     return flags

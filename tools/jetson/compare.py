@@ -61,9 +61,9 @@ def conditions(result, model):
 def compare(results, labels, baseline=None):
     """Compares all models of several results with one of them.
 
-    Within one result ratios are paired by repeat (see ``run``); here runs
+    Within one result ratios are paired by block (see ``run``); here runs
     are separate, so Welch's interval on the logarithms is used, which is
-    wider.
+    wider. It knows the noise within the runs, not what changed between them.
 
     Args:
         results (list[dict]): see :func:`load_result`.

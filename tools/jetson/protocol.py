@@ -3,14 +3,18 @@
 
 1. All models are loaded; the device rests; idle power is recorded.
 2. Every model is warmed up until its median latency has settled.
-3. Repeats: model A, model B, ..., A, B, ... Each is warmed up shortly, then
-   timed in one window; FPS, latency, power and energy all come from it.
+3. Blocks: in each, all models take turns in one order and back, A B B A, so
+   that all have the same middle and a steady drift cancels. The order of a
+   block is random, the next block has it reversed, and so on. In each turn a
+   model is warmed up shortly, then timed in one window; FPS, latency, power
+   and energy all come from it.
 4. Idle power again. The state of the device is recorded at every step.
 
 Nothing is dropped or chosen: all windows are in the result, and whatever
 makes one doubtful is added to its flags.
 """
 import os
+import random
 import time
 
 from . import device
@@ -19,7 +23,7 @@ from .checks import check_result, check_window
 from .energy import window_energy
 from .sampler import Sampler
 from .stats import latency_summary
-from .summary import add_comparisons, summarise
+from .summary import TURNS, add_comparisons, summarise
 from .util import Progress, now, sha256, wait_until, write_json
 
 SCHEMA = 'mmbasis.jetson_bench'
@@ -30,7 +34,7 @@ class Settings:
     """How long and how often to measure.
 
     Args:
-        repeats (int): windows per model.
+        repeats (int): blocks, each of two windows per model.
         min_seconds (float), min_count (int): least length of a window.
         warm_seconds, max_warm_seconds (float): limits of the first warm-up.
         rewarm_seconds (float): warm-up before every window.
@@ -39,9 +43,9 @@ class Settings:
     """
 
     def __init__(self,
-                 repeats=5,
-                 min_seconds=10.0,
-                 min_count=50,
+                 repeats=7,
+                 min_seconds=4.0,
+                 min_count=20,
                  warm_seconds=2.0,
                  max_warm_seconds=60.0,
                  rewarm_seconds=0.5,
@@ -59,8 +63,30 @@ class Settings:
     def expected(self, models):
         """Returns the least length of a run in s, without loading."""
         each = self.min_seconds + self.rewarm_seconds
-        return (models * (self.warm_seconds + self.repeats * each) +
+        return (models * (self.warm_seconds + TURNS * self.repeats * each) +
                 2 * self.idle_seconds)
+
+
+def schedule(count, repeats, rng=random):
+    """Draws the order of the windows.
+
+    Args:
+        count (int): models.
+        repeats (int): blocks.
+        rng (random.Random): where chance comes from.
+
+    Returns:
+        list[list[int]]: per block the models in turn; every model stands in
+        it twice, the second half is the first one reversed.
+    """
+    blocks, order = [], list(range(count))
+    for i in range(repeats):
+        if i % 2:
+            order = order[::-1]
+        else:
+            rng.shuffle(order)
+        blocks.append(order + order[::-1])
+    return blocks
 
 
 class Run:
@@ -137,9 +163,10 @@ class Run:
             self._load()
             self._idle()
             self._warm_up()
-            for repeat in range(self.settings.repeats):
-                for model in self.result['models']:
-                    self._window(model, repeat)
+            for block, order in enumerate(
+                    schedule(len(self._models), self.settings.repeats)):
+                for place in order:
+                    self._window(self.result['models'][place], block)
             self._idle()
             self.result['status'] = 'complete'
         except BaseException as e:
@@ -198,10 +225,11 @@ class Run:
             model['warm_up'] = session.warm_up(self.settings.warm_seconds,
                                                self.settings.max_warm_seconds)
 
-    def _window(self, model, repeat):
-        s = self.settings
+    def _window(self, model, block):
+        s, repeat = self.settings, len(model['windows'])
         self._progress.step(
-            '{}, repeat {} of {}'.format(model['name'], repeat + 1, s.repeats),
+            '{}, window {} of {}'.format(model['name'], repeat + 1,
+                                         TURNS * s.repeats),
             s.min_seconds + s.rewarm_seconds)
         session = self._sessions[model['name']]
         # The state is read first: the device must not rest before the window.
@@ -214,6 +242,7 @@ class Run:
         images = raw['count'] * model['batch']
         window = dict(
             repeat=repeat,
+            block=block,
             start=raw['start'],
             end=raw['end'],
             seconds=seconds,

@@ -3,6 +3,7 @@
 import csv
 import io
 
+from .summary import TURNS
 from .util import write_atomic
 
 NOT_MEASURED = '-'
@@ -97,7 +98,7 @@ def _heading(result):
                         ', mode ' + mode if mode else ''),
         '{} {}, {}; {} x {:g} s per model, {}'.format(
             engine.get('backend', ''), engine.get('version', ''),
-            engine.get('precision', ''), protocol['repeats'],
+            engine.get('precision', ''), TURNS * protocol['repeats'],
             protocol['min_seconds'], result['status']),
     ]
     if result['status'] != 'complete':
