@@ -228,6 +228,15 @@ def test_compare(tmp_path, models):
     helpers.write(tmp_path, 'new.json', json.dumps(newer))
     status, _, err = helpers.program('compare', tmp_path / 'new.json')
     assert status == 1 and 'newer jetson_bench' in err
+    other = helpers.result_of(tmp_path / 'one')
+    other['models'][0]['engine']['threads'] = 4
+    other['state_before']['cpu']['policy0']['governor'] = 'powersave'
+    helpers.write(tmp_path, 'other.json', json.dumps(other))
+    status, out, err = helpers.program('compare', tmp_path / 'one',
+                                       tmp_path / 'other.json')
+    assert status == 0, err
+    assert "other/dense: engine settings is {'threads': 4" in out
+    assert 'powersave' in out and 'other/dense: power mode' not in out
 
 
 @pytest.mark.parametrize('args, message', [

@@ -110,6 +110,19 @@ class Session:
         """Frees what the session holds."""
 
 
+# Of a session's info: what changes its speed beside model and precision.
+_SPEED_SETTINGS = ('threads', 'providers', 'device', 'cuda')
+
+
+def speed_settings(info):
+    """Returns what must be equal for speeds to be comparable.
+
+    Args:
+        info (dict): of a :class:`Session`, or from a result file.
+    """
+    return {k: info[k] for k in _SPEED_SETTINGS if k in info}
+
+
 def choose_backend(path, sysroot='/'):
     """Chooses the best back end for a file.
 

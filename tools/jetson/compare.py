@@ -2,6 +2,8 @@
 """Compares models across result files: separate runs, perhaps other days."""
 import os
 
+from . import device
+from .backends import speed_settings
 from .protocol import SCHEMA, SCHEMA_VERSION
 from .report import aligned, number, ratio
 from .stats import unpaired_ratio
@@ -38,19 +40,21 @@ def load_result(path):
 def conditions(result, model):
     """Returns what must be equal for two figures to be comparable."""
     state = result['state_before'] or {}
-    gpu = state.get('gpu') or {}
     return {
         'board':
         result['device']['board'] or result['device']['cpu'],
         'L4T':
         result['device']['l4t'],
         'power mode': (state.get('mode') or [None])[0],
-        'GPU clock limits': (gpu.get('min_hz'), gpu.get('max_hz')),
+        'clock limits':
+        device.limits(state) if state else {},
         'back end':
         '{} {}'.format(model['engine']['backend'],
                        model['engine'].get('version')),
         'precision':
         model['engine']['precision'],
+        'engine settings':
+        speed_settings(model['engine']),
         'batch':
         model['batch'],
         'rails of the total':

@@ -188,6 +188,26 @@ def locked(state):
     return gpu['min_hz'] == gpu['max_hz']
 
 
+def limits(state):
+    """Returns what a snapshot says about the clocks but their present value.
+
+    Args:
+        state (dict): see :func:`snapshot`.
+
+    Returns:
+        dict[str, str]: ``gpu`` and each CPU policy that is there -> governor
+        and limits.
+    """
+    found = {}
+    for name, clock in [('gpu', state['gpu'])] + sorted(state['cpu'].items()):
+        if clock:
+            unit = 'hz' if name == 'gpu' else 'khz'
+            found[name] = '{} {} to {} {}'.format(
+                clock['governor'], clock['min_' + unit], clock['max_' + unit],
+                unit)
+    return found
+
+
 def changes(before, after):
     """Compares two snapshots.
 

@@ -17,7 +17,8 @@ Output, a JSON table::
 
     {"schema": "mmbasis.latency_table", "version": 2, "status": "complete",
      "device": {...}, "backend": "tensorrt", "engine_version": "8.5",
-     "precision": "fp16", "protocol": {...}, "flags": [...],
+     "precision": "fp16", "engine": {"threads": null, ...},
+     "clock_limits": {...}, "protocol": {...}, "flags": [...],
      "entries": [{...keys of the index..., "onnx_sha256": "...",
                   "median_ms": 0.41, "noise_ms": 0.003, "count": 900}]}
 
@@ -28,7 +29,7 @@ table is written after every entry; a second call does only what is missing.
 import os
 
 from . import device
-from .backends import open_session
+from .backends import open_session, speed_settings
 from .stats import quantile
 from .util import (
     BenchError,
@@ -84,15 +85,21 @@ def read_index(folder):
 
 def _identity(table):
     """What must be equal for entries to stand in one table."""
-    info = table['device']
-    return dict(
-        board=info['board'] or info['cpu'],
-        l4t=info['l4t'],
-        mode=info['mode'],
-        backend=table['backend'],
-        engine_version=table['engine_version'],
-        precision=table['precision'],
-        protocol=table['protocol'])
+    info = table.get('device', {})
+    conditions = dict(
+        board=info.get('board') or info.get('cpu'),
+        l4t=info.get('l4t'),
+        cores=info.get('cores'),
+        mode=info.get('mode'))
+    for key in ('clock_limits', 'backend', 'engine_version', 'precision',
+                'engine', 'protocol'):
+        value = table.get(key)
+        if isinstance(value, dict):
+            conditions.update(
+                ('{} {}'.format(key, k), v) for k, v in value.items())
+        else:
+            conditions[key] = value
+    return conditions
 
 
 def _resume(path, table):
@@ -101,20 +108,32 @@ def _resume(path, table):
         return {}
     old = read_json(path, 'latency table')
     version = table['version']
-    if old.get('schema') != SCHEMA or old.get('version') != version:
+    if not isinstance(old, dict) or old.get('schema') != SCHEMA or \
+            old.get('version') != version:
         raise BenchError('{} is not a latency table of version {}, as the '
                          'index is: move it away or choose another '
                          '--out'.format(path, version))
-    mine, theirs = _identity(table), _identity(old)
+    try:
+        mine, theirs = _identity(table), _identity(old)
+        done = {(e['id'], e['onnx_sha256']): e
+                for e in old['entries'] if e['median_ms'] and e['noise_ms']
+                is not None}
+        flags = [dict(code=f['code'], text=f['text']) for f in old['flags']]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BenchError('{} is damaged ({}: {}): move it away or choose '
+                         'another --out'.format(path,
+                                                type(e).__name__, e)) from e
     other = [
-        '{} {} instead of {}'.format(k, theirs[k], mine[k]) for k in mine
-        if mine[k] != theirs[k]
+        '{} {} instead of {}'.format(k, theirs.get(k, 'unknown'),
+                                     mine.get(k, 'none'))
+        for k in sorted(set(mine) | set(theirs))
+        if k not in mine or k not in theirs or mine[k] != theirs[k]
     ]
     if other:
         raise BenchError('{} was measured differently: {}. Choose another '
                          '--out'.format(path, '; '.join(other)))
-    table['flags'] += old['flags']
-    return {(e['id'], e['onnx_sha256']): e for e in old['entries']}
+    table['flags'] += flags
+    return done
 
 
 def measure_table(folder,
@@ -169,11 +188,12 @@ def measure_table(folder,
             finally:
                 session.close()
         table['entries'].append(done[key])
+        # At once, so that a table that ends here does not hide it.
+        for code, text in device.changes(state, device.snapshot(sysroot)):
+            if (code, text) not in [(f['code'], f['text'])
+                                    for f in table['flags']]:
+                table['flags'].append(dict(code=code, text=text))
         _write(out, table, done)
-    table['flags'] += [
-        dict(code=c, text=t)
-        for c, t in device.changes(state, device.snapshot(sysroot))
-    ]
     table['status'] = 'complete'
     write_json(out, table)
     return table
@@ -223,6 +243,8 @@ def _new_table(version, sysroot, state, session, protocol):
         backend=session.info['backend'],
         engine_version=session.info['version'],
         precision=session.info['precision'],
+        engine=speed_settings(session.info),
+        clock_limits=device.limits(state),
         protocol=protocol,
         flags=[],
         entries=[])
