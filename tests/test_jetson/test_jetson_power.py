@@ -2,13 +2,15 @@
 """Rails, totals, sources, the sampling process, energy of windows."""
 import math
 import os
+import shutil
 import threading
 import time
 
 import jetson_helpers as helpers
 import pytest
+from jetson.device import clock_files
 from jetson.energy import Trace, integrate, window_energy
-from jetson.rails import choose_total, find_rails
+from jetson.rails import choose_total, find_rails, scope
 from jetson.sampler import Sampler
 from jetson.sources import choose_source, open_source
 from jetson.util import BenchError, now
@@ -36,10 +38,43 @@ def test_unconnected_and_sum_channels_are_no_rails(tmp_path):
     (['GPU', 'CPU', 'SOC', 'CV', 'VDDRQ'], 'SYS5V are missing'),
     (['GPU', 'CPU', 'SOC', 'CV', 'VDDRQ', 'SYS5V', 'X'], 'X are not known'),
     ([], 'no power rail'),
+    (['VDD_GPU', 'VIN_SYS_5V0'], 'rails VDD_CPU_SOC_MSS are missing'),
+    (['VDD_GPU_SOC', 'VDD_CPU_CV'], 'rails VIN_SYS_5V0 are missing'),
+    # Orin and Thor have it: nothing is known to be missing
+    (['VIN_SYS_5V0'], 'rails VIN_SYS_5V0 are not known'),
+    (['VIN_SYS_5V0', 'NEW'], 'rails VIN_SYS_5V0, NEW are not known'),
+    (['GPU', 'VDD_SOC'], 'rails GPU, VDD_SOC are not known'),
 ])
 def test_no_total_where_it_would_be_wrong(names, why):
     total, reason = choose_total(names)
     assert total is None and why in reason
+
+
+THOR = ['VDD_GPU', 'VDD_CPU_SOC_MSS', 'VIN_SYS_5V0']
+
+
+def test_totals_of_thor():
+    assert choose_total(THOR)[0] == THOR
+    assert 'carrier board (fan' in scope(THOR)
+    assert choose_total(THOR + ['VIN'])[0] == ['VIN']
+    assert 'whole board' in scope(['VIN'])
+
+
+def test_thor_through_sysfs(tmp_path):
+    root = make_board(tmp_path, 'thor_jp7')
+    source = open_source('sysfs', root)
+    power = dict(zip(source.rails, source.read()[1]))
+    assert power == dict(
+        VDD_GPU=pytest.approx(-.39), VDD_CPU_SOC_MSS=pytest.approx(3.9),
+        VIN_SYS_5V0=pytest.approx(5), VIN=pytest.approx(15))
+    assert 'whole board' in source.scope and source.total == ['VIN']
+    clocks = clock_files(root)
+    assert clocks['gpu_hz'].endswith('gpu-gpc-0/cur_freq')
+    assert clocks['emc_hz'].endswith('bwmgr/cur_freq')
+    # without the monitor of the board's input: a carrier of somebody else
+    shutil.rmtree(os.path.join(root, 'sys/bus/i2c/drivers/ina238'))
+    source = open_source('sysfs', root)
+    assert source.total == THOR and 'carrier board (fan' in source.scope
 
 
 def test_why_no_source(tmp_path):

@@ -42,6 +42,7 @@ def test_boards_from_probe_to_result(tmp_path, models, board):
     root = make_board(tmp_path / 'root', board)
     text = probe_text(probe(root))
     assert BOARDS[board][1] in text and 'carrier board' in text
+    assert 'are missing' not in text
     assert 'MODE_2 (2)' in text and '1377000000 Hz' in text
     status, out, err = helpers.program('run',
                                        *(models[:2] + ORT + helpers.QUICK),

@@ -13,7 +13,7 @@ import os
 import subprocess
 
 from . import nvml
-from .rails import choose_total, find_rails
+from .rails import choose_total, find_rails, scope
 from .tegrastats import parse_line, read_log
 from .util import (
     BenchError,
@@ -25,19 +25,15 @@ from .util import (
     wait_until,
 )
 
-_MODULE = ('power of the Jetson module; the carrier board (fan, USB, '
-           'Ethernet, losses of its regulators) is not measured')
-
 
 class SourceEnded(Exception):
     """The source has nothing more to tell."""
 
 
 class SysfsSource:
-    """INA3221 chips through sysfs: the present value of every rail."""
+    """Power monitors through sysfs: the present value of every rail."""
     paced = False
     kind = 'power'
-    scope = _MODULE
 
     def __init__(self, sysroot='/'):
         found = find_rails(sysroot)
@@ -55,6 +51,7 @@ class SysfsSource:
                     'rail {} cannot be read: {}. On some systems only root '
                     'may: try sudo'.format(rail.name, e)) from e
         self.total, self.why = choose_total(self.rails)
+        self.scope = scope(self.total)
 
     def read(self):
         """Returns the time in the middle of the reading, and W per rail."""
@@ -75,7 +72,6 @@ class TegrastatsSource:
     """
     paced = True
     kind = 'power'
-    scope = _MODULE
 
     def __init__(self, sysroot='/', interval_s=0.1):
         tool = find_tool('tegrastats', sysroot)
@@ -94,6 +90,7 @@ class TegrastatsSource:
             raise BenchError('{} ended without a line; try it by hand, '
                              'perhaps with sudo'.format(tool)) from None
         self.total, self.why = choose_total(self.rails)
+        self.scope = scope(self.total)
         if not self.rails:
             self.close()
             raise BenchError('tegrastats shows no power rail on this system; '
@@ -133,12 +130,13 @@ class ReplaySource:
     """
     paced = True
     kind = 'power'
-    scope = _MODULE + ' (recorded; the log says nothing about this machine)'
 
     def __init__(self, path, period_s=1.0):
         records = read_log(path)
         self.rails = list(records[0]['power_mw'])
         self.total, self.why = choose_total(self.rails)
+        self.scope = scope(self.total) + \
+            ' (recorded; the log says nothing about this machine)'
         self._lines = [[r['power_mw'].get(n) for n in self.rails]
                        for r in records]
         self.interval_s = period_s
