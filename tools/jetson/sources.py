@@ -8,8 +8,11 @@ reading by itself) and ``read()``, which returns (time stamp, values). Time
 stamps are seconds of CLOCK_MONOTONIC. ``scope`` says what the
 total covers and what it leaves out.
 """
+import ctypes
 import glob
 import os
+import select
+import signal
 import subprocess
 
 from . import nvml
@@ -17,6 +20,7 @@ from .rails import choose_total, find_rails, scope
 from .tegrastats import parse_line, read_log
 from .util import (
     BenchError,
+    end_process,
     find_tool,
     now,
     read_int,
@@ -66,6 +70,9 @@ class SysfsSource:
 class TegrastatsSource:
     """A running ``tegrastats``; for systems without readable sysfs files.
 
+    It may print nothing, stall, or ignore SIGTERM: no call waits for it
+    without a limit, and it never outlives the reader.
+
     Args:
         sysroot (str): root of the system.
         interval_s (float): time between its lines.
@@ -77,39 +84,68 @@ class TegrastatsSource:
         tool = find_tool('tegrastats', sysroot)
         if tool is None:
             raise BenchError('tegrastats is not installed here')
+        self._patience = patience(interval_s)
         self._process = subprocess.Popen(
             [tool, '--interval',
-             str(int(interval_s * 1000))],
+             str(max(1, int(interval_s * 1000)))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            preexec_fn=_end_with_parent)
+        self._text = b''
         try:
-            self.rails = list(self._next()[1])
-        except SourceEnded:
+            self.rails = list(self._next(4 + self._patience)[1])
+            if not self.rails:
+                raise BenchError('tegrastats shows no power rail on this '
+                                 'system; older releases show them only to '
+                                 'root')
+        except (SourceEnded, ValueError) as e:
             self.close()
-            raise BenchError('{} ended without a line; try it by hand, '
-                             'perhaps with sudo'.format(tool)) from None
+            raise BenchError('{}: {}; try it by hand, perhaps with '
+                             'sudo'.format(tool, e)) from None
+        except BaseException:
+            self.close()
+            raise
         self.total, self.why = choose_total(self.rails)
         self.scope = scope(self.total)
-        if not self.rails:
-            self.close()
-            raise BenchError('tegrastats shows no power rail on this system; '
-                             'older releases show them only to root')
 
-    def _next(self):
+    def _next(self, seconds):
+        limit = now() + seconds
         while True:
-            line = self._process.stdout.readline()
-            if not line:
-                raise SourceEnded('tegrastats ended')
+            line, end, rest = self._text.partition(b'\n')
+            if not end:
+                self._fill(limit, seconds)
+                continue
+            self._text = rest
             try:
                 record = parse_line(line.decode('utf-8', 'replace'))
             except BenchError:
+                if now() > limit:
+                    raise ValueError(
+                        'tegrastats prints something else: {!r}'.format(
+                            line[:80])) from None
                 continue
             return now(), {k: v * 1e-3 for k, v in record['power_mw'].items()}
 
+    def _fill(self, limit, seconds):
+        pipe = self._process.stdout
+        if not select.select([pipe], [], [], max(0, limit - now()))[0]:
+            raise ValueError(
+                'tegrastats printed no line in {:.1f} s'.format(seconds))
+        text = os.read(pipe.fileno(), 1 << 16)
+        if not text:
+            raise SourceEnded('tegrastats ended')
+        # Without an end of line it is no tegrastats: keep memory bounded.
+        self._text = (self._text + text)[-1 << 20:]
+
     def read(self):
-        """Waits for the next line; returns its arrival, and W per rail."""
-        stamp, power = self._next()
+        """Waits for the next line; returns its arrival, and W per rail.
+
+        Raises:
+            ValueError: no line came in time, or a rail is not in it.
+        """
+        stamp, power = self._next(self._patience)
         try:
             return stamp, [power[r] for r in self.rails]
         except KeyError as e:
@@ -117,9 +153,22 @@ class TegrastatsSource:
                 'tegrastats no longer shows rail {}'.format(e)) from e
 
     def close(self):
-        """Ends tegrastats."""
-        self._process.terminate()
-        self._process.wait()
+        """Ends tegrastats, by force if need be."""
+        end_process(self._process, 1)
+        self._process.stdout.close()
+
+
+def patience(interval_s):
+    """Returns how long a reading may take before it counts as failed, s."""
+    return max(1.0, 3 * interval_s)
+
+
+_libc = ctypes.CDLL(None)  # before forking: loading takes locks
+
+
+def _end_with_parent():
+    # PR_SET_PDEATHSIG of Linux: it ends with a reader that is killed, too.
+    _libc.prctl(1, signal.SIGKILL)
 
 
 class ReplaySource:
