@@ -12,8 +12,9 @@ in host memory, nothing overlapped with the next one.
 import importlib
 import os
 
+from .inputs import takes_images
 from .timing import timed_window, warm_up
-from .util import BenchError, find_tool, holding_signals
+from .util import BenchError, check_number, find_tool, holding_signals
 
 PRECISIONS = ('fp32', 'fp16', 'int8')
 _MODULES = {
@@ -59,7 +60,10 @@ class Options:
         self.plugins = list(plugins)
         self.cache = cache
         self.threads = threads
-        self.workspace_mib = workspace_mib
+        if threads is not None:
+            check_number('threads', threads, 1, 1024, True)
+        self.workspace_mib = check_number('workspace_mib', workspace_mib, 1,
+                                          1 << 20, True)
         self.sysroot = sysroot
 
 
@@ -84,6 +88,10 @@ class Session:
     def infer(self):
         """Runs one inference and waits for its result."""
         raise NotImplementedError
+
+    def trial(self):
+        """Shows whether the model runs at all."""
+        self.infer()
 
     def warm_up(self, min_seconds=1.0, max_seconds=60.0):
         """Warms up; see ``timing.warm_up``."""
@@ -198,9 +206,39 @@ def open_session(name, path, options):
     if reason:
         raise BenchError('back end {} cannot be used here: {}'.format(
             name, reason))
-    with holding_signals():
-        module = importlib.import_module(_MODULES[name], __package__)
+    try:
+        with holding_signals():
+            module = importlib.import_module(_MODULES[name], __package__)
+    except ImportError as e:
+        raise BenchError('back end {} cannot be used here: {}. Install it, '
+                         'by pip3 for instance'.format(name, e)) from e
     session = module.load(path, options)
+    try:
+        _try(session, path, options)
+    except BaseException:
+        session.close()
+        raise
     session.info.update(
         backend=name, precision=options.precision, passed_over=passed_over)
     return session
+
+
+def _try(session, path, options):
+    """Runs a model once, so that one that cannot run says so at once."""
+    shapes = ', '.join('{} {}'.format(n, 'x'.join(map(str, s)))
+                       for n, s in session.inputs.items())
+    if not session.inputs:
+        raise BenchError('{} has no input: there is nothing to '
+                         'measure'.format(path))
+    if options.images and not any(map(takes_images, session.inputs.values())):
+        raise BenchError('--images {}: {} takes no pictures (N x 3 x H x W), '
+                         'its inputs are {}: leave it out'.format(
+                             options.images, path, shapes))
+    try:
+        session.trial()
+    except BenchError:
+        raise
+    except Exception as e:  # each engine has errors of its own
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise BenchError('{} does not run with {}: {}'.format(
+            path, shapes, lines[-1])) from e

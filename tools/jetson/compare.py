@@ -28,12 +28,20 @@ def load_result(path):
     if os.path.isdir(path):
         path = os.path.join(path, RESULT_NAME)
     result = read_json(path, 'result of jetson_bench')
-    if not isinstance(result, dict) or result.get('schema') != SCHEMA:
+    if not isinstance(result, dict) or result.get('schema') != SCHEMA or \
+            not isinstance(result.get('schema_version'), int):
         raise BenchError('{} is not a result of jetson_bench'.format(path))
     if result['schema_version'] > SCHEMA_VERSION:
         raise BenchError('{} has schema version {}; this program knows up to '
                          '{}: use a newer jetson_bench'.format(
                              path, result['schema_version'], SCHEMA_VERSION))
+    try:
+        comparison_table(compare([result], ['x']))
+    except BenchError:
+        pass  # no finished window: another result may have some
+    except Exception as e:  # whatever is missing or of another kind
+        raise BenchError('{} is a damaged result ({}: {})'.format(
+            path, type(e).__name__, e)) from e
     return result
 
 

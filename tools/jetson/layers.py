@@ -34,6 +34,7 @@ from .stats import quantile
 from .util import (
     BenchError,
     Progress,
+    check_number,
     duration_text,
     now,
     read_json,
@@ -60,27 +61,44 @@ def read_index(folder):
     """
     path = os.path.join(folder, 'index.json')
     index = read_json(path, 'index of layers')
-    if not isinstance(index, dict) or index.get('version') not in VERSIONS:
+    if not isinstance(index, dict) or index.get('version') not in list(
+            VERSIONS) or isinstance(index['version'], bool):
         raise BenchError(
             '{}: expected an object with "version": 1 or 2'.format(path))
+    if not isinstance(index.get('entries'), list) or not index['entries']:
+        raise BenchError('{} has no entries'.format(path))
     seen = set()
-    for entry in index.get('entries', []):
-        keys = ('id', 'onnx')
-        if entry.get('role') == 'layer':
-            keys += VERSIONS[index['version']]
-        for key in keys:
-            if key not in entry:
-                raise BenchError('{}: an entry has no {!r}: {}'.format(
-                    path, key, entry))
+    for entry in index['entries']:
+        _check_entry(path, entry, VERSIONS[index['version']])
         if entry['id'] in seen:
             raise BenchError('{}: id {!r} stands twice'.format(
                 path, entry['id']))
         seen.add(entry['id'])
         if not os.path.isfile(os.path.join(folder, entry['onnx'])):
             raise BenchError('{}: {} is missing'.format(path, entry['onnx']))
-    if not seen:
-        raise BenchError('{} has no entries'.format(path))
     return index
+
+
+def _check_entry(path, entry, keys_of_layer):
+    if not isinstance(entry, dict):
+        raise BenchError('{}: an entry is no object: {!r}'.format(path, entry))
+    keys = ('id', 'onnx')
+    if entry.get('role') == 'layer':
+        keys += keys_of_layer
+    for key in keys:
+        if key not in entry:
+            raise BenchError('{}: an entry has no {!r}: {}'.format(
+                path, key, entry))
+    for key, good in (('id', (str, int)), ('onnx', str)):
+        if not isinstance(entry[key], good):
+            raise BenchError('{}: {!r} of an entry is {!r}: expected a '
+                             'text'.format(path, key, entry[key]))
+    shape = entry.get('input_shape')
+    if shape is not None and not (isinstance(shape, list) and all(
+            isinstance(n, int) and n > 0 for n in shape)):
+        raise BenchError('{}: input_shape of {!r} is {!r}: expected sizes '
+                         'such as [1, 16, 32, 32]'.format(
+                             path, entry['id'], shape))
 
 
 def _identity(table):
@@ -163,6 +181,11 @@ def measure_table(folder,
         BenchError: a bad index, an entry that does not run, or an earlier
         table of other conditions.
     """
+    check_number('rounds', rounds, 1, 10000, True)
+    check_number('seconds', seconds, .001, 86400)
+    check_number('min_count', min_count, 1, 1e9, True)
+    if not os.path.isdir(os.path.dirname(out) or '.'):
+        raise BenchError('--out {}: there is no such folder'.format(out))
     index = read_index(folder)
     entries = index['entries']
     state = device.snapshot(sysroot)

@@ -24,7 +24,15 @@ from .energy import window_energy
 from .sampler import Sampler
 from .stats import latency_summary
 from .summary import TURNS, add_comparisons, summarise
-from .util import Progress, now, sha256, wait_until, write_json
+from .util import (
+    BenchError,
+    Progress,
+    check_number,
+    now,
+    sha256,
+    wait_until,
+    write_json,
+)
 
 SCHEMA = 'mmbasis.jetson_bench'
 SCHEMA_VERSION = 1
@@ -40,6 +48,9 @@ class Settings:
         rewarm_seconds (float): warm-up before every window.
         idle_seconds (float): length of each idle window.
         sample_hz (float): intended rate of power readings.
+
+    Raises:
+        BenchError: a number makes no sense.
     """
 
     def __init__(self,
@@ -51,14 +62,18 @@ class Settings:
                  rewarm_seconds=0.5,
                  idle_seconds=10.0,
                  sample_hz=10.0):
-        self.repeats = repeats
-        self.min_seconds = min_seconds
-        self.min_count = min_count
-        self.warm_seconds = warm_seconds
-        self.max_warm_seconds = max_warm_seconds
-        self.rewarm_seconds = rewarm_seconds
-        self.idle_seconds = idle_seconds
-        self.sample_hz = sample_hz
+        day = 86400
+        self.repeats = check_number('repeats', repeats, 1, 10000, True)
+        self.min_seconds = check_number('min_seconds', min_seconds, .01, day)
+        self.min_count = check_number('min_count', min_count, 1, 1e9, True)
+        self.warm_seconds = check_number('warm_seconds', warm_seconds, 0, day)
+        self.max_warm_seconds = check_number('max_warm_seconds',
+                                             max_warm_seconds, warm_seconds,
+                                             day)
+        self.rewarm_seconds = check_number('rewarm_seconds', rewarm_seconds, 0,
+                                           day)
+        self.idle_seconds = check_number('idle_seconds', idle_seconds, 0, day)
+        self.sample_hz = check_number('sample_hz', sample_hz, .1, 1000)
 
     def expected(self, models):
         """Returns the least length of a run in s, without loading."""
@@ -204,6 +219,12 @@ class Run:
                     warm_up=None,
                     windows=[],
                     summary=None))
+        known = {n for s in self._sessions.values() for n in s.inputs}
+        for name in self._options.shapes:
+            if name and name not in known:
+                raise BenchError('--input-shape {}: no model has this input; '
+                                 'there are: {}'.format(
+                                     name, ', '.join(sorted(known))))
 
     def _idle(self):
         seconds = self.settings.idle_seconds

@@ -7,6 +7,7 @@ of each board; the Linux device trees ``tegra194-p2888.dtsi`` and
 pages; NVIDIA's forum (topic 366461: the INA238 of Thor).
 """
 import glob
+import math
 import os
 import re
 
@@ -119,9 +120,12 @@ def _number(path):
     # the calls of the system alone, because the sampler must cost little.
     handle = os.open(path, os.O_RDONLY)
     try:
-        return float(os.read(handle, 64))
+        value = float(os.read(handle, 64))
     finally:
         os.close(handle)
+    if not math.isfinite(value):
+        raise ValueError('{} holds {}'.format(path, value))
+    return value
 
 
 def find_rails(sysroot='/'):

@@ -11,6 +11,7 @@ total covers and what it leaves out.
 import ctypes
 import glob
 import os
+import re
 import select
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from .rails import choose_total, find_rails, scope
 from .tegrastats import parse_line, read_log
 from .util import (
     BenchError,
+    check_number,
     end_process,
     find_tool,
     now,
@@ -181,8 +183,12 @@ class ReplaySource:
     kind = 'power'
 
     def __init__(self, path, period_s=1.0):
+        check_number('power replay period', period_s, 1e-3, 3600)
         records = read_log(path)
         self.rails = list(records[0]['power_mw'])
+        if not self.rails:
+            raise BenchError('the first line of {} shows no power rail: '
+                             'record it as root'.format(path))
         self.total, self.why = choose_total(self.rails)
         self.scope = scope(self.total) + \
             ' (recorded; the log says nothing about this machine)'
@@ -278,24 +284,30 @@ def open_source(spec, sysroot='/', interval_s=0.1):
     Raises:
         BenchError: there is no such source here; the text says why.
     """
-    name, _, rest = spec.partition(':')
-    if name == 'sysfs':
+    name, colon, rest = spec.partition(':')
+    if spec == 'sysfs':
         return SysfsSource(sysroot)
-    if name == 'tegrastats':
+    if spec == 'tegrastats':
         return TegrastatsSource(sysroot, interval_s)
-    if name == 'rapl':
+    if spec == 'rapl':
         return RaplSource(sysroot)
     if name == 'nvml':
-        if rest and not rest.isdigit():
-            raise BenchError('nvml:{}: not the index of a GPU'.format(rest))
+        if colon and not re.match('[0-9]{1,4}$', rest):
+            raise BenchError('--power nvml:{}: not the index of a GPU, such '
+                             'as nvml:0'.format(rest))
         return nvml.NvmlSource(int(rest or 0))
-    if name == 'replay' and rest:
-        path, _, period = rest.rpartition(':')
-        try:
-            return ReplaySource(path, float(period)) if path else \
-                ReplaySource(rest)
-        except ValueError:
-            return ReplaySource(rest)
+    if name == 'replay':
+        path, period = rest, 1.0
+        if not os.path.exists(path) and ':' in rest:
+            path, _, text = rest.rpartition(':')
+            try:
+                period = float(text)
+            except ValueError:
+                path = rest
+        if not path:
+            raise BenchError('--power {}: name the log, replay:FILE or '
+                             'replay:FILE:PERIOD_S'.format(spec))
+        return ReplaySource(path, period)
     raise BenchError(
         'unknown power source {!r}; known: auto, none, sysfs, '
         'tegrastats, nvml[:INDEX], rapl, replay:FILE[:PERIOD_S]'.format(spec))

@@ -13,16 +13,16 @@ from .util import BenchError
 # NAME 1234/1200, NAME 1234mW/1200mW, NAME 1234mW/1200mW/1300mW; a rail that is
 # off may be read as a little less than nothing (Thor). The name begins with a
 # letter; RAM and SWAP have MB or kB behind their slash.
-_POWER = re.compile(r'(?<![\w@%/])([A-Z][A-Z0-9_]*) (-?\d+)(?:mW)?/(-?\d+)'
-                    r'(?:mW)?(?:/(-?\d+)(?:mW)?)?(?![\w/])')
+_POWER = re.compile(r'(?<![\w@%/])([A-Z][A-Z0-9_]*) (-?\d{1,9})(?:mW)?/'
+                    r'(-?\d{1,9})(?:mW)?(?:/(-?\d{1,9})(?:mW)?)?(?![\w/])')
 _TEMPERATURE = re.compile(r'(?<!\S)([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C')
-_RAM = re.compile(r'(?<!\w)RAM (\d+)/(\d+)MB')
-_GPU_LOAD = re.compile(r'GR3D_FREQ (\d+)%')
+_RAM = re.compile(r'(?<!\w)RAM (\d{1,9})/(\d{1,9})MB')
+_GPU_LOAD = re.compile(r'GR3D_FREQ (\d{1,9})%')
 # Thor leaves out loads, and has one clock for all cores behind the bracket.
-_GPU_CLOCK = re.compile(r'GR3D_FREQ (?:\d+%)?@\[?(\d+)')
-_EMC = re.compile(r'EMC_FREQ (\d+)%')
-_CORE = re.compile(r'(\d+)%(?:@(\d+))?|off')
-_CPUS = re.compile(r'\[((?:\d+%|off)[^\]]*)\](?:@(\d+))?')
+_GPU_CLOCK = re.compile(r'GR3D_FREQ (?:\d+%)?@\[?(\d{1,9})')
+_EMC = re.compile(r'EMC_FREQ (\d{1,9})%')
+_CORE = re.compile(r'(\d{1,9})%(?:@(\d{1,9}))?|off')
+_CPUS = re.compile(r'\[((?:\d+%|off)[^\]]*)\](?:@(\d{1,9}))?')
 
 # tegrastats prints this for a sensor in a block that is powered down.
 ABSENT_TEMPERATURE = -256.0
@@ -102,7 +102,7 @@ def read_log(path):
         BenchError: the file cannot be read or has no line of tegrastats.
     """
     try:
-        with open(path) as f:
+        with open(path, encoding='utf-8', errors='replace') as f:
             lines = f.read().splitlines()
     except OSError as e:
         raise BenchError('cannot read the tegrastats log {}: {}'.format(
