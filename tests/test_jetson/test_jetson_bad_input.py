@@ -141,32 +141,21 @@ def test_log_with_bytes_of_another_encoding(tmp_path):
     (['--model', 'OK', '--set-nvpmodel', '-1'], ['--set-nvpmodel -1']),
 ])
 def test_models_and_shapes(tmp_path, model, args, words):
-    from onnx import TensorProto, helper, save
-
-    def write(name, nodes, inputs, shape):
-        value = helper.make_tensor_value_info
-        graph = helper.make_graph(
-            nodes, 'g',
-            [value(n, TensorProto.FLOAT, s) for n, s in inputs.items()],
-            [value('y', TensorProto.FLOAT, shape)])
-        made = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid('', 13)])
-        made.ir_version = 8
-        save(made, str(tmp_path / name))
-
-    node = helper.make_node
     # what the sizes are shows only while it runs
-    write('bad.onnx', [
-        node('NonZero', ['a'], ['n']),
-        node('Cast', ['n'], ['f'], to=TensorProto.FLOAT),
-        node('MatMul', ['f', 'b'], ['y'])
-    ], dict(a=[2, 3], b=[5, 7]), None)
-    write('flat.onnx', [node('Relu', ['x'], ['y'])], dict(x=[1, 4]), [1, 4])
-    tensor = helper.make_tensor('c', TensorProto.FLOAT, [1], [2.])
-    write('none.onnx', [node('Constant', [], ['y'], value=tensor)], {}, [1])
-    helpers.conv_model(tmp_path / 'open.onnx')
-    write('open.onnx', [node('Relu', ['x'], ['y'])],
-          dict(x=['a', 3, 'b', 'c']), ['a', 3, 'b', 'c'])
+    helpers.small_model(
+        tmp_path / 'bad.onnx',
+        [('NonZero', ['a'], ['n'], {}), ('Cast', ['n'], ['f'], dict(to=1)),
+         ('MatMul', ['f', 'b'], ['y'], {})], dict(a=[2, 3], b=[5, 7]),
+        dict(y=None))
+    relu = [('Relu', ['x'], ['y'], {})]
+    helpers.small_model(tmp_path / 'flat.onnx', relu, dict(x=[1, 4]),
+                        dict(y=[1, 4]))
+    sizes = ['a', 3, 'b', 'c']
+    helpers.small_model(tmp_path / 'open.onnx', relu, dict(x=sizes),
+                        dict(y=sizes))
+    helpers.small_model(tmp_path / 'none.onnx',
+                        [('Constant', [], ['y'], dict(value_float=2.))], {},
+                        dict(y=[]))
     for name in ('text.onnx', 'text.pt', 'x.txt'):
         helpers.write(tmp_path, name, 'this is no model')
     helpers.write(tmp_path, 'broken/x.png', '\x89PNG\r\n\x1a\n broken')

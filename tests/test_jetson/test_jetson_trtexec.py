@@ -35,7 +35,7 @@ echo "[I] median: 20 ms"
 echo "[I] total compute time: 0.2 s"
 """
 HELP_8 = ('--memPoolSize --buildOnly --exposeDMA --exportTimes --shapes '
-          '--staticPlugins')
+          '--staticPlugins --fp16 --int8 --timingCacheFile --streams')
 
 
 # What NVIDIA's sources and recorded logs hold, by version.
@@ -68,8 +68,8 @@ esac; done
 {2}""".format(root, flags, report))
 
 
-def run(tmp_path, *more):
-    model = helpers.conv_model(tmp_path / 'm.onnx')
+def run(tmp_path, *more, model=None):
+    model = model or helpers.conv_model(tmp_path / 'm.onnx')
     return helpers.program('run', '--model', 'm=' + model, '--backend',
                            'trtexec', '--power', 'none', '--sysroot', tmp_path,
                            '--cache', tmp_path / 'cache', '--out',

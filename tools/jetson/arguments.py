@@ -3,6 +3,7 @@
 import argparse
 
 from .backends import NAMES, PRECISIONS
+from .extras import STAGES
 
 _EXAMPLES = """examples:
   what is here, what is missing:
@@ -99,6 +100,18 @@ def _run_parser(commands):
             type=type(default),
             default=default,
             help='{} (default {})'.format(text, default))
+    p.add_argument(
+        '--check',
+        action='store_true',
+        help="compare the engine's outputs with ONNX Runtime's")
+    p.add_argument(
+        '--profile',
+        action='store_true',
+        help='also time each layer, after the windows')
+    p.add_argument(
+        '--stages',
+        choices=STAGES,
+        help='also time reading --images, and this after the engine')
     _engine_arguments(p)
     _settings_arguments(p)
     _system_arguments(p)
@@ -106,12 +119,23 @@ def _run_parser(commands):
 
 def _engine_arguments(p):
     p.add_argument('--backend', default='auto', choices=('auto', ) + NAMES)
-    p.add_argument('--precision', default='fp32', choices=PRECISIONS)
+    p.add_argument(
+        '--precision',
+        choices=PRECISIONS,
+        help='of engines that are built here (default: that of the file)')
     p.add_argument('--input-shape', action='append', metavar='NAME:1x3x32x32')
     p.add_argument('--images', metavar='FOLDER', help='instead of random data')
     p.add_argument('--plugins', action='append', default=[], metavar='LIB.so')
     p.add_argument('--cache', default='engines', help='built engines')
     p.add_argument('--threads', type=int, help='of CPU back ends')
+    p.add_argument(
+        '--dla', type=int, metavar='CORE', help='accelerator, then the GPU')
+    p.add_argument(
+        '--cuda-graph', action='store_true', help='launch layers as a whole')
+    p.add_argument(
+        '--streams', type=int, default=1, help='inferences at the same time')
+    p.add_argument(
+        '--timing-cache', metavar='FILE', help='makes building faster')
     p.add_argument(
         '--workspace-mib',
         type=int,

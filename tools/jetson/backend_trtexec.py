@@ -16,7 +16,14 @@ from .backends import Session
 from .inputs import resolve_shape
 from .trt_build import cache_path
 from .trtexec_report import parse_inputs, parse_report, parse_version
-from .util import BenchError, end_process, find_tool, now, run_tool
+from .util import (
+    BenchError,
+    end_process,
+    find_tool,
+    now,
+    read_json,
+    run_tool,
+)
 
 # The first line after the timed part. "Warmup completed" is printed with the
 # report, after all queries; the others are there without it.
@@ -64,6 +71,26 @@ class TrtexecSession(Session):
             return _window(end, parse_report(text), times)
         finally:
             os.remove(times)
+
+    def layers(self, count):
+        """Times the layers; see ``Session.layers``."""
+        handle, path = tempfile.mkstemp(suffix='.json')
+        os.close(handle)
+        try:
+            _run(self._command + [
+                '--iterations={}'.format(count), '--duration=0',
+                '--exportProfile=' + path
+            ])
+            # The first record is the number of inferences.
+            return [
+                dict(name=r['name'], ms=r['averageMs'])
+                for r in read_json(path, 'profile of trtexec')[1:]
+            ]
+        except (KeyError, TypeError) as e:
+            raise BenchError('trtexec wrote another profile than expected '
+                             '({}: {})'.format(type(e).__name__, e)) from e
+        finally:
+            os.remove(path)
 
 
 def _run(command):
@@ -134,15 +161,6 @@ def _window(end, report, times):
         notes=notes)
 
 
-def _engine_name(tool, path, options):
-    """The cache's name; trtexec's own hash stands for its version."""
-
-    class Version:
-        __version__ = 'trtexec of {} bytes'.format(os.path.getsize(tool))
-
-    return cache_path(Version, path, options)
-
-
 def load(path, options):
     """Builds (or finds) the engine and reads its input shapes.
 
@@ -168,27 +186,43 @@ def load(path, options):
     shapes = ['--shapes=' + ','.join(
         '{}:{}'.format(_quoted(k), 'x'.join(map(str, v)))
         for k, v in named)] if named else []
-    engine = path
+    # A DLA engine must be loaded to its core, too.
+    common += ['--useDLACore={}'.format(options.dla), '--allowGPUFallback'] \
+        if options.dla is not None else []
+    engine, precision = path, options.precision_of(path)
     if path.lower().endswith('.onnx'):
-        engine = _engine_name(tool, path, options)
+        # trtexec's own size stands for its version.
+        engine = cache_path('trtexec of %d bytes' % os.path.getsize(tool),
+                            path, options, precision)
         if not os.path.exists(engine):
             _build([tool, '--onnx=' + path] + common + shapes, flags, engine,
-                   options)
-    built = _run(
-        [tool, '--loadEngine=' + engine, '--iterations=1', '--duration=0'] +
-        common + shapes)[1]
-    # Transfers are done one after another with computing, as elsewhere.
-    serial = ['--exposeDMA'] if '--exposeDMA' in flags else []
-    command = [tool, '--loadEngine=' + engine] + common + shapes + serial
-    inputs = _inputs(built, options)
+                   options, precision)
+    load = [tool, '--loadEngine=' + engine] + common + shapes
+    built = _run(load + ['--iterations=1', '--duration=0'])[1]
     info = dict(
         version=parse_version(built),
+        precision=precision,
         engine=engine,
-        plugins=options.plugins)
-    return TrtexecSession(command, flags, inputs, info)
+        plugins=options.plugins,
+        **options.engine_settings())
+    return TrtexecSession(load + _running(flags, options), flags,
+                          _inputs(built, options), info)
 
 
-def _build(command, flags, engine, options):
+def _running(flags, options):
+    """Returns the arguments of a timed run."""
+    # Transfers are done one after another with computing, as elsewhere.
+    wanted = ['--exposeDMA'] if '--exposeDMA' in flags else []
+    if options.cuda_graph:
+        wanted.append('--useCudaGraph')
+    if options.streams > 1:
+        # --streams until 8.6
+        name = '--infStreams' if '--infStreams' in flags else '--streams'
+        wanted.append('{}={}'.format(name, options.streams))
+    return wanted
+
+
+def _build(command, flags, engine, options, precision):
     os.makedirs(os.path.dirname(engine) or '.', exist_ok=True)
     temp = '{}.{}.tmp'.format(engine, os.getpid())
     size = str(options.workspace_mib)
@@ -199,15 +233,29 @@ def _build(command, flags, engine, options):
     # --buildOnly came with 8.0, --skipInference replaced it in 10.
     command += [f for f in ('--skipInference', '--buildOnly')
                 if f in flags][:1]
-    if options.precision != 'fp32':
-        command.append('--fp16')
-    if options.precision == 'int8':
-        command.append('--int8')
-    text = _run(command)[1]
+    if options.timing_cache:
+        command.append('--timingCacheFile=' + options.timing_cache)
+    text = _run(command + _typing(flags, options, precision))[1]
     if not os.path.exists(temp):
         raise BenchError('trtexec wrote no engine and told no error: ' +
                          _errors(text))
     os.replace(temp, engine)
+
+
+def _typing(flags, options, precision):
+    """Returns the arguments for a precision."""
+    if precision == 'fp32':
+        return []
+    if options.precision is None and '--stronglyTyped' in flags:
+        return ['--stronglyTyped']  # the file alone decides
+    wanted = ['--fp16', '--int8'] if precision == 'int8' else \
+        ['--' + precision]
+    missing = [f for f in wanted if f not in flags]
+    if missing and options.precision is not None:
+        raise BenchError('this trtexec has no {}, it takes the precision from '
+                         'the file: export the model in {} and leave out '
+                         '--precision'.format(missing[0], precision))
+    return [f for f in wanted if f in flags]
 
 
 def _quoted(name):

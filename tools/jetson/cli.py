@@ -40,6 +40,10 @@ def _options(args):
         plugins=args.plugins,
         cache=args.cache,
         threads=args.threads,
+        dla=args.dla,
+        cuda_graph=args.cuda_graph,
+        streams=args.streams,
+        timing_cache=args.timing_cache,
         workspace_mib=args.workspace_mib,
         sysroot=args.sysroot)
 
@@ -59,14 +63,15 @@ def _models(args):
         if name in [n for n, _ in models]:
             raise BenchError('two models are called {!r}: use --model '
                              'NAME=FILE'.format(name))
-        if not os.path.isfile(path):
-            raise BenchError('model {}: there is no such file as {!r}'.format(
-                name, path))
         models.append((name, path))
     baseline = args.baseline or models[0][0]
     if baseline not in [n for n, _ in models]:
         raise BenchError('--baseline {}: the models are {}'.format(
             baseline, ', '.join(n for n, _ in models)))
+    for name, path in models:
+        if not os.path.isfile(path):
+            raise BenchError('model {}: no such file as {!r}'.format(
+                name, path))
     return models, baseline
 
 
@@ -100,6 +105,13 @@ def run_command(args):
             print(table(run.result))
             to_stderr('result: ' + path)
     _write_extras(run, out, args.raw)
+    wrong = [
+        m['name'] for m in run.result['models']
+        if m['check'] and not m['check']['agrees']
+    ]
+    if wrong:
+        raise BenchError('the outputs of {} differ from ONNX Runtime: see the '
+                         'flags above'.format(', '.join(wrong)))
 
 
 def _write_extras(run, out, raw):

@@ -104,7 +104,7 @@ def make_input(name, shape, dtype, folder=None):
                              name, 'x'.join(map(str, shape)), count,
                              _MOST_NUMBERS))
     if folder and takes_images(shape):
-        data = _images(folder, shape)
+        data = read_images(image_paths(folder, shape[0]), shape)
     else:
         seed = np.random.RandomState(zlib.crc32(name.encode()))
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
@@ -114,21 +114,42 @@ def make_input(name, shape, dtype, folder=None):
     return np.ascontiguousarray(data, dtype=dtype)
 
 
-def _images(folder, shape):
+def image_paths(folder, count):
+    """Returns the first images of a folder, in order of their paths.
+
+    Raises:
+        BenchError: there is no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise BenchError('--images {}: no such folder'.format(folder))
+    paths = sorted(
+        os.path.join(root, f) for root, _, files in os.walk(folder)
+        for f in files if f.lower().endswith(_SUFFIXES))[:count]
+    if not paths:
+        raise BenchError('--images {}: no {} files'.format(
+            folder, ', '.join(_SUFFIXES)))
+    return paths
+
+
+def read_images(paths, shape):
+    """Reads, resizes and normalises images; repeats them to fill the batch.
+
+    Args:
+        paths (list[str]): one or more.
+        shape (tuple[int]): N x 3 x H x W.
+
+    Returns:
+        numpy.ndarray: fp32, each image of zero mean and unit variance.
+
+    Raises:
+        BenchError: no Pillow, or an image that cannot be read.
+    """
     import numpy as np
     try:
         from PIL import Image
     except ImportError:
         raise BenchError('--images needs Pillow on the device: pip3 install '
                          'Pillow, or leave it out for random data') from None
-    if not os.path.isdir(folder):
-        raise BenchError('--images {}: no such folder'.format(folder))
-    paths = sorted(
-        os.path.join(root, f) for root, _, files in os.walk(folder)
-        for f in files if f.lower().endswith(_SUFFIXES))[:shape[0]]
-    if not paths:
-        raise BenchError('--images {}: no {} files'.format(
-            folder, ', '.join(_SUFFIXES)))
     loaded = []
     for path in paths:
         try:

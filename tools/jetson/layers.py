@@ -203,6 +203,12 @@ def measure_table(folder,
                     table = _new_table(index['version'], sysroot, state,
                                        session, protocol)
                     done = _resume(out, table)
+                if session.info['precision'] != table['precision']:
+                    raise BenchError(
+                        'entry {!r} runs in {}, those before in {}: a table '
+                        'has one precision'.format(entry['id'],
+                                                   session.info['precision'],
+                                                   table['precision']))
                 if key not in done:
                     done[key] = dict(
                         entry,

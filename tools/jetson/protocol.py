@@ -17,8 +17,8 @@ import os
 import random
 import time
 
-from . import device
-from .backends import open_session
+from . import device, extras
+from .backends import need_feature, open_session
 from .checks import check_result, check_window
 from .energy import window_energy
 from .sampler import Sampler
@@ -36,6 +36,7 @@ from .util import (
 
 SCHEMA = 'mmbasis.jetson_bench'
 SCHEMA_VERSION = 1
+_PROFILED = 50  # inferences with the profiler
 
 
 class Settings:
@@ -48,6 +49,9 @@ class Settings:
         rewarm_seconds (float): warm-up before every window.
         idle_seconds (float): length of each idle window.
         sample_hz (float): intended rate of power readings.
+        check (bool): compare the outputs with ONNX Runtime's.
+        profile (bool): time the layers of the engine, after the windows.
+        stages (str | None): see ``extras.stages``, after the windows.
 
     Raises:
         BenchError: a number makes no sense.
@@ -61,7 +65,10 @@ class Settings:
                  max_warm_seconds=60.0,
                  rewarm_seconds=0.5,
                  idle_seconds=10.0,
-                 sample_hz=10.0):
+                 sample_hz=10.0,
+                 check=False,
+                 profile=False,
+                 stages=None):
         day = 86400
         self.repeats = check_number('repeats', repeats, 1, 10000, True)
         self.min_seconds = check_number('min_seconds', min_seconds, .01, day)
@@ -74,6 +81,7 @@ class Settings:
                                            day)
         self.idle_seconds = check_number('idle_seconds', idle_seconds, 0, day)
         self.sample_hz = check_number('sample_hz', sample_hz, .1, 1000)
+        self.check, self.profile, self.stages = check, profile, stages
 
     def expected(self, models):
         """Returns the least length of a run in s, without loading."""
@@ -183,6 +191,7 @@ class Run:
                 for place in order:
                     self._window(self.result['models'][place], block)
             self._idle()
+            self._extras()
             self.result['status'] = 'complete'
         except BaseException as e:
             self.result['status'] = 'partial'
@@ -205,6 +214,12 @@ class Run:
             self._progress.step('loading {} ({})'.format(name, path))
             session = open_session(self._backend, path, self._options)
             self._sessions[name] = session
+            for extra in ('check', 'profile', 'stages'):
+                if getattr(self.settings, extra):
+                    need_feature(session.info['backend'], extra)
+            check = extras.check_outputs(
+                session, path,
+                self._options.images) if self.settings.check else None
             self.result['models'].append(
                 dict(
                     name=name,
@@ -216,6 +231,9 @@ class Run:
                         k: list(v)
                         for k, v in session.inputs.items()
                     },
+                    check=check,
+                    layers=None,
+                    stages=None,
                     warm_up=None,
                     windows=[],
                     summary=None))
@@ -260,7 +278,7 @@ class Run:
         raw = session.window(s.min_seconds, s.min_count)
         after = device.snapshot(self.sysroot)
         seconds = raw['end'] - raw['start']
-        images = raw['count'] * model['batch']
+        images = raw['count'] * model['batch'] * session.at_once
         window = dict(
             repeat=repeat,
             block=block,
@@ -284,6 +302,19 @@ class Run:
         window['flags'] = check_window(window, before, after, self._sampler
                                        is not None)
         model['windows'].append(window)
+        self.save()
+
+    def _extras(self):
+        """What would disturb the windows comes after them."""
+        for model in self.result['models']:
+            session = self._sessions[model['name']]
+            if self.settings.profile:
+                self._progress.step('layers of ' + model['name'])
+                model['layers'] = session.layers(_PROFILED)
+            if self.settings.stages:
+                self._progress.step('stages of ' + model['name'])
+                model['stages'] = extras.stages(
+                    session, self._options.images, self.settings.stages)
         self.save()
 
     def _energy(self, start, end):

@@ -3,6 +3,7 @@
 import csv
 import io
 
+from .extras import summary_lines
 from .summary import TURNS
 from .util import write_atomic
 
@@ -81,6 +82,9 @@ def table(result):
                 for m in done
             ]
             parts.append(aligned(rows))
+        lines = [n for m in done for n in summary_lines(m)]
+        if lines:
+            parts.append('\n'.join(lines))
     else:
         parts.append('No window was completed.')
     parts.append(_notes(result))

@@ -113,12 +113,12 @@ def under(sysroot, *parts):
     return os.path.join(sysroot, *[p.lstrip('/') for p in parts])
 
 
-def write_atomic(path, text):
-    """Writes a text file so that a reader never sees half of it.
+def write_bytes(path, data):
+    """Writes a file so that a reader never sees half of it.
 
     Args:
         path (str): where to write; its folder must exist.
-        text (str): the whole content.
+        data (bytes): the whole content.
 
     Raises:
         BenchError: it cannot be written.
@@ -126,7 +126,7 @@ def write_atomic(path, text):
     temp = '{}.{}.tmp'.format(path, os.getpid())
     try:
         with open(temp, 'wb') as f:
-            f.write(text.encode('utf-8', 'backslashreplace'))
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
@@ -136,6 +136,11 @@ def write_atomic(path, text):
     finally:
         if os.path.exists(temp):
             os.remove(temp)
+
+
+def write_atomic(path, text):
+    """Writes a text as :func:`write_bytes` does."""
+    write_bytes(path, text.encode('utf-8', 'backslashreplace'))
 
 
 def write_json(path, value):
