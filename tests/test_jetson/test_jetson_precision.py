@@ -195,4 +195,5 @@ def test_a_table_of_mixed_precisions_is_refused(tmp_path):
     status, _, err = helpers.program(
         'layers', tmp_path, '--out', tmp_path / 't.json', '--backend',
         'onnxruntime', '--threads', '1', '--seconds', '0.01')
-    assert status == 1 and "entry 'h' runs in fp16, those before in fp32" in err
+    assert status == 1
+    assert "entry 'h' runs in fp16, those before in fp32" in err

@@ -1,5 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """ONNX Runtime: on any computer; with its CUDA or TensorRT provider too."""
+import os
+
 import numpy as np
 
 from .backends import Session
@@ -86,5 +88,6 @@ def load(path, options):
         version=ort.__version__,
         precision=stored,
         providers=session.get_providers(),
-        threads=options.threads)
+        threads=options.threads
+        or 'all of {}'.format(len(os.sched_getaffinity(0))))
     return OrtSession(session, feeds, info)
