@@ -200,6 +200,43 @@ def test_what_spoils_a_window_is_flagged(tmp_path, monkeypatch, path, value,
     assert result['status'] == 'complete' and now() > begin
 
 
+@pytest.mark.parametrize('faster', [1.0, 1.25])
+def test_a_whole_run_under_drift(tmp_path, monkeypatch, faster):
+    """Each window is half a percent slower than the one before."""
+    from jetson.backends import Options, Session
+    from jetson.protocol import Run, Settings
+    count, opened = [0], []
+
+    class Drifting(Session):
+
+        def warm_up(self, *args):
+            return dict(settled=True, seconds=0, count=1, median_ms=1)
+
+        def window(self, *args):
+            each = .01 * 1.005**count[0] / self.speed
+            count[0] += 1
+            return dict(start=0, end=50 * each, latencies=[each] * 50,
+                        count=50, notes=[])
+
+    def open_session(*args):
+        opened.append(
+            Drifting(dict(x=(1, 3)), dict(backend='own', precision='fp32')))
+        opened[-1].speed = faster if len(opened) == 2 else 1.0
+        return opened[-1]
+
+    monkeypatch.setattr('jetson.protocol.open_session', open_session)
+    model = helpers.write(tmp_path, 'm.onnx', 'x')
+    result = Run([('a', model), ('b', model)], 'a', 'own', Options(),
+                 Settings(), None, str(tmp_path / 'r.json'),
+                 str(tmp_path)).execute()
+    assert count == [2 * 14]
+    for name, want in (('fps', faster), ('latency_p50', 1 / faster)):
+        found = result['comparisons'][0][name]
+        assert found['low'] <= want <= found['high']
+        assert found['ratio'] == pytest.approx(want)
+        assert 'signed ranks' in found['method'] and '7' in found['method']
+
+
 def test_compare(tmp_path, models):
     for name, board in (('one', 'xavier_jp4'), ('two', 'xavier_jp5')):
         root = make_board(tmp_path / (name + '-root'), board)

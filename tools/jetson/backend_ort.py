@@ -88,6 +88,12 @@ def load(path, options):
         version=ort.__version__,
         precision=stored,
         providers=session.get_providers(),
-        threads=options.threads
-        or 'all of {}'.format(len(os.sched_getaffinity(0))))
+        threads=options.threads or 'all of {}'.format(_cores()))
     return OrtSession(session, feeds, info)
+
+
+def _cores():
+    """Returns how many cores this process may use."""
+    if hasattr(os, 'sched_getaffinity'):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

@@ -143,10 +143,18 @@ class Lane:
                 declared = api.declared(name)
                 shape = resolve_shape(name, declared, options.shapes)
                 if -1 in declared and api.set_shape(name, shape) is False:
-                    raise BenchError('the engine does not accept shape {} '
-                                     'for {}'.format(shape, name))
+                    raise BenchError(
+                        'the engine does not accept shape {} for {}{}'.format(
+                            shape, name,
+                            ': with --streams, before TensorRT 10, export '
+                            'fixed sizes' if options.streams > 1 else ''))
         for name in api.names:
-            dtype = np.dtype(trt.nptype(api.dtype(name)))
+            try:
+                dtype = np.dtype(trt.nptype(api.dtype(name)))
+            except TypeError as e:
+                raise BenchError('{} has type {}, which numpy does not have: '
+                                 'export it as fp16 or fp32'.format(
+                                     name, api.dtype(name))) from e
             self.tensors.append(
                 Tensor(self._cuda, name, api.shape(name), dtype,
                        api.is_input(name)))
@@ -159,7 +167,12 @@ class Lane:
             # The first run does work that must not be in the graph.
             self._enqueue()
             self.wait()
-            self._graph = self._cuda.capture(self._stream, self._enqueue)
+            try:
+                self._graph = self._cuda.capture(self._stream, self._enqueue)
+            except BenchError as e:
+                raise BenchError('--cuda-graph: this engine cannot be '
+                                 'recorded ({}): leave it out'.format(e)) \
+                    from e
 
     def _enqueue(self):
         for t in self.tensors:
@@ -236,17 +249,13 @@ class TensorrtSession(Session):
         """Times the layers; see ``Session.layers``."""
         profiler = trt_build.profiler(self._trt)
         lane = self._lanes[0]
-        # In a context that is captured or shared it would disturb the rest.
-        context = self._engine.create_execution_context()
-        api = interface(self._trt, self._engine, context)
-        for t in lane.tensors:
-            if t.is_input and -1 in api.declared(t.name):
-                api.set_shape(t.name, t.shape)
-        context.profiler = profiler
-        addresses = [t.device for t in lane.tensors]
         self.infer()  # the inputs are on the device
+        # It stays: before TensorRT 10 two contexts cannot share a profile of
+        # shapes, and nothing is timed after this.
+        lane.context.profiler = profiler
+        addresses = [t.device for t in lane.tensors]
         for _ in range(count):
-            if not context.execute_v2(addresses):
+            if not lane.context.execute_v2(addresses):
                 raise BenchError('TensorRT refused to run the engine with a '
                                  'profiler; its messages above say why')
         return profiler.milliseconds(count)

@@ -182,7 +182,7 @@ class Session:
             notes=[])
 
     def outputs(self):
-        """Runs once more; returns the outputs by name."""
+        """Returns the outputs of an inference by name."""
         raise NotImplementedError
 
     def layers(self, count):

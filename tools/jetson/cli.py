@@ -277,7 +277,7 @@ def _lenient_output():
         stream = getattr(sys, name)
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-        else:  # Python 3.6
+        elif stream is not None:  # Python 3.6; None where it is closed
             encoding = stream.encoding
             setattr(
                 sys, name,

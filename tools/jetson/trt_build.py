@@ -94,14 +94,13 @@ def build(trt, logger, path, options, precision):
         raise BenchError('TensorRT cannot parse {}: {}'.format(
             path, '; '.join(errors) or 'no reason given'))
     config = builder.create_builder_config()
-    # TensorRT keeps no reference to the calibrator while it builds.
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     shapes = {
         i.name: resolve_shape(i.name, list(i.shape), options.shapes)
         for i in inputs
     }
     profile = _configure(trt, builder, config, options, inputs, shapes)
-    calibrator = None
+    calibrator = None  # TensorRT keeps no reference to it while it builds
     if not typed:
         _set_precision(trt, config, options, precision)
         if options.calibrates(path):
