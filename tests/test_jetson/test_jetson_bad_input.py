@@ -1,11 +1,16 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Whatever is wrong with the input: one line that names it, status not 0."""
+import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 
 import jetson_helpers as helpers
 import pytest
+from jetson.cli import _SIGNALS as SIGNALS
+from jetson.cli import main
 from jetson.compare import load_result
 from jetson.util import BenchError
 from jetson_boards import make_board, rail_file
@@ -16,9 +21,31 @@ ORT = ['--backend', 'onnxruntime', '--threads', '1', '--power', 'none']
 LINE = 'GR3D_FREQ 9% VDD_IN {}mW/9mW\n'
 
 
-def check(args, *words, **kwargs):
+def run_here(args, cwd=None):
+    """Runs the command line in this process; returns (status, stderr)."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8') for _ in range(2))
+    handlers = {n: signal.getsignal(getattr(signal, n)) for n in SIGNALS}
+    before = os.getcwd()
+    os.chdir(cwd or before)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([str(a) for a in args])
+    except SystemExit as e:
+        status = e.code
+    finally:
+        os.chdir(before)
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+    err.flush()
+    return status, err.buffer.getvalue().decode()
+
+
+def check(args, *words, cwd=None, **kwargs):
     """Runs the program, which must fail in one line with these words."""
-    status, _, err = helpers.program(*args, **kwargs)
+    if kwargs:
+        status, _, err = helpers.program(*args, **kwargs)
+    else:
+        status, err = run_here(args, cwd)
     lines = [n for n in err.splitlines() if n.startswith('error: ')]
     assert status in (1, 2) and len(lines) == 1, err
     assert 'Traceback' not in err
