@@ -78,7 +78,9 @@ def load(path, options):
         make_input('input',
                    list(options.shapes.values())[0], np.float32,
                    options.images))
-    module, data = module.to(dtype=dtype), data.to(dtype)
+    data = data.to(dtype)
+    if options.precision == 'fp16':
+        module = module.half()
     info = dict(
         version=torch.__version__,
         precision=_PRECISIONS.get(str(dtype), str(dtype)),
