@@ -87,7 +87,8 @@ def parse_args() -> argparse.Namespace:
     measure.add_argument('folder', help='what export wrote')
     measure.add_argument('--out', required=True, help='the table (JSON)')
     measure.add_argument('--backend', default='auto')
-    measure.add_argument('--precision', default='fp32')
+    measure.add_argument(
+        '--precision', help='of TensorRT engines; default: that of the files')
     measure.add_argument('--threads', type=int, help='of CPU back ends')
     measure.add_argument('--rounds', type=int, default=3)
     measure.add_argument('--seconds', type=float, default=.3, help='per round')

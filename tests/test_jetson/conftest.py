@@ -12,11 +12,11 @@ sys.path.insert(0, HERE)
 import jetson_helpers  # noqa: E402
 
 
-def _library(folder, source, name):
+def _library(folder, source, name, *flags):
     if shutil.which('gcc') is None:
         pytest.skip('gcc is absent: the stand-ins for libraries need it')
     subprocess.check_call([
-        'gcc', '-O1', '-shared', '-fPIC', '-o',
+        'gcc', '-O1', '-shared', '-fPIC', *flags, '-o',
         str(folder / name),
         os.path.join(HERE, 'stand_in', source)
     ])
@@ -28,6 +28,16 @@ def tensorrt_env(tmp_path_factory):
     """Environment in which a program finds the stand-ins for TensorRT."""
     folder = _library(
         tmp_path_factory.mktemp('cudart'), 'cudart.c', 'libcudart.so')
+    return dict(
+        LD_LIBRARY_PATH=folder, PYTHONPATH=os.path.join(HERE, 'stand_in'))
+
+
+@pytest.fixture(scope='session')
+def old_cuda_env(tmp_path_factory):
+    """The same with a CUDA before 11.4."""
+    folder = _library(
+        tmp_path_factory.mktemp('cudart'), 'cudart.c', 'libcudart.so',
+        '-DFAKE_CUDA_OLD')
     return dict(
         LD_LIBRARY_PATH=folder, PYTHONPATH=os.path.join(HERE, 'stand_in'))
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Fake sysfs trees of five boards, in the layouts of JetPack 4, 5 and 6."""
+"""Fake sysfs trees of six boards, in the layouts of JetPack 4 to 7."""
 from jetson_helpers import script, write
 
 # Layout, model, L4T, GPU node, chips: address -> (rail, mW) per channel.
@@ -29,10 +29,22 @@ BOARDS = {
                      '6-0040': [('POM_5V_IN', 4200), ('POM_5V_GPU', 1000),
                                 ('POM_5V_CPU', 900)]
                  }),
+    # A GPU that is off reads a little below nothing.
+    'thor_jp7': ('hwmon', 'NVIDIA Jetson AGX Thor Developer Kit',
+                 ('38', '4.0'), 'gpu-gpc-0', {
+                     '2-0040': [('VDD_GPU', -390), ('VDD_CPU_SOC_MSS', 3900),
+                                ('VIN_SYS_5V0', 5000)],
+                     '2-0044': [('VIN', 15000)]
+                 }),
 }
 # What the right total of each tree is, in W, added up by hand.
 TOTALS = dict(
-    xavier_jp4=12.0, xavier_jp5=12.0, orin_jp6=9.0, nx_jp4=9.0, nano_jp4=4.2)
+    xavier_jp4=12.0,
+    xavier_jp5=12.0,
+    orin_jp6=9.0,
+    nx_jp4=9.0,
+    nano_jp4=4.2,
+    thor_jp7=15.0)
 _DRIVERS = 'sys/bus/i2c/drivers/'
 _VOLTAGE = 5000  # mV
 
@@ -48,7 +60,9 @@ def make_board(root, name):
             *l4t))
     for number, (address, rails) in enumerate(sorted(chips.items())):
         for i, (rail, power) in enumerate(rails):
-            if layout == 'iio':
+            if rail == 'VIN':
+                _ina238(root, address, power)
+            elif layout == 'iio':
                 _iio(root, address, number, i, rail, power)
             else:
                 _hwmon(root, address, number, i, rail, power)
@@ -83,12 +97,21 @@ def _hwmon(root, address, number, i, rail, power):
     write(root, folder + 'in7_input', '369\n')
 
 
+def _ina238(root, address, power):
+    folder = '{}ina238/{}/hwmon/hwmon7/'.format(_DRIVERS, address)
+    write(root, folder + 'power1_input', '%d\n' % (power * 1000))
+    write(root, folder + 'in0_input', '12\n')  # the shunt, no rail
+
+
 def _clocks(root, gpu):
     folder = 'sys/class/devfreq/{}/'.format(gpu)
     for name, value in (('cur_freq', 1377000000), ('min_freq', 1377000000),
                         ('max_freq', 1377000000), ('governor',
                                                    'nvhost_podgov')):
         write(root, folder + name, '%s\n' % value)
+    if gpu == 'gpu-gpc-0':  # Thor: video has a clock of its own, memory too
+        write(root, 'sys/class/devfreq/gpu-nvd-0/cur_freq', '1\n')
+        write(root, 'sys/class/devfreq/bwmgr/cur_freq', '4266000000\n')
     cpu = 'sys/devices/system/cpu/cpufreq/policy0/scaling_'
     for name, value in (('cur_freq', 2265600), ('min_freq', 2265600),
                         ('max_freq', 2265600), ('governor', 'schedutil')):

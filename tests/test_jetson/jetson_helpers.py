@@ -19,7 +19,7 @@ if TOOLS not in sys.path:
 
 # Short but complete: all steps of the protocol happen.
 QUICK = [
-    '--repeats', '2', '--min-seconds', '0.3', '--min-count', '5',
+    '--repeats', '1', '--min-seconds', '0.3', '--min-count', '5',
     '--warm-seconds', '0.1', '--max-warm-seconds', '1', '--rewarm-seconds',
     '0.05', '--idle-seconds', '0.3'
 ]
@@ -49,6 +49,32 @@ def conv_model(path, channels=8, size=16, layers=1, dynamic=False):
         helper.make_tensor_value_info('y', TensorProto.FLOAT,
                                       [batch, channels, size, size])
     ], weights)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid('', 13)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+    return str(path)
+
+
+def small_model(path, nodes, inputs, outputs, weights=()):
+    """Writes an ONNX file of any nodes; returns its path.
+
+    ``nodes`` are (operator, inputs, outputs, attributes); ``inputs`` and
+    ``outputs`` have sizes by name, or None; ``weights`` arrays by name.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def values(sizes):
+        return [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+            for n, s in sizes.items()
+        ]
+
+    graph = helper.make_graph(
+        [helper.make_node(o, i, r, **a)
+         for o, i, r, a in nodes], 'g', values(inputs), values(outputs),
+        [numpy_helper.from_array(v, k) for k, v in dict(weights).items()])
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid('', 13)])
     model.ir_version = 8

@@ -103,7 +103,7 @@ def test_killed_outright(tmp_path):
 
 @pytest.mark.parametrize('unreadable', [False, True])
 def test_power_files_that_vanish(tmp_path, unreadable):
-    process, state = start(tmp_path, '--repeats', '4')
+    process, state = start(tmp_path, '--repeats', '2')
     wait_for(lambda: windows(tmp_path) >= 1)
     chips = str(tmp_path / 'root' / 'sys' / 'bus' / 'i2c')
     if unreadable:

@@ -1,11 +1,14 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Latency tables."""
 import json
+import re
 
 import jetson_helpers as helpers
 import pytest
-from jetson.layers import read_index
+from jetson.backends import Options
+from jetson.layers import measure_table, read_index
 from jetson.util import BenchError
+from jetson_boards import make_board
 
 pytest.importorskip('onnxruntime')
 ARGS = [
@@ -77,8 +80,85 @@ def test_other_conditions_are_refused(folder, tmp_path):
     assert measure(folder, out)[0] == 0
     before = out.read_text()
     status, _, err = measure(folder, out, '--rounds', '2')
-    assert status == 1 and 'measured differently: protocol' in err
+    assert status == 1 and 'measured differently: protocol rounds 3' in err
     assert out.read_text() == before
+
+
+CLOCK = 'sys/class/devfreq/17000000.gv11b/'
+CPU = 'sys/devices/system/cpu/cpufreq/policy0/scaling_'
+
+
+@pytest.mark.parametrize('path, value, message', [
+    (None, None, 'engine threads 1 instead of 2'),
+    (CLOCK + 'max_freq', '900', 'clock_limits gpu .* to 900 hz'),
+    (CLOCK + 'min_freq', '100', 'clock_limits gpu'),
+    (CLOCK + 'governor', 'userspace', 'clock_limits gpu .* userspace'),
+    (CPU + 'max_freq', '7', 'clock_limits policy0'),
+    (CPU + 'governor', 'powersave', 'powersave'),
+    ('state/mode', '6', 'mode MODE_2 instead of MODE_6'),
+])
+def test_other_settings_are_refused(folder, tmp_path, path, value, message):
+    """Threads, limits of clocks, governors and power modes do not mix."""
+    root = make_board(tmp_path / 'root', 'xavier_jp5')
+    index = json.loads((folder / 'index.json').read_text())
+    index['entries'] = index['entries'][:1]
+    (folder / 'index.json').write_text(json.dumps(index))
+    out = tmp_path / 't.json'
+    args = dict(rounds=1, seconds=.01, min_count=2, sysroot=root)
+    measure_table(str(folder), str(out), 'onnxruntime', Options(threads=1),
+                  **args)
+    before = out.read_text()
+    # the present clock may differ
+    helpers.write(root, CLOCK + 'cur_freq', '5')
+    measure_table(str(folder), str(out), 'onnxruntime', Options(threads=1),
+                  **args)
+    if path:
+        helpers.write(root, path, value)
+    with pytest.raises(BenchError, match='measured differently') as error:
+        measure_table(
+            str(folder), str(out), 'onnxruntime',
+            Options(threads=1 if path else 2), **args)
+    assert re.search(message, str(error.value))
+    assert json.loads(out.read_text())['entries'] == \
+        json.loads(before)['entries']
+
+
+def test_what_changes_meanwhile_is_in_a_table_that_is_not_finished(
+        folder, tmp_path, monkeypatch):
+    root = make_board(tmp_path / 'root', 'xavier_jp5')
+    import jetson.layers as layers
+    real, calls = layers.measure, []
+
+    def measure(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 2:
+            raise BenchError('the end')
+        helpers.write(root, CLOCK + 'max_freq', '900')
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(layers, 'measure', measure)
+    with pytest.raises(BenchError, match='the end'):
+        measure_table(
+            str(folder), str(tmp_path / 't.json'), 'onnxruntime',
+            Options(threads=1), 1, .01, 2, root)
+    table = json.loads((tmp_path / 't.json').read_text())
+    assert table['status'] == 'partial'
+    assert [f['code'] for f in table['flags']] == ['limits_changed']
+
+
+@pytest.mark.parametrize('text', [
+    '[]', '{"schema": "mmbasis.latency_table", "version": 1}',
+    '{"schema": "mmbasis.latency_table", "version": 1, "device": 3, '
+    '"entries": [], "flags": []}',
+    '{"schema": "mmbasis.latency_table", "version": 1, "entries": [3], '
+    '"flags": []}', 'no json'
+])
+def test_damaged_tables(folder, tmp_path, text):
+    out = tmp_path / 't.json'
+    out.write_text(text)
+    status, _, err = measure(folder, out)
+    assert status == 1 and 't.json' in err and 'Traceback' not in err
+    assert out.read_text() == text
 
 
 def test_bad_indices(folder):

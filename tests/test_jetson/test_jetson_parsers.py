@@ -72,6 +72,40 @@ def test_memory_is_not_power():
     assert record['cpu'] == [(90, 1479), None]
 
 
+# Of boards with JetPack 7.0 to 7.2, shortened in the middle.
+THOR = [
+    ('05-14-2026 21:36:35 RAM 26063/125772MB (lfb 35x4MB) CPU [2%@972,0%@972] '
+     'VDD_GPU -392mW/-392mW VDD_CPU_SOC_MSS 3924mW/3835mW '
+     'VIN_SYS_5V0 5064mW/5055mW VIN 15004mW/15096mW',
+     dict(VDD_GPU=-392, VDD_CPU_SOC_MSS=3924, VIN_SYS_5V0=5064, VIN=15004),
+     [(2, 972), (0, 972)], None),
+    ('05-17-2026 10:00:32 RAM 4208/125773MB (lfb 31x4MB) SWAP 0/2048MB '
+     '(cached 0MB) CPU [1%@972,off] EMC_FREQ 0%@665 GR3D_FREQ @[7,0,0] '
+     'NVENC0_FREQ @0 VIC off PVA0_FREQ off APE 300 cpu@34.468C '
+     'VDD_GPU 0mW/0mW VDD_CPU_SOC_MSS 4165mW/4165mW '
+     'VIN_SYS_5V0 4126mW/4126mW',
+     dict(VDD_GPU=0, VDD_CPU_SOC_MSS=4165, VIN_SYS_5V0=4126),
+     [(1, 972), None], 7),
+    ('08-08-2026 20:58:23 RAM 3429/125749MB (lfb 120x4MB) CPU [0%,5%,off]@2601'
+     ' EMC_FREQ @4266 GR3D_FREQ @[1574,1574,1574] cpu@49.75C/49.75C '
+     'VDD_GPU -1mW/-33mW/0mW VIN 28906mW/14453mW/28906mW',
+     dict(VDD_GPU=-1, VIN=28906), [(0, 2601), (5, 2601), None], 1574),
+]
+
+
+@pytest.mark.parametrize('line, power, cpu, clock', THOR)
+def test_lines_of_thor(line, power, cpu, clock):
+    record = parse_line(line)
+    assert record['power_mw'] == power and record['cpu'] == cpu
+    assert record['gpu_mhz'] == clock and record['ram_mb'][0] > 3000
+    total, why = choose_total(list(power))
+    assert total and 'missing' not in why
+
+
+def test_a_line_without_power_and_load_is_one():
+    assert parse_line('RAM 1/2MB CPU [1%@9]')['power_mw'] == {}
+
+
 def test_other_lines_are_refused():
     with pytest.raises(BenchError, match='not a line of tegrastats'):
         parse_line('hello')

@@ -2,13 +2,16 @@
 """Rails, totals, sources, the sampling process, energy of windows."""
 import math
 import os
+import shutil
+import signal
 import threading
 import time
 
 import jetson_helpers as helpers
 import pytest
+from jetson.device import clock_files
 from jetson.energy import Trace, integrate, window_energy
-from jetson.rails import choose_total, find_rails
+from jetson.rails import choose_total, find_rails, scope
 from jetson.sampler import Sampler
 from jetson.sources import choose_source, open_source
 from jetson.util import BenchError, now
@@ -36,10 +39,43 @@ def test_unconnected_and_sum_channels_are_no_rails(tmp_path):
     (['GPU', 'CPU', 'SOC', 'CV', 'VDDRQ'], 'SYS5V are missing'),
     (['GPU', 'CPU', 'SOC', 'CV', 'VDDRQ', 'SYS5V', 'X'], 'X are not known'),
     ([], 'no power rail'),
+    (['VDD_GPU', 'VIN_SYS_5V0'], 'rails VDD_CPU_SOC_MSS are missing'),
+    (['VDD_GPU_SOC', 'VDD_CPU_CV'], 'rails VIN_SYS_5V0 are missing'),
+    # Orin and Thor have it: nothing is known to be missing
+    (['VIN_SYS_5V0'], 'rails VIN_SYS_5V0 are not known'),
+    (['VIN_SYS_5V0', 'NEW'], 'rails VIN_SYS_5V0, NEW are not known'),
+    (['GPU', 'VDD_SOC'], 'rails GPU, VDD_SOC are not known'),
 ])
 def test_no_total_where_it_would_be_wrong(names, why):
     total, reason = choose_total(names)
     assert total is None and why in reason
+
+
+THOR = ['VDD_GPU', 'VDD_CPU_SOC_MSS', 'VIN_SYS_5V0']
+
+
+def test_totals_of_thor():
+    assert choose_total(THOR)[0] == THOR
+    assert 'carrier board (fan' in scope(THOR)
+    assert choose_total(THOR + ['VIN'])[0] == ['VIN']
+    assert 'whole board' in scope(['VIN'])
+
+
+def test_thor_through_sysfs(tmp_path):
+    root = make_board(tmp_path, 'thor_jp7')
+    source = open_source('sysfs', root)
+    power = dict(zip(source.rails, source.read()[1]))
+    assert power == dict(
+        VDD_GPU=pytest.approx(-.39), VDD_CPU_SOC_MSS=pytest.approx(3.9),
+        VIN_SYS_5V0=pytest.approx(5), VIN=pytest.approx(15))
+    assert 'whole board' in source.scope and source.total == ['VIN']
+    clocks = clock_files(root)
+    assert clocks['gpu_hz'].endswith('gpu-gpc-0/cur_freq')
+    assert clocks['emc_hz'].endswith('bwmgr/cur_freq')
+    # without the monitor of the board's input: a carrier of somebody else
+    shutil.rmtree(os.path.join(root, 'sys/bus/i2c/drivers/ina238'))
+    source = open_source('sysfs', root)
+    assert source.total == THOR and 'carrier board (fan' in source.scope
 
 
 def test_why_no_source(tmp_path):
@@ -73,6 +109,95 @@ done""")
     assert found['trace'].total == ['VDD_IN']
     assert len(found['trace'].times) > 5
     assert set(found['trace'].series('total')) == {4.0}
+
+
+LINE = 'echo "GR3D_FREQ 5% VDD_IN 4000mW/9000mW"'
+
+
+def tegrastats(root, text):
+    """A tegrastats that notes its process; returns a check that it ended."""
+    pid = root / 'pid'
+    helpers.script(root, 'usr/bin/tegrastats', 'echo $$ > {}\n{}'.format(
+        pid, text))
+
+    def ended():
+        number = int(pid.read_text())
+        for _ in range(100):
+            try:
+                with open('/proc/%d/stat' % number) as f:
+                    if f.read().rsplit(')', 1)[1].split()[0] == 'Z':
+                        return True  # waits for init alone
+            except OSError:
+                return True
+            time.sleep(0.05)
+        return False
+
+    return ended
+
+
+@pytest.mark.parametrize('text, message', [
+    ('exec sleep 1000', 'printed no line in 5.0 s'),
+    ('trap "" TERM; while :; do sleep 0.1; done', 'printed no line'),
+    ('exec yes hello', "prints something else: b'hello'"),
+    ('exec tr -d "\\\\n" < /dev/zero', 'printed no line'),
+    ('exit 3', 'tegrastats ended'),
+    ('echo "RAM 1/2MB GR3D_FREQ 0%"; exec sleep 1000', 'no power rail'),
+])
+def test_tegrastats_that_tells_nothing(tmp_path, text, message):
+    ended = tegrastats(tmp_path, text)
+    start = now()
+    with pytest.raises(BenchError) as error:
+        open_source('tegrastats', str(tmp_path), 0.1)
+    assert message in str(error.value) and now() - start < 12
+    assert ended()
+
+
+def test_tegrastats_that_ignores_sigterm(tmp_path):
+    ended = tegrastats(
+        tmp_path, 'trap "" TERM INT HUP\nwhile :; do %s; sleep 0.02; done' %
+        LINE)
+    sampler = Sampler('tegrastats', str(tmp_path), 0.02).start()
+    time.sleep(0.2)
+    start = now()
+    found = sampler.stop()
+    assert now() - start < 5 and found['load']['readings'] > 2
+    assert ended()
+
+
+def test_tegrastats_that_stalls(tmp_path):
+    ended = tegrastats(
+        tmp_path, 'for i in 1 2 3 4 5; do %s; sleep 0.05; done\n'
+        'trap "" TERM; exec sleep 1000' % LINE)
+    sampler = Sampler('tegrastats', str(tmp_path), 0.05).start()
+    time.sleep(2)
+    start = now()
+    found = sampler.stop()
+    assert now() - start < 5 and len(found['trace'].times) >= 4
+    assert 'printed no line in 1.0 s' in found['errors'][0][1]
+    assert found['load'] and ended()
+
+
+def test_run_with_a_tegrastats_that_stalls(tmp_path):
+    pytest.importorskip('onnxruntime')
+    # the first process answers the question whether there is one
+    ended = tegrastats(
+        tmp_path, 'for i in 1 2 3 4 5; do %s; sleep 0.05; done\n'
+        'exec sleep 1000' % LINE)
+    status, out, err = helpers.program(
+        'run', '--model', helpers.conv_model(tmp_path / 'm.onnx'), '--backend',
+        'onnxruntime', '--threads', '1', '--sysroot', tmp_path, '--out',
+        tmp_path / 'out', *helpers.QUICK)
+    assert status == 0 and 'Traceback' not in err, err
+    assert 'FLAG samples_missing' in out and 'FLAG sensor_errors' in out
+    assert ended()
+
+
+def test_tegrastats_ends_with_a_sampler_that_is_killed(tmp_path):
+    ended = tegrastats(tmp_path, '%s\ntrap "" TERM; exec sleep 1000' % LINE)
+    sampler = Sampler('tegrastats', str(tmp_path), 0.05).start()
+    os.kill(sampler._process.pid, signal.SIGKILL)
+    sampler.stop()
+    assert ended()
 
 
 def test_rapl_counters_that_start_again(tmp_path):

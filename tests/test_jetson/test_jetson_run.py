@@ -42,6 +42,7 @@ def test_boards_from_probe_to_result(tmp_path, models, board):
     root = make_board(tmp_path / 'root', board)
     text = probe_text(probe(root))
     assert BOARDS[board][1] in text and 'carrier board' in text
+    assert 'are missing' not in text
     assert 'MODE_2 (2)' in text and '1377000000 Hz' in text
     status, out, err = helpers.program('run',
                                        *(models[:2] + ORT + helpers.QUICK),
@@ -68,14 +69,17 @@ def test_everything_that_a_run_writes(tmp_path, models):
     status, table, err = helpers.program(
         'run', *(models + ORT + helpers.QUICK), '--power',
         'replay:{}:0.02'.format(log), '--baseline', 'dense', '--raw',
-        '--repeats', '3', '--sample-hz', '50', '--out', out)
+        '--repeats', '2', '--sample-hz', '50', '--out', out)
     assert status == 0, err
     result = helpers.result_of(out)
     assert result['schema'] == 'mmbasis.jetson_bench'
     assert result['schema_version'] == 1 and result['status'] == 'complete'
     order = sorted((w['start'], m['name']) for m in result['models']
                    for w in m['windows'])
-    assert [n for _, n in order] == ['dense', 'basis'] * 3
+    order = [n for _, n in order]
+    assert order[:4] in (['dense', 'basis', 'basis', 'dense'],
+                         ['basis', 'dense', 'dense', 'basis'])
+    assert order[4:] == order[2:4] + order[:2]
     # Energy of every window against the integral of the known function.
     with open(str(out / 'raw.json')) as f:
         raw = json.load(f)
@@ -98,7 +102,7 @@ def test_everything_that_a_run_writes(tmp_path, models):
         rows = list(csv.DictReader(f))
     assert [r['model'] for r in rows] == ['dense', 'basis']
     assert float(rows[1]['ratio_fps']) == pytest.approx(ratio['ratio'])
-    assert len(raw['latencies_s']) == 6
+    assert len(raw['latencies_s']) == 8
     assert os.path.getsize(str(out / 'power.png')) > 5000
     assert 'left]' in err
 
@@ -196,6 +200,43 @@ def test_what_spoils_a_window_is_flagged(tmp_path, monkeypatch, path, value,
     assert result['status'] == 'complete' and now() > begin
 
 
+@pytest.mark.parametrize('faster', [1.0, 1.25])
+def test_a_whole_run_under_drift(tmp_path, monkeypatch, faster):
+    """Each window is half a percent slower than the one before."""
+    from jetson.backends import Options, Session
+    from jetson.protocol import Run, Settings
+    count, opened = [0], []
+
+    class Drifting(Session):
+
+        def warm_up(self, *args):
+            return dict(settled=True, seconds=0, count=1, median_ms=1)
+
+        def window(self, *args):
+            each = .01 * 1.005**count[0] / self.speed
+            count[0] += 1
+            return dict(start=0, end=50 * each, latencies=[each] * 50,
+                        count=50, notes=[])
+
+    def open_session(*args):
+        opened.append(
+            Drifting(dict(x=(1, 3)), dict(backend='own', precision='fp32')))
+        opened[-1].speed = faster if len(opened) == 2 else 1.0
+        return opened[-1]
+
+    monkeypatch.setattr('jetson.protocol.open_session', open_session)
+    model = helpers.write(tmp_path, 'm.onnx', 'x')
+    result = Run([('a', model), ('b', model)], 'a', 'own', Options(),
+                 Settings(), None, str(tmp_path / 'r.json'),
+                 str(tmp_path)).execute()
+    assert count == [2 * 14]
+    for name, want in (('fps', faster), ('latency_p50', 1 / faster)):
+        found = result['comparisons'][0][name]
+        assert found['low'] <= want <= found['high']
+        assert found['ratio'] == pytest.approx(want)
+        assert 'signed ranks' in found['method'] and '7' in found['method']
+
+
 def test_compare(tmp_path, models):
     for name, board in (('one', 'xavier_jp4'), ('two', 'xavier_jp5')):
         root = make_board(tmp_path / (name + '-root'), board)
@@ -225,6 +266,15 @@ def test_compare(tmp_path, models):
     helpers.write(tmp_path, 'new.json', json.dumps(newer))
     status, _, err = helpers.program('compare', tmp_path / 'new.json')
     assert status == 1 and 'newer jetson_bench' in err
+    other = helpers.result_of(tmp_path / 'one')
+    other['models'][0]['engine']['threads'] = 4
+    other['state_before']['cpu']['policy0']['governor'] = 'powersave'
+    helpers.write(tmp_path, 'other.json', json.dumps(other))
+    status, out, err = helpers.program('compare', tmp_path / 'one',
+                                       tmp_path / 'other.json')
+    assert status == 0, err
+    assert "other/dense: engine settings is {'threads': 4" in out
+    assert 'powersave' in out and 'other/dense: power mode' not in out
 
 
 @pytest.mark.parametrize('args, message', [

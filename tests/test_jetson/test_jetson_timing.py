@@ -1,15 +1,19 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Latencies, warm-up, quantiles, intervals."""
+import math
 import random
 
 import pytest
+from jetson.protocol import schedule
 from jetson.stats import (
+    cut_off,
     latency_summary,
     paired_ratio,
     quantile,
     student_t95,
     unpaired_ratio,
 )
+from jetson.summary import add_comparisons
 from jetson.timing import timed_window, warm_up
 from jetson.util import now
 
@@ -119,8 +123,92 @@ def test_shared_drift_cancels_in_paired_ratios():
 def test_intervals_hold_what_they_promise(estimate):
     rng, hits = random.Random(0), 0
     for _ in range(1000):
-        base = [100 * rng.lognormvariate(0, .02) for _ in range(5)]
-        values = [130 * rng.lognormvariate(0, .02) for _ in range(5)]
+        base = [100 * rng.lognormvariate(0, .02) for _ in range(7)]
+        values = [130 * rng.lognormvariate(0, .02) for _ in range(7)]
         got = estimate(values, base)
         hits += got['low'] <= 1.3 <= got['high']
     assert 930 <= hits <= 975
+
+
+@pytest.mark.parametrize('count, skip, coverage', [
+    (5, 0, 1 - 2 / 32),
+    (7, 2, 1 - 6 / 128),
+    (10, 8, 1 - 50 / 1024),
+])
+def test_signed_ranks_against_the_table(count, skip, coverage):
+    """Critical values of Wilcoxon's test, two-sided 5 %."""
+    assert cut_off(count) == (skip, pytest.approx(coverage))
+
+
+def test_signed_ranks_of_many_blocks():
+    assert cut_off(25)[1] == pytest.approx(.95, abs=.002)
+    assert cut_off(30)[0] == 137  # of published tables
+
+
+def test_outliers_move_neither_ratio_nor_interval():
+    logs = [.01 * i for i in range(-3, 4)]
+    base = [1.0] * 7
+    got = paired_ratio([math.exp(x) for x in logs], base)
+    assert got['ratio'] == pytest.approx(1) and 'signed ranks' in got['method']
+    assert got['low'] == pytest.approx(math.exp(-.02))
+    wild = paired_ratio([math.exp(x) for x in logs[:-1] + [5.]], base)
+    assert wild['ratio'] == pytest.approx(1, abs=.01)
+    assert wild['high'] > 2 > 1.02 > wild['ratio']
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 5])
+def test_order_of_windows(count):
+    blocks = schedule(count, 7, random.Random(1))
+    assert len(blocks) == 7
+    for i, block in enumerate(blocks):
+        assert block == block[::-1] and sorted(block) == sorted(
+            list(range(count)) * 2)
+        if i % 2:
+            assert block[:count] == blocks[i - 1][:count][::-1]
+    firsts = {
+        schedule(2, 1, random.Random(i))[0][0]
+        for i in range(20)
+    }
+    assert firsts == {0, 1}
+
+
+@pytest.mark.parametrize('shape', [
+    lambda k: math.exp(-.005 * k), lambda k: 1 - .005 * k,
+    lambda k: 1 - .1 * (1 - math.exp(-k / 8))
+])
+@pytest.mark.parametrize('models', [2, 3])
+def test_equal_models_that_drift_are_equal(models, shape):
+    """Without any noise: 0.9950 [0.9950, 0.9950] must not come again."""
+    for seed in range(20):
+        windows, k = [[] for _ in range(models)], 0
+        for b, block in enumerate(schedule(models, 7, random.Random(seed))):
+            for place in block:
+                windows[place].append(
+                    dict(block=b, fps=shape(k), power=None, images=1,
+                         latency_ms=dict(p50=1 / shape(k))))
+                k += 1
+        result = dict(baseline='0', models=[
+            dict(name=str(i), windows=w) for i, w in enumerate(windows)])
+        add_comparisons(result)
+        for entry in result['comparisons']:
+            for key in ('fps', 'latency_p50'):
+                found = entry[key]
+                assert found['low'] <= 1 <= found['high']
+                assert found['ratio'] == pytest.approx(1, abs=.005)
+
+
+def test_unfinished_blocks_are_left_out():
+    def window(block, fps):
+        return dict(block=block, fps=fps, power=None, images=1,
+                    latency_ms=dict(p50=1 / fps))
+
+    base = [window(0, 10), window(0, 10), window(1, 99)]
+    result = dict(baseline='a', models=[
+        dict(name='a', windows=base),
+        dict(name='b', windows=[window(0, 20), window(0, 20)])])
+    add_comparisons(result)
+    found = result['comparisons'][0]['fps']
+    assert found['ratio'] == pytest.approx(2) and found['low'] is None
+    result['models'][1]['windows'].pop()
+    add_comparisons(result)
+    assert result['comparisons'] == []

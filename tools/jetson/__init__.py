@@ -11,6 +11,8 @@ parts can be used as a library:
 - ``sources``, ``sampler``, ``energy``: power sensors, the process that reads
   them, energy of a window;
 - ``device``, ``settings``: the state of the board and its temporary changes;
+- ``onnx_file``: the precision of a file; ``extras``: whether outputs agree,
+  what lies around the engine;
 - ``protocol``: a whole comparison; ``layers``: latency tables;
 - ``report``, ``plot``: tables, CSV, JSON and the picture.
 """

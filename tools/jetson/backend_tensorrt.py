@@ -13,7 +13,7 @@ from . import trt_build
 from .backends import Session
 from .cudart import Cuda
 from .inputs import make_input, resolve_shape
-from .util import BenchError
+from .util import BenchError, write_bytes
 
 
 class Tensor:
@@ -121,25 +121,21 @@ def interface(trt, engine, context):
     return (Named if named else Numbered)(trt, engine, context)
 
 
-class TensorrtSession(Session):
-    """An engine with its context, stream and buffers."""
+class Lane:
+    """An execution context with buffers and a stream of its own."""
 
-    def __init__(self, trt, engine, options, info):
-        self._cuda = Cuda()
-        self._tensors, self._stream = [], None
-        self._engine, self._context = engine, engine.create_execution_context()
-        if self._context is None:
+    def __init__(self, cuda, trt, engine, options):
+        self._cuda, self._graph = cuda, None
+        self.tensors, self._stream, self._start = [], None, None
+        self.context = engine.create_execution_context()
+        if self.context is None:
             raise BenchError('TensorRT could not make an execution context: '
                              'probably out of memory')
         try:
-            self._prepare(interface(trt, engine, self._context), trt, options)
+            self._prepare(interface(trt, engine, self.context), trt, options)
         except BaseException:
             self.close()
             raise
-        super().__init__(
-            {t.name: t.shape
-             for t in self._tensors if t.is_input},
-            dict(info, cuda=self._cuda.version()))
 
     def _prepare(self, api, trt, options):
         for name in api.names:
@@ -147,47 +143,129 @@ class TensorrtSession(Session):
                 declared = api.declared(name)
                 shape = resolve_shape(name, declared, options.shapes)
                 if -1 in declared and api.set_shape(name, shape) is False:
-                    raise BenchError('the engine does not accept shape {} '
-                                     'for {}'.format(shape, name))
+                    raise BenchError(
+                        'the engine does not accept shape {} for {}{}'.format(
+                            shape, name,
+                            ': with --streams, before TensorRT 10, export '
+                            'fixed sizes' if options.streams > 1 else ''))
         for name in api.names:
-            dtype = np.dtype(trt.nptype(api.dtype(name)))
-            self._tensors.append(
+            try:
+                dtype = np.dtype(trt.nptype(api.dtype(name)))
+            except TypeError as e:
+                raise BenchError('{} has type {}, which numpy does not have: '
+                                 'export it as fp16 or fp32'.format(
+                                     name, api.dtype(name))) from e
+            self.tensors.append(
                 Tensor(self._cuda, name, api.shape(name), dtype,
                        api.is_input(name)))
-        for t in self._tensors:
+        for t in self.tensors:
             if t.is_input:
                 t.fill(make_input(t.name, t.shape, t.dtype, options.images))
         self._stream = self._cuda.stream()
-        self._start = api.runner(self._tensors, self._stream)
+        self._start = api.runner(self.tensors, self._stream)
+        if options.cuda_graph:
+            # The first run does work that must not be in the graph.
+            self._enqueue()
+            self.wait()
+            try:
+                self._graph = self._cuda.capture(self._stream, self._enqueue)
+            except BenchError as e:
+                raise BenchError('--cuda-graph: this engine cannot be '
+                                 'recorded ({}): leave it out'.format(e)) \
+                    from e
 
-    def infer(self):
-        """Copies inputs, computes, copies outputs, and waits."""
-        for t in self._tensors:
+    def _enqueue(self):
+        for t in self.tensors:
             if t.is_input:
                 self._cuda.to_device(t.device, t.host, t.size, self._stream)
         if not self._start():
             raise BenchError('TensorRT refused to run the engine; its '
                              'messages above say why')
-        for t in self._tensors:
+        for t in self.tensors:
             if not t.is_input:
                 self._cuda.to_host(t.host, t.device, t.size, self._stream)
+
+    def go(self):
+        """Starts copying inputs, computing, and copying outputs."""
+        if self._graph:
+            self._cuda.launch(self._graph, self._stream)
+        else:
+            self._enqueue()
+
+    def wait(self):
+        """Waits until the outputs are in host memory."""
         self._cuda.synchronize(self._stream)
 
-    def output(self, name):
-        """Returns a copy of an output of the last inference."""
-        t = [t for t in self._tensors if t.name == name][0]
-        raw = (ctypes.c_char * t.size).from_address(t.host)
-        return np.frombuffer(raw, t.dtype).reshape(t.shape).copy()
-
     def close(self):
-        """Frees the buffers, then the context, then the engine."""
-        for t in self._tensors:
+        """Frees the graph, the buffers, and the context."""
+        if self._graph:
+            self._cuda.destroy_graph(self._graph)
+            self._graph = None
+        for t in self.tensors:
             t.free(self._cuda)
-        self._tensors = []
+        self.tensors = []
         if self._stream is not None:
             self._cuda.destroy_stream(self._stream)
             self._stream = None
-        self._start = self._context = self._engine = None
+        self._start = self.context = None
+
+
+class TensorrtSession(Session):
+    """An engine with a lane for every stream."""
+
+    def __init__(self, trt, engine, options, info):
+        cuda = Cuda()
+        self._trt, self._engine, self._lanes = trt, engine, []
+        try:
+            for _ in range(options.streams):
+                self._lanes.append(Lane(cuda, trt, engine, options))
+        except BaseException:
+            self.close()
+            raise
+        super().__init__(
+            {t.name: t.shape
+             for t in self._lanes[0].tensors if t.is_input},
+            dict(info, cuda=cuda.version()))
+        self.at_once = options.streams
+
+    def infer(self):
+        """Runs one inference in every stream, and waits for all."""
+        for lane in self._lanes:
+            lane.go()
+        for lane in self._lanes:
+            lane.wait()
+
+    def outputs(self):
+        """Returns copies of the outputs of the last inference, by name."""
+        found = {}
+        for t in self._lanes[0].tensors:
+            if not t.is_input:
+                raw = (ctypes.c_char * t.size).from_address(t.host)
+                found[t.name] = np.frombuffer(raw,
+                                              t.dtype).reshape(t.shape).copy()
+        return found
+
+    def layers(self, count):
+        """Times the layers; see ``Session.layers``."""
+        profiler = trt_build.profiler(self._trt)
+        lane = self._lanes[0]
+        self.infer()  # the inputs are on the device
+        # It stays: before TensorRT 10 two contexts cannot share a profile of
+        # shapes, and nothing is timed after this.
+        lane.context.profiler = profiler
+        addresses = [t.device for t in lane.tensors]
+        for _ in range(count):
+            if not lane.context.execute_v2(addresses):
+                raise BenchError('TensorRT refused to run the engine with a '
+                                 'profiler; its messages above say why')
+        return profiler.milliseconds(count)
+
+    def close(self):
+        """Frees all lanes, then the engine."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
+        self._engine = None
 
 
 def load(path, options):
@@ -203,19 +281,27 @@ def load(path, options):
     import tensorrt as trt
     logger = trt.Logger(trt.Logger.WARNING)
     trt_build.load_plugins(trt, logger, options.plugins)
-    info = dict(version=trt.__version__, plugins=options.plugins)
+    info = dict(
+        version=trt.__version__,
+        plugins=options.plugins,
+        **options.engine_settings())
     runtime = trt.Runtime(logger)
+    if options.dla is not None:
+        runtime.DLA_core = options.dla
     file, engine = path, None
     if path.lower().endswith('.onnx'):
-        file = trt_build.cache_path(trt, path, options)
+        info['precision'] = precision = options.precision_of(path)
+        file = trt_build.cache_path(trt.__version__, path, options, precision)
         info['from_cache'] = os.path.exists(file)
         if not info['from_cache']:
-            _keep(file, trt_build.build(trt, logger, path, options))
-        if options.precision == 'int8':
+            _keep(file, trt_build.build(trt, logger, path, options, precision))
+        if options.calibrates(path):
             info['note'] = (
                 'int8 ranges from one batch of {}: for timing, '
                 'not for accuracy'.format(
                     'images' if options.images else 'random numbers'))
+    else:
+        info['precision'] = options.precision_of(path)
     with open(file, 'rb') as f:
         engine = runtime.deserialize_cuda_engine(f.read())
     if engine is None:
@@ -231,7 +317,4 @@ def load(path, options):
 
 def _keep(file, data):
     os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
-    temp = '{}.{}.tmp'.format(file, os.getpid())
-    with open(temp, 'wb') as f:
-        f.write(data)
-    os.replace(temp, file)
+    write_bytes(file, data)

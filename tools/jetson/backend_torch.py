@@ -6,6 +6,12 @@ from .backends import Session
 from .inputs import make_input
 from .util import BenchError
 
+_PRECISIONS = {
+    'torch.float32': 'fp32',
+    'torch.float16': 'fp16',
+    'torch.bfloat16': 'bf16'
+}
+
 
 class TorchSession(Session):
     """A TorchScript module with one fixed input."""
@@ -62,14 +68,22 @@ def load(path, options):
                          'torch.jit.trace(model, input).save(path)'.format(
                              path,
                              str(e).splitlines()[0])) from e
+    dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    dtype = torch.half if options.precision == 'fp16' else \
+        dtypes[0] if dtypes else torch.float32
+    if options.precision == 'fp32' and dtype != torch.float32:
+        raise BenchError('{} is stored in {}: leave out --precision'.format(
+            path, str(dtype).replace('torch.', '')))
     data = torch.from_numpy(
         make_input('input',
                    list(options.shapes.values())[0], np.float32,
                    options.images))
+    data = data.to(dtype)
     if options.precision == 'fp16':
-        module, data = module.half(), data.half()
+        module = module.half()
     info = dict(
         version=torch.__version__,
+        precision=_PRECISIONS.get(str(dtype), str(dtype)),
         device=device,
         threads=torch.get_num_threads())
     return TorchSession(module, data, device, info)

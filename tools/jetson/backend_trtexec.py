@@ -15,13 +15,21 @@ import tempfile
 from .backends import Session
 from .inputs import resolve_shape
 from .trt_build import cache_path
-from .trtexec_report import parse_report
-from .util import BenchError, find_tool, now, run_tool
+from .trtexec_report import parse_inputs, parse_report, parse_version
+from .util import (
+    BenchError,
+    end_process,
+    find_tool,
+    now,
+    read_json,
+    run_tool,
+)
 
-# The first line after the timed part: 7, 8.0 to 8.6, 10.
-_FINISHED = re.compile(r'Host Latency|=== Trace details|Trace averages of|'
+# The first line after the timed part. "Warmup completed" is printed with the
+# report, after all queries; the others are there without it.
+_FINISHED = re.compile(r'Warmup completed|Timing trace has|Host Latency|'
+                       r'=== Trace details|Trace averages of|'
                        r'=== Performance summary|Average on \d+ runs')
-_BATCH_LINE = re.compile(r'Input binding for (\S+) with dimensions (\S+) is')
 
 
 class TrtexecSession(Session):
@@ -40,6 +48,9 @@ class TrtexecSession(Session):
             count=window['count'],
             median_ms=window['latency_ms']['p50'])
 
+    def trial(self):
+        """Loading has run it."""
+
     def infer(self):
         """Not possible: a process of trtexec runs many inferences."""
         raise BenchError('trtexec cannot run a single inference')
@@ -57,9 +68,29 @@ class TrtexecSession(Session):
             if '--exportTimes' in self._flags:
                 command.append('--exportTimes=' + times)
             end, text = _run(command)
-            return _window(end, text, _latencies(times))
+            return _window(end, parse_report(text), times)
         finally:
             os.remove(times)
+
+    def layers(self, count):
+        """Times the layers; see ``Session.layers``."""
+        handle, path = tempfile.mkstemp(suffix='.json')
+        os.close(handle)
+        try:
+            _run(self._command + [
+                '--iterations={}'.format(count), '--duration=0',
+                '--exportProfile=' + path
+            ])
+            # The first record is the number of inferences.
+            return [
+                dict(name=r['name'], ms=r['averageMs'])
+                for r in read_json(path, 'profile of trtexec')[1:]
+            ]
+        except (KeyError, TypeError) as e:
+            raise BenchError('trtexec wrote another profile than expected '
+                             '({}: {})'.format(type(e).__name__, e)) from e
+        finally:
+            os.remove(path)
 
 
 def _run(command):
@@ -77,11 +108,10 @@ def _run(command):
                 end = now()
         status = process.wait()
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+        end_process(process)
+        process.stdout.close()
     text = ''.join(lines)
-    if status != 0:
+    if status != 0 or '&&&& FAILED' in text:
         raise BenchError('trtexec failed (status {}): {}'.format(
             status, _errors(text)))
     return end or now(), text
@@ -92,21 +122,27 @@ def _errors(text):
     return '\n'.join([n for n in lines if '[E]' in n][-5:] or lines[-5:])
 
 
-def _latencies(path):
-    """Returns latencies in s from ``--exportTimes``, or None."""
+def _latencies(path, count):
+    """Returns latencies in s from ``--exportTimes``, or None.
+
+    TensorRT before 8.5 writes the warm-up, too: the last ``count`` are those
+    of the timed part.
+    """
     try:
         with open(path) as f:
             records = json.load(f)
-        return [r['latencyMs'] * 1e-3 for r in records] or None
+        return [r['latencyMs'] * 1e-3 for r in records][-count:] or None
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _window(end, text, latencies):
-    report = parse_report(text)
+def _window(end, report, times):
     notes = report['warnings'] + [
         'window located by the output of trtexec, to some ms'
     ]
+    count = report['executions'] or int(
+        round(report['executions_per_s'] * report['walltime_s']))
+    latencies = _latencies(times, count)
     summary = report['latency_ms']
     return dict(
         start=end - report['walltime_s'],
@@ -121,18 +157,8 @@ def _window(end, text, latencies):
             'max': summary.get('max'),
             'std': None
         },
-        count=report['executions']
-        or int(round(report['executions_per_s'] * report['walltime_s'])),
+        count=count,
         notes=notes)
-
-
-def _engine_name(tool, path, options):
-    """The cache's name; trtexec's own hash stands for its version."""
-
-    class Version:
-        __version__ = 'trtexec of {} bytes'.format(os.path.getsize(tool))
-
-    return cache_path(Version, path, options)
 
 
 def load(path, options):
@@ -158,30 +184,45 @@ def load(path, options):
     # A nameless shape is not handed over, but must be that of the engine.
     named = sorted((k, v) for k, v in options.shapes.items() if k)
     shapes = ['--shapes=' + ','.join(
-        '{}:{}'.format(k, 'x'.join(map(str, v))) for k, v in named)] \
-        if named else []
-    engine = path
+        '{}:{}'.format(_quoted(k), 'x'.join(map(str, v)))
+        for k, v in named)] if named else []
+    # A DLA engine must be loaded to its core, too.
+    common += ['--useDLACore={}'.format(options.dla), '--allowGPUFallback'] \
+        if options.dla is not None else []
+    engine, precision = path, options.precision_of(path)
     if path.lower().endswith('.onnx'):
-        engine = _engine_name(tool, path, options)
+        # trtexec's own size stands for its version.
+        engine = cache_path('trtexec of %d bytes' % os.path.getsize(tool),
+                            path, options, precision)
         if not os.path.exists(engine):
             _build([tool, '--onnx=' + path] + common + shapes, flags, engine,
-                   options)
-    built = _run(
-        [tool, '--loadEngine=' + engine, '--iterations=1', '--duration=0'] +
-        common + shapes)[1]
-    # Transfers are done one after another with computing, as elsewhere.
-    serial = ['--exposeDMA'] if '--exposeDMA' in flags else []
-    command = [tool, '--loadEngine=' + engine] + common + shapes + serial
-    inputs = _inputs(built, options)
-    version = re.search(r'TensorRT v(\d+)', built)
+                   options, precision)
+    load = [tool, '--loadEngine=' + engine] + common + shapes
+    built = _run(load + ['--iterations=1', '--duration=0'])[1]
     info = dict(
-        version=version.group(1) if version else None,
+        version=parse_version(built),
+        precision=precision,
         engine=engine,
-        plugins=options.plugins)
-    return TrtexecSession(command, flags, inputs, info)
+        plugins=options.plugins,
+        **options.engine_settings())
+    return TrtexecSession(load + _running(flags, options), flags,
+                          _inputs(built, options), info)
 
 
-def _build(command, flags, engine, options):
+def _running(flags, options):
+    """Returns the arguments of a timed run."""
+    # Transfers are done one after another with computing, as elsewhere.
+    wanted = ['--exposeDMA'] if '--exposeDMA' in flags else []
+    if options.cuda_graph:
+        wanted.append('--useCudaGraph')
+    if options.streams > 1:
+        # --streams until 8.6
+        name = '--infStreams' if '--infStreams' in flags else '--streams'
+        wanted.append('{}={}'.format(name, options.streams))
+    return wanted
+
+
+def _build(command, flags, engine, options, precision):
     os.makedirs(os.path.dirname(engine) or '.', exist_ok=True)
     temp = '{}.{}.tmp'.format(engine, os.getpid())
     size = str(options.workspace_mib)
@@ -192,21 +233,50 @@ def _build(command, flags, engine, options):
     # --buildOnly came with 8.0, --skipInference replaced it in 10.
     command += [f for f in ('--skipInference', '--buildOnly')
                 if f in flags][:1]
-    if options.precision != 'fp32':
-        command.append('--fp16')
-    if options.precision == 'int8':
-        command.append('--int8')
-    _run(command)
+    if options.timing_cache:
+        command.append('--timingCacheFile=' + options.timing_cache)
+    text = _run(command + _typing(flags, options, precision))[1]
+    if not os.path.exists(temp):
+        raise BenchError('trtexec wrote no engine and told no error: ' +
+                         _errors(text))
     os.replace(temp, engine)
+
+
+def _typing(flags, options, precision):
+    """Returns the arguments for a precision."""
+    if precision == 'fp32':
+        return []
+    if options.precision is None and '--stronglyTyped' in flags:
+        return ['--stronglyTyped']  # the file alone decides
+    wanted = ['--fp16', '--int8'] if precision == 'int8' else \
+        ['--' + precision]
+    missing = [f for f in wanted if f not in flags]
+    if missing and options.precision is not None:
+        raise BenchError('this trtexec has no {}, it takes the precision from '
+                         'the file: export the model in {} and leave out '
+                         '--precision'.format(missing[0], precision))
+    return [f for f in wanted if f in flags]
+
+
+def _quoted(name):
+    # trtexec splits its list at these; since 8.0 a name may be quoted.
+    return "'{}'".format(name) if set(name) & set(':,') else name
 
 
 def _inputs(text, options):
     """Returns input shapes from the output, or from the options."""
-    found = {}
-    for name, sizes in _BATCH_LINE.findall(text):
-        declared = [int(s) for s in sizes.split('x')]
-        found[name] = resolve_shape(name, declared, options.shapes)
-    found = found or dict(options.shapes)
+    printed, overridden = parse_inputs(text)
+    for name, sizes in overridden.items():
+        # An open batch becomes 1 with every back end; trtexec makes 1 of all.
+        if '' in options.shapes or 1 in sizes[1:]:
+            raise BenchError(
+                'input {0} has open sizes, of which trtexec makes {1}: give '
+                '--input-shape {0}:1x3x224x224, with this name'.format(
+                    name, 'x'.join(map(str, sizes))))
+    found = {
+        name: resolve_shape(name, sizes, options.shapes)
+        for name, sizes in printed.items()
+    } or dict(options.shapes)
     if not found:
         raise BenchError('this trtexec does not print the shapes of the '
                          'inputs: give --input-shape NAME:1x3x224x224')

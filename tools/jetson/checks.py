@@ -93,6 +93,18 @@ def _check_model(model):
                 'after {:.0f} s of warm-up'.format(
                     model['warm_up']['seconds']),
                 model=name))
+    check = model.get('check')
+    if check and not check['agrees']:
+        flags.append(
+            flag(
+                'outputs_differ',
+                'outputs differ from {}: {}'.format(
+                    check['reference'], ', '.join(
+                        '{} {}'.format(
+                            n, 'cannot be compared' if e is None else
+                            'by {:.2g}'.format(e))
+                        for n, e in check['outputs'].items()) or 'none'),
+                model=name))
     summary = model['summary']
     if summary and summary['fps_spread'] > MAX_SPREAD:
         flags.append(
@@ -130,6 +142,6 @@ def _check_energy(result):
                 flag(
                     'energy_below_noise',
                     'the energy difference to {} is below '
-                    'the noise of the repeats'.format(entry['baseline']),
+                    'the noise of the blocks'.format(entry['baseline']),
                     model=entry['model']))
     return flags

@@ -1,6 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""The command line; see ``tools/jetson_bench.py --help``."""
-import argparse
+"""The commands; see ``tools/jetson_bench.py --help``."""
+import io
 import json
 import os
 import signal
@@ -8,7 +8,8 @@ import sys
 import time
 
 from . import settings as device_settings
-from .backends import NAMES, PRECISIONS, Options
+from .arguments import build_parser
+from .backends import Options
 from .compare import RESULT_NAME, compare, comparison_table, load_result
 from .guard import Guard
 from .inputs import parse_shapes
@@ -21,134 +22,14 @@ from .report import aligned, number, table, write_csv
 from .selftest import selftest
 from .sources import choose_source
 from .tegrastats import read_log
-from .util import BenchError, Interrupted, interrupt, to_stderr, write_json
-
-_EXAMPLES = """examples:
-  what is here, what is missing:
-    sudo python3 jetson_bench.py probe
-  dense against compressed, fp16, fixed clocks (restored afterwards):
-    sudo python3 jetson_bench.py run --model dense=dense.onnx \\
-        --model basis=basis.onnx --baseline dense --precision fp16 \\
-        --jetson-clocks --out bench-fp16
-  two runs of other days or modes:
-    python3 jetson_bench.py compare bench-fp16 bench-fp32
-  latency table for planning:
-    sudo python3 jetson_bench.py layers layers/ --precision fp16 \\
-        --out xavier_fp16.json
-  a log of tegrastats recorded beside another program:
-    python3 jetson_bench.py replay tegrastats.log --rail GPU
-"""
-
-
-def build_parser():
-    """Returns the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        description='FPS, latency, power and energy on NVIDIA Jetson.',
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    commands.required = True
-    p = commands.add_parser('probe', help='what is here, what is missing')
-    _system_arguments(p)
-    p.add_argument('--json', action='store_true', help='for programs')
-    _run_parser(commands)
-    p = commands.add_parser('compare', help='two or more result files')
-    p.add_argument('results', nargs='+', help='result.json, or its folder')
-    p.add_argument('--baseline', help='RESULT/MODEL (default: the first)')
-    p.add_argument('--json', metavar='FILE', help='also write JSON')
-    p = commands.add_parser('layers', help='latency tables for planning')
-    p.add_argument('folder', help='with index.json and ONNX files')
-    p.add_argument('--out', required=True, help='the table (JSON)')
-    p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--seconds', type=float, default=0.3, help='per round')
-    p.add_argument('--min-count', type=int, default=20, help='per round')
-    _engine_arguments(p)
-    _settings_arguments(p)
-    p.add_argument('--sysroot', default='/', help=argparse.SUPPRESS)
-    p = commands.add_parser('replay', help='a recorded tegrastats log')
-    p.add_argument('log')
-    p.add_argument('--rail', default='GPU')
-    p.add_argument(
-        '--period',
-        type=float,
-        default=1.0,
-        help='seconds between lines (default 1)')
-    commands.add_parser('selftest', help='checks clocks and sampling here')
-    return parser
-
-
-def _run_parser(commands):
-    p = commands.add_parser('run', help='measure one or more models')
-    p.add_argument(
-        '--model',
-        action='append',
-        required=True,
-        metavar='NAME=FILE',
-        help='may be given several times')
-    p.add_argument('--baseline', help='name (default: the first model)')
-    p.add_argument('--out', help='folder (default: bench-DATE-TIME)')
-    p.add_argument(
-        '--raw',
-        action='store_true',
-        help='also write all latencies and power readings')
-    for name, default, text in (('repeats', 5, 'windows per model'),
-                                ('min-seconds', 10.0,
-                                 'least length of a window'),
-                                ('min-count', 50,
-                                 'least number of inferences in a window'),
-                                ('warm-seconds', 2.0,
-                                 'least warm-up'), ('max-warm-seconds', 60.0,
-                                                    'longest warm-up'),
-                                ('rewarm-seconds', 0.5,
-                                 'warm-up before every window'),
-                                ('idle-seconds', 10.0,
-                                 'idle power before and after'),
-                                ('sample-hz', 10.0,
-                                 'power readings per second')):
-        p.add_argument(
-            '--' + name,
-            type=type(default),
-            default=default,
-            help='{} (default {})'.format(text, default))
-    _engine_arguments(p)
-    _settings_arguments(p)
-    _system_arguments(p)
-
-
-def _engine_arguments(p):
-    p.add_argument('--backend', default='auto', choices=('auto', ) + NAMES)
-    p.add_argument('--precision', default='fp32', choices=PRECISIONS)
-    p.add_argument('--input-shape', action='append', metavar='NAME:1x3x32x32')
-    p.add_argument('--images', metavar='FOLDER', help='instead of random data')
-    p.add_argument('--plugins', action='append', default=[], metavar='LIB.so')
-    p.add_argument('--cache', default='engines', help='built engines')
-    p.add_argument('--threads', type=int, help='of CPU back ends')
-    p.add_argument(
-        '--workspace-mib',
-        type=int,
-        default=1024,
-        help='for choosing kernels in TensorRT (default 1024)')
-
-
-def _settings_arguments(p):
-    p.add_argument(
-        '--set-nvpmodel',
-        type=int,
-        metavar='MODE',
-        help='power mode; the present one is restored')
-    p.add_argument(
-        '--jetson-clocks',
-        action='store_true',
-        help='fix clocks at their maximum; restored afterwards')
-
-
-def _system_arguments(p):
-    p.add_argument(
-        '--power',
-        default='auto',
-        help='auto, none, sysfs, '
-        'tegrastats, nvml[:INDEX], rapl, replay:FILE[:PERIOD_S]')
-    p.add_argument('--sysroot', default='/', help=argparse.SUPPRESS)
+from .util import (
+    BenchError,
+    Interrupted,
+    check_number,
+    interrupt,
+    to_stderr,
+    write_json,
+)
 
 
 def _options(args):
@@ -159,6 +40,10 @@ def _options(args):
         plugins=args.plugins,
         cache=args.cache,
         threads=args.threads,
+        dla=args.dla,
+        cuda_graph=args.cuda_graph,
+        streams=args.streams,
+        timing_cache=args.timing_cache,
         workspace_mib=args.workspace_mib,
         sysroot=args.sysroot)
 
@@ -183,24 +68,33 @@ def _models(args):
     if baseline not in [n for n, _ in models]:
         raise BenchError('--baseline {}: the models are {}'.format(
             baseline, ', '.join(n for n, _ in models)))
+    for name, path in models:
+        if not os.path.isfile(path):
+            raise BenchError('model {}: no such file as {!r}'.format(
+                name, path))
     return models, baseline
 
 
 def run_command(args):
     """Measures; writes result.json, result.csv, power.png or .svg."""
     models, baseline = _models(args)
+    names = vars(Settings())
+    settings = Settings(**{k: getattr(args, k) for k in names})
+    options = _options(args)
     power, passed_over = choose_source(args.power, args.sysroot)
     if power is None:
         to_stderr('no power: ' + '; '.join(passed_over))
     out = args.out or time.strftime('bench-%Y%m%d-%H%M%S')
-    os.makedirs(out, exist_ok=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as e:
+        raise BenchError('--out {}: {}; choose another folder'.format(
+            out, e.strerror)) from e
     path = os.path.join(out, RESULT_NAME)
     if os.path.exists(path):
         raise BenchError(
             '{} exists already: choose another --out'.format(path))
-    names = vars(Settings())
-    settings = Settings(**{k: getattr(args, k) for k in names})
-    run = Run(models, baseline, args.backend, _options(args), settings, power,
+    run = Run(models, baseline, args.backend, options, settings, power,
               path, args.sysroot, to_stderr)
     with Guard() as guard:
         guard.tell(result=path)
@@ -211,6 +105,13 @@ def run_command(args):
             print(table(run.result))
             to_stderr('result: ' + path)
     _write_extras(run, out, args.raw)
+    wrong = [
+        m['name'] for m in run.result['models']
+        if m['check'] and not m['check']['agrees']
+    ]
+    if wrong:
+        raise BenchError('the outputs of {} differ from ONNX Runtime: see the '
+                         'flags above'.format(', '.join(wrong)))
 
 
 def _write_extras(run, out, raw):
@@ -270,7 +171,11 @@ def layers_command(args):
 
 def replay_command(args):
     """Finds and compares the busy stretches of a recorded log."""
+    check_number('period', args.period, 1e-3, 3600)
     records = read_log(args.log)
+    if len(records) < 3:
+        raise BenchError('{} has {} line(s) of tegrastats: too few to find a '
+                         'busy stretch'.format(args.log, len(records)))
     try:
         watts = [r['power_mw'][args.rail] * 1e-3 for r in records]
     except KeyError:
@@ -281,7 +186,12 @@ def replay_command(args):
     times = [i * args.period for i in range(len(watts))]
     found = find_plateaus(times, watts)
     if not found:
-        raise BenchError('no busy stretch on rail {}'.format(args.rail))
+        raise BenchError('no busy stretch of 5 s or more on rail {} (is '
+                         '--period {:g} s right?)'.format(
+                             args.rail, args.period))
+    if found[0]['energy_j'] <= 0:
+        raise BenchError('rail {} draws no power in its first busy '
+                         'stretch'.format(args.rail))
     rows = [[
         'stretch', 'start s', 'seconds', 'mean W', 'J', 'speed-up', 'J ratio'
     ]]
@@ -340,6 +250,7 @@ def main(argv=None):
     Returns:
         int: 0; 1 for an error; 130 if interrupted.
     """
+    _lenient_output()
     args = build_parser().parse_args(argv)
     for name in _SIGNALS:
         signal.signal(getattr(signal, name), _interrupt)
@@ -354,4 +265,24 @@ def main(argv=None):
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has gone: nothing to tell anyone
         return 1
+    except (OSError, MemoryError) as e:  # a full disk, a right that lacks
+        to_stderr('error: {}'.format(e if str(e) else 'out of memory'))
+        return 1
     return 0
+
+
+def _lenient_output():
+    """A name that the terminal cannot show must not end a run (LANG=C)."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+        elif stream is not None:  # Python 3.6; None where it is closed
+            encoding = stream.encoding
+            setattr(
+                sys, name,
+                io.TextIOWrapper(
+                    stream.detach(),
+                    encoding,
+                    'backslashreplace',
+                    line_buffering=True))

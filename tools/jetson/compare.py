@@ -2,6 +2,8 @@
 """Compares models across result files: separate runs, perhaps other days."""
 import os
 
+from . import device
+from .backends import speed_settings
 from .protocol import SCHEMA, SCHEMA_VERSION
 from .report import aligned, number, ratio
 from .stats import unpaired_ratio
@@ -26,31 +28,41 @@ def load_result(path):
     if os.path.isdir(path):
         path = os.path.join(path, RESULT_NAME)
     result = read_json(path, 'result of jetson_bench')
-    if not isinstance(result, dict) or result.get('schema') != SCHEMA:
+    if not isinstance(result, dict) or result.get('schema') != SCHEMA or \
+            not isinstance(result.get('schema_version'), int):
         raise BenchError('{} is not a result of jetson_bench'.format(path))
     if result['schema_version'] > SCHEMA_VERSION:
         raise BenchError('{} has schema version {}; this program knows up to '
                          '{}: use a newer jetson_bench'.format(
                              path, result['schema_version'], SCHEMA_VERSION))
+    try:
+        comparison_table(compare([result], ['x']))
+    except BenchError:
+        pass  # no finished window: another result may have some
+    except Exception as e:  # whatever is missing or of another kind
+        raise BenchError('{} is a damaged result ({}: {})'.format(
+            path, type(e).__name__, e)) from e
     return result
 
 
 def conditions(result, model):
     """Returns what must be equal for two figures to be comparable."""
     state = result['state_before'] or {}
-    gpu = state.get('gpu') or {}
     return {
         'board':
         result['device']['board'] or result['device']['cpu'],
         'L4T':
         result['device']['l4t'],
         'power mode': (state.get('mode') or [None])[0],
-        'GPU clock limits': (gpu.get('min_hz'), gpu.get('max_hz')),
+        'clock limits':
+        device.limits(state) if state else {},
         'back end':
         '{} {}'.format(model['engine']['backend'],
                        model['engine'].get('version')),
         'precision':
         model['engine']['precision'],
+        'engine settings':
+        speed_settings(model['engine']),
         'batch':
         model['batch'],
         'rails of the total':
@@ -61,9 +73,9 @@ def conditions(result, model):
 def compare(results, labels, baseline=None):
     """Compares all models of several results with one of them.
 
-    Within one result ratios are paired by repeat (see ``run``); here runs
+    Within one result ratios are paired by block (see ``run``); here runs
     are separate, so Welch's interval on the logarithms is used, which is
-    wider.
+    wider. It knows the noise within the runs, not what changed between them.
 
     Args:
         results (list[dict]): see :func:`load_result`.

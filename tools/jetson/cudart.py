@@ -9,6 +9,7 @@ import glob
 from .util import BenchError
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_CAPTURE_RELAXED = 2
 
 
 def find_library():
@@ -87,6 +88,42 @@ class Cuda:
     def synchronize(self, stream):
         """Waits until all work of a stream is done."""
         self._call('cudaStreamSynchronize', ctypes.c_void_p(stream))
+
+    def capture(self, stream, work):
+        """Records what a call puts into a stream, instead of doing it.
+
+        Args:
+            stream (int): of :meth:`stream`; nothing else may use it.
+            work (callable): puts work into the stream.
+
+        Returns:
+            tuple[int, int]: for :meth:`launch` and :meth:`destroy_graph`.
+        """
+        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call('cudaStreamBeginCapture', ctypes.c_void_p(stream),
+                   ctypes.c_int(_CAPTURE_RELAXED))
+        try:
+            work()
+        finally:
+            self._call('cudaStreamEndCapture', ctypes.c_void_p(stream),
+                       ctypes.byref(graph))
+        if hasattr(self._lib, 'cudaGraphInstantiateWithFlags'):  # CUDA 11.4
+            self._call('cudaGraphInstantiateWithFlags', ctypes.byref(ready),
+                       graph, ctypes.c_ulonglong(0))
+        else:
+            self._call('cudaGraphInstantiate', ctypes.byref(ready), graph,
+                       None, None, ctypes.c_size_t(0))
+        return graph.value, ready.value
+
+    def launch(self, graph, stream):
+        """Starts what was recorded."""
+        self._call('cudaGraphLaunch', ctypes.c_void_p(graph[1]),
+                   ctypes.c_void_p(stream))
+
+    def destroy_graph(self, graph):
+        """Frees a recording."""
+        self._call('cudaGraphExecDestroy', ctypes.c_void_p(graph[1]))
+        self._call('cudaGraphDestroy', ctypes.c_void_p(graph[0]))
 
     def to_device(self, device, host, size, stream):
         """Starts copying ``size`` bytes from host to device."""

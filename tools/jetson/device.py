@@ -68,10 +68,11 @@ def gpu_folder(sysroot='/'):
 
     Its name is ``17000000.gv11b`` (Xavier), ``17000000.ga10b`` or
     ``17000000.gpu`` (Orin), ``57000000.gpu`` (Nano), ``17000000.gp10b``
-    (TX2).
+    (TX2), ``gpu-gpc-0`` (Thor).
     """
     for path in sorted(glob.glob(under(sysroot, 'sys/class/devfreq/*'))):
-        if re.search(r'\.(gpu|g[a-z]\d+b)$', os.path.basename(path)):
+        if re.search(r'\.(gpu|g[a-z]\d+b)$|^gpu-gpc-\d+$',
+                     os.path.basename(path)):
             return path
     return None
 
@@ -85,9 +86,12 @@ def clock_files(sysroot='/'):
     for policy in _cpu_policies(sysroot):
         name = 'cpu_khz.' + os.path.basename(policy)
         files[name] = os.path.join(policy, 'scaling_cur_freq')
-    emc = under(sysroot, 'sys/kernel/debug/bpmp/debug/clk/emc/rate')
-    if read_int(emc) is not None:  # root only
-        files['emc_hz'] = emc
+    # Root only; then Thor.
+    for path in ('sys/kernel/debug/bpmp/debug/clk/emc/rate',
+                 'sys/class/devfreq/bwmgr/cur_freq'):
+        emc = under(sysroot, path)
+        if 'emc_hz' not in files and read_int(emc) is not None:
+            files['emc_hz'] = emc
     return files
 
 
@@ -186,6 +190,26 @@ def locked(state):
     if not gpu or gpu['min_hz'] is None:
         return None
     return gpu['min_hz'] == gpu['max_hz']
+
+
+def limits(state):
+    """Returns what a snapshot says about the clocks but their present value.
+
+    Args:
+        state (dict): see :func:`snapshot`.
+
+    Returns:
+        dict[str, str]: ``gpu`` and each CPU policy that is there -> governor
+        and limits.
+    """
+    found = {}
+    for name, clock in [('gpu', state['gpu'])] + sorted(state['cpu'].items()):
+        if clock:
+            unit = 'hz' if name == 'gpu' else 'khz'
+            found[name] = '{} {} to {} {}'.format(
+                clock['governor'], clock['min_' + unit], clock['max_' + unit],
+                unit)
+    return found
 
 
 def changes(before, after):

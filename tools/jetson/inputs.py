@@ -1,10 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Inputs of a model: random data, or the images of a folder."""
 import os
+import re
 import zlib
 
 from .util import BenchError
 
+_MOST_NUMBERS = 1 << 28  # 1 GiB of fp32
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm')
 
 
@@ -24,13 +26,15 @@ def parse_shapes(texts):
     shapes = {}
     for text in texts or []:
         name, _, sizes = text.rpartition(':')
-        try:
+        shape = ()
+        if re.match('[0-9]{1,9}(x[0-9]{1,9})*$', sizes.lower()):
             shape = tuple(int(s) for s in sizes.lower().split('x'))
-        except ValueError:
-            shape = ()
         if not shape or min(shape) < 1:
             raise BenchError('--input-shape {}: expected NAME:1x3x224x224 or '
                              '1x3x224x224'.format(text))
+        if name in shapes:
+            raise BenchError('--input-shape {}: this input was given '
+                             'before'.format(text))
         shapes[name] = shape
     return shapes
 
@@ -67,6 +71,11 @@ def resolve_shape(name, declared, shapes):
     return tuple(fixed)
 
 
+def takes_images(shape):
+    """Tells whether an input takes pictures: N x 3 x H x W."""
+    return len(shape) == 4 and shape[1] == 3
+
+
 def make_input(name, shape, dtype, folder=None):
     """Makes the array for one input.
 
@@ -86,8 +95,16 @@ def make_input(name, shape, dtype, folder=None):
         BenchError: the folder has no readable images.
     """
     import numpy as np
-    if folder and len(shape) == 4 and shape[1] == 3:
-        data = _images(folder, shape)
+    count = 1
+    for size in shape:
+        count *= size
+    if count > _MOST_NUMBERS:
+        raise BenchError('input {} of shape {} has {} numbers, more than this '
+                         'tool makes ({}): is the shape right?'.format(
+                             name, 'x'.join(map(str, shape)), count,
+                             _MOST_NUMBERS))
+    if folder and takes_images(shape):
+        data = read_images(image_paths(folder, shape[0]), shape)
     else:
         seed = np.random.RandomState(zlib.crc32(name.encode()))
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
@@ -97,26 +114,47 @@ def make_input(name, shape, dtype, folder=None):
     return np.ascontiguousarray(data, dtype=dtype)
 
 
-def _images(folder, shape):
+def image_paths(folder, count):
+    """Returns the first images of a folder, in order of their paths.
+
+    Raises:
+        BenchError: there is no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise BenchError('--images {}: no such folder'.format(folder))
+    paths = sorted(
+        os.path.join(root, f) for root, _, files in os.walk(folder)
+        for f in files if f.lower().endswith(_SUFFIXES))[:count]
+    if not paths:
+        raise BenchError('--images {}: no {} files'.format(
+            folder, ', '.join(_SUFFIXES)))
+    return paths
+
+
+def read_images(paths, shape):
+    """Reads, resizes and normalises images; repeats them to fill the batch.
+
+    Args:
+        paths (list[str]): one or more.
+        shape (tuple[int]): N x 3 x H x W.
+
+    Returns:
+        numpy.ndarray: fp32, each image of zero mean and unit variance.
+
+    Raises:
+        BenchError: no Pillow, or an image that cannot be read.
+    """
     import numpy as np
     try:
         from PIL import Image
     except ImportError:
         raise BenchError('--images needs Pillow on the device: pip3 install '
                          'Pillow, or leave it out for random data') from None
-    if not os.path.isdir(folder):
-        raise BenchError('--images {}: no such folder'.format(folder))
-    paths = sorted(
-        os.path.join(root, f) for root, _, files in os.walk(folder)
-        for f in files if f.lower().endswith(_SUFFIXES))[:shape[0]]
-    if not paths:
-        raise BenchError('--images {}: no {} files'.format(
-            folder, ', '.join(_SUFFIXES)))
     loaded = []
     for path in paths:
         try:
             image = Image.open(path).convert('RGB')
-        except (OSError, ValueError) as e:
+        except Exception as e:  # each format raises errors of its own
             raise BenchError('cannot read image {}: {}'.format(
                 path, e)) from e
         pixels = np.asarray(image.resize((shape[3], shape[2])), np.float32)

@@ -17,7 +17,8 @@ Output, a JSON table::
 
     {"schema": "mmbasis.latency_table", "version": 2, "status": "complete",
      "device": {...}, "backend": "tensorrt", "engine_version": "8.5",
-     "precision": "fp16", "protocol": {...}, "flags": [...],
+     "precision": "fp16", "engine": {"threads": null, ...},
+     "clock_limits": {...}, "protocol": {...}, "flags": [...],
      "entries": [{...keys of the index..., "onnx_sha256": "...",
                   "median_ms": 0.41, "noise_ms": 0.003, "count": 900}]}
 
@@ -28,11 +29,12 @@ table is written after every entry; a second call does only what is missing.
 import os
 
 from . import device
-from .backends import open_session
+from .backends import open_session, speed_settings
 from .stats import quantile
 from .util import (
     BenchError,
     Progress,
+    check_number,
     duration_text,
     now,
     read_json,
@@ -59,40 +61,63 @@ def read_index(folder):
     """
     path = os.path.join(folder, 'index.json')
     index = read_json(path, 'index of layers')
-    if not isinstance(index, dict) or index.get('version') not in VERSIONS:
+    if not isinstance(index, dict) or index.get('version') not in list(
+            VERSIONS) or isinstance(index['version'], bool):
         raise BenchError(
             '{}: expected an object with "version": 1 or 2'.format(path))
+    if not isinstance(index.get('entries'), list) or not index['entries']:
+        raise BenchError('{} has no entries'.format(path))
     seen = set()
-    for entry in index.get('entries', []):
-        keys = ('id', 'onnx')
-        if entry.get('role') == 'layer':
-            keys += VERSIONS[index['version']]
-        for key in keys:
-            if key not in entry:
-                raise BenchError('{}: an entry has no {!r}: {}'.format(
-                    path, key, entry))
+    for entry in index['entries']:
+        _check_entry(path, entry, VERSIONS[index['version']])
         if entry['id'] in seen:
             raise BenchError('{}: id {!r} stands twice'.format(
                 path, entry['id']))
         seen.add(entry['id'])
         if not os.path.isfile(os.path.join(folder, entry['onnx'])):
             raise BenchError('{}: {} is missing'.format(path, entry['onnx']))
-    if not seen:
-        raise BenchError('{} has no entries'.format(path))
     return index
+
+
+def _check_entry(path, entry, keys_of_layer):
+    if not isinstance(entry, dict):
+        raise BenchError('{}: an entry is no object: {!r}'.format(path, entry))
+    keys = ('id', 'onnx')
+    if entry.get('role') == 'layer':
+        keys += keys_of_layer
+    for key in keys:
+        if key not in entry:
+            raise BenchError('{}: an entry has no {!r}: {}'.format(
+                path, key, entry))
+    for key, good in (('id', (str, int)), ('onnx', str)):
+        if not isinstance(entry[key], good):
+            raise BenchError('{}: {!r} of an entry is {!r}: expected a '
+                             'text'.format(path, key, entry[key]))
+    shape = entry.get('input_shape')
+    if shape is not None and not (isinstance(shape, list) and all(
+            isinstance(n, int) and n > 0 for n in shape)):
+        raise BenchError('{}: input_shape of {!r} is {!r}: expected sizes '
+                         'such as [1, 16, 32, 32]'.format(
+                             path, entry['id'], shape))
 
 
 def _identity(table):
     """What must be equal for entries to stand in one table."""
-    info = table['device']
-    return dict(
-        board=info['board'] or info['cpu'],
-        l4t=info['l4t'],
-        mode=info['mode'],
-        backend=table['backend'],
-        engine_version=table['engine_version'],
-        precision=table['precision'],
-        protocol=table['protocol'])
+    info = table.get('device', {})
+    conditions = dict(
+        board=info.get('board') or info.get('cpu'),
+        l4t=info.get('l4t'),
+        cores=info.get('cores'),
+        mode=info.get('mode'))
+    for key in ('clock_limits', 'backend', 'engine_version', 'precision',
+                'engine', 'protocol'):
+        value = table.get(key)
+        if isinstance(value, dict):
+            conditions.update(
+                ('{} {}'.format(key, k), v) for k, v in value.items())
+        else:
+            conditions[key] = value
+    return conditions
 
 
 def _resume(path, table):
@@ -101,20 +126,32 @@ def _resume(path, table):
         return {}
     old = read_json(path, 'latency table')
     version = table['version']
-    if old.get('schema') != SCHEMA or old.get('version') != version:
+    if not isinstance(old, dict) or old.get('schema') != SCHEMA or \
+            old.get('version') != version:
         raise BenchError('{} is not a latency table of version {}, as the '
                          'index is: move it away or choose another '
                          '--out'.format(path, version))
-    mine, theirs = _identity(table), _identity(old)
+    try:
+        mine, theirs = _identity(table), _identity(old)
+        done = {(e['id'], e['onnx_sha256']): e
+                for e in old['entries'] if e['median_ms'] and e['noise_ms']
+                is not None}
+        flags = [dict(code=f['code'], text=f['text']) for f in old['flags']]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BenchError('{} is damaged ({}: {}): move it away or choose '
+                         'another --out'.format(path,
+                                                type(e).__name__, e)) from e
     other = [
-        '{} {} instead of {}'.format(k, theirs[k], mine[k]) for k in mine
-        if mine[k] != theirs[k]
+        '{} {} instead of {}'.format(k, theirs.get(k, 'unknown'),
+                                     mine.get(k, 'none'))
+        for k in sorted(set(mine) | set(theirs))
+        if k not in mine or k not in theirs or mine[k] != theirs[k]
     ]
     if other:
         raise BenchError('{} was measured differently: {}. Choose another '
                          '--out'.format(path, '; '.join(other)))
-    table['flags'] += old['flags']
-    return {(e['id'], e['onnx_sha256']): e for e in old['entries']}
+    table['flags'] += flags
+    return done
 
 
 def measure_table(folder,
@@ -144,6 +181,11 @@ def measure_table(folder,
         BenchError: a bad index, an entry that does not run, or an earlier
         table of other conditions.
     """
+    check_number('rounds', rounds, 1, 10000, True)
+    check_number('seconds', seconds, .001, 86400)
+    check_number('min_count', min_count, 1, 1e9, True)
+    if not os.path.isdir(os.path.dirname(out) or '.'):
+        raise BenchError('--out {}: there is no such folder'.format(out))
     index = read_index(folder)
     entries = index['entries']
     state = device.snapshot(sysroot)
@@ -161,6 +203,12 @@ def measure_table(folder,
                     table = _new_table(index['version'], sysroot, state,
                                        session, protocol)
                     done = _resume(out, table)
+                if session.info['precision'] != table['precision']:
+                    raise BenchError(
+                        'entry {!r} runs in {}, those before in {}: a table '
+                        'has one precision'.format(entry['id'],
+                                                   session.info['precision'],
+                                                   table['precision']))
                 if key not in done:
                     done[key] = dict(
                         entry,
@@ -169,11 +217,12 @@ def measure_table(folder,
             finally:
                 session.close()
         table['entries'].append(done[key])
+        # At once, so that a table that ends here does not hide it.
+        for code, text in device.changes(state, device.snapshot(sysroot)):
+            if (code, text) not in [(f['code'], f['text'])
+                                    for f in table['flags']]:
+                table['flags'].append(dict(code=code, text=text))
         _write(out, table, done)
-    table['flags'] += [
-        dict(code=c, text=t)
-        for c, t in device.changes(state, device.snapshot(sysroot))
-    ]
     table['status'] = 'complete'
     write_json(out, table)
     return table
@@ -223,6 +272,8 @@ def _new_table(version, sysroot, state, session, protocol):
         backend=session.info['backend'],
         engine_version=session.info['version'],
         precision=session.info['precision'],
+        engine=speed_settings(session.info),
+        clock_limits=device.limits(state),
         protocol=protocol,
         flags=[],
         entries=[])

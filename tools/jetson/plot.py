@@ -75,7 +75,7 @@ def draw_svg(result, trace, path):
     """Draws the same without matplotlib; returns the path."""
     curves = curves_of(trace)
     first, last = trace.times[0], trace.times[-1]
-    top = max(max(w) for _, _, w in curves) * 1.05 or 1.0
+    top = max(0, max(max(w) for _, _, w in curves)) * 1.05 or 1.0
     x_scale = (_WIDTH - _LEFT - 20) / (last - first)
     y_scale = (_HEIGHT - _BOTTOM - _TOP) / top
 

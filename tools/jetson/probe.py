@@ -2,7 +2,7 @@
 """Says what is here, what is missing, and how to fix it."""
 from . import device
 from .backends import NAMES, why_not
-from .sources import choose_source, open_source
+from .sources import SourceEnded, choose_source, open_source
 from .util import BenchError, find_tool
 
 _HINTS = {
@@ -76,6 +76,8 @@ def _power(spec, sysroot):
             scope=source.scope)
         if source.kind == 'power':
             result['now_w'] = dict(zip(source.rails, source.read()[1]))
+    except (OSError, ValueError, SourceEnded) as e:
+        result['why'] = 'the first reading failed: {}'.format(e)
     finally:
         source.close()
     return result

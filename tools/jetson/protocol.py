@@ -3,64 +3,113 @@
 
 1. All models are loaded; the device rests; idle power is recorded.
 2. Every model is warmed up until its median latency has settled.
-3. Repeats: model A, model B, ..., A, B, ... Each is warmed up shortly, then
-   timed in one window; FPS, latency, power and energy all come from it.
+3. Blocks: in each, all models take turns in one order and back, A B B A, so
+   that all have the same middle and a steady drift cancels. The order of a
+   block is random, the next block has it reversed, and so on. In each turn a
+   model is warmed up shortly, then timed in one window; FPS, latency, power
+   and energy all come from it.
 4. Idle power again. The state of the device is recorded at every step.
 
 Nothing is dropped or chosen: all windows are in the result, and whatever
 makes one doubtful is added to its flags.
 """
 import os
+import random
 import time
 
-from . import device
-from .backends import open_session
+from . import device, extras
+from .backends import need_feature, open_session
 from .checks import check_result, check_window
 from .energy import window_energy
 from .sampler import Sampler
 from .stats import latency_summary
-from .summary import add_comparisons, summarise
-from .util import Progress, now, sha256, wait_until, write_json
+from .summary import TURNS, add_comparisons, summarise
+from .util import (
+    BenchError,
+    Progress,
+    check_number,
+    now,
+    sha256,
+    wait_until,
+    write_json,
+)
 
 SCHEMA = 'mmbasis.jetson_bench'
 SCHEMA_VERSION = 1
+_PROFILED = 50  # inferences with the profiler
 
 
 class Settings:
     """How long and how often to measure.
 
     Args:
-        repeats (int): windows per model.
+        repeats (int): blocks, each of two windows per model.
         min_seconds (float), min_count (int): least length of a window.
         warm_seconds, max_warm_seconds (float): limits of the first warm-up.
         rewarm_seconds (float): warm-up before every window.
         idle_seconds (float): length of each idle window.
         sample_hz (float): intended rate of power readings.
+        check (bool): compare the outputs with ONNX Runtime's.
+        profile (bool): time the layers of the engine, after the windows.
+        stages (str | None): see ``extras.stages``, after the windows.
+
+    Raises:
+        BenchError: a number makes no sense.
     """
 
     def __init__(self,
-                 repeats=5,
-                 min_seconds=10.0,
-                 min_count=50,
+                 repeats=7,
+                 min_seconds=4.0,
+                 min_count=20,
                  warm_seconds=2.0,
                  max_warm_seconds=60.0,
                  rewarm_seconds=0.5,
                  idle_seconds=10.0,
-                 sample_hz=10.0):
-        self.repeats = repeats
-        self.min_seconds = min_seconds
-        self.min_count = min_count
-        self.warm_seconds = warm_seconds
-        self.max_warm_seconds = max_warm_seconds
-        self.rewarm_seconds = rewarm_seconds
-        self.idle_seconds = idle_seconds
-        self.sample_hz = sample_hz
+                 sample_hz=10.0,
+                 check=False,
+                 profile=False,
+                 stages=None):
+        day = 86400
+        self.repeats = check_number('repeats', repeats, 1, 10000, True)
+        self.min_seconds = check_number('min_seconds', min_seconds, .01, day)
+        self.min_count = check_number('min_count', min_count, 1, 1e9, True)
+        self.warm_seconds = check_number('warm_seconds', warm_seconds, 0, day)
+        self.max_warm_seconds = check_number('max_warm_seconds',
+                                             max_warm_seconds, warm_seconds,
+                                             day)
+        self.rewarm_seconds = check_number('rewarm_seconds', rewarm_seconds, 0,
+                                           day)
+        self.idle_seconds = check_number('idle_seconds', idle_seconds, 0, day)
+        self.sample_hz = check_number('sample_hz', sample_hz, .1, 1000)
+        self.check, self.profile, self.stages = check, profile, stages
 
     def expected(self, models):
         """Returns the least length of a run in s, without loading."""
         each = self.min_seconds + self.rewarm_seconds
-        return (models * (self.warm_seconds + self.repeats * each) +
+        return (models * (self.warm_seconds + TURNS * self.repeats * each) +
                 2 * self.idle_seconds)
+
+
+def schedule(count, repeats, rng=random):
+    """Draws the order of the windows.
+
+    Args:
+        count (int): models.
+        repeats (int): blocks.
+        rng (random.Random): where chance comes from.
+
+    Returns:
+        list[list[int]]: per block the models in turn; every model stands in
+        it twice, the second half is the first one reversed.
+    """
+    blocks, order = [], list(range(count))
+    for i in range(repeats):
+        if i % 2:
+            order = order[::-1]
+        else:
+            rng.shuffle(order)
+        blocks.append(order + order[::-1])
+    return blocks
 
 
 class Run:
@@ -137,10 +186,12 @@ class Run:
             self._load()
             self._idle()
             self._warm_up()
-            for repeat in range(self.settings.repeats):
-                for model in self.result['models']:
-                    self._window(model, repeat)
+            for block, order in enumerate(
+                    schedule(len(self._models), self.settings.repeats)):
+                for place in order:
+                    self._window(self.result['models'][place], block)
             self._idle()
+            self._extras()
             self.result['status'] = 'complete'
         except BaseException as e:
             self.result['status'] = 'partial'
@@ -163,6 +214,12 @@ class Run:
             self._progress.step('loading {} ({})'.format(name, path))
             session = open_session(self._backend, path, self._options)
             self._sessions[name] = session
+            for extra in ('check', 'profile', 'stages'):
+                if getattr(self.settings, extra):
+                    need_feature(session.info['backend'], extra)
+            check = extras.check_outputs(
+                session, path,
+                self._options.images) if self.settings.check else None
             self.result['models'].append(
                 dict(
                     name=name,
@@ -174,9 +231,18 @@ class Run:
                         k: list(v)
                         for k, v in session.inputs.items()
                     },
+                    check=check,
+                    layers=None,
+                    stages=None,
                     warm_up=None,
                     windows=[],
                     summary=None))
+        known = {n for s in self._sessions.values() for n in s.inputs}
+        for name in self._options.shapes:
+            if name and name not in known:
+                raise BenchError('--input-shape {}: no model has this input; '
+                                 'there are: {}'.format(
+                                     name, ', '.join(sorted(known))))
 
     def _idle(self):
         seconds = self.settings.idle_seconds
@@ -198,10 +264,11 @@ class Run:
             model['warm_up'] = session.warm_up(self.settings.warm_seconds,
                                                self.settings.max_warm_seconds)
 
-    def _window(self, model, repeat):
-        s = self.settings
+    def _window(self, model, block):
+        s, repeat = self.settings, len(model['windows'])
         self._progress.step(
-            '{}, repeat {} of {}'.format(model['name'], repeat + 1, s.repeats),
+            '{}, window {} of {}'.format(model['name'], repeat + 1,
+                                         TURNS * s.repeats),
             s.min_seconds + s.rewarm_seconds)
         session = self._sessions[model['name']]
         # The state is read first: the device must not rest before the window.
@@ -211,9 +278,10 @@ class Run:
         raw = session.window(s.min_seconds, s.min_count)
         after = device.snapshot(self.sysroot)
         seconds = raw['end'] - raw['start']
-        images = raw['count'] * model['batch']
+        images = raw['count'] * model['batch'] * session.at_once
         window = dict(
             repeat=repeat,
+            block=block,
             start=raw['start'],
             end=raw['end'],
             seconds=seconds,
@@ -234,6 +302,19 @@ class Run:
         window['flags'] = check_window(window, before, after, self._sampler
                                        is not None)
         model['windows'].append(window)
+        self.save()
+
+    def _extras(self):
+        """What would disturb the windows comes after them."""
+        for model in self.result['models']:
+            session = self._sessions[model['name']]
+            if self.settings.profile:
+                self._progress.step('layers of ' + model['name'])
+                model['layers'] = session.layers(_PROFILED)
+            if self.settings.stages:
+                self._progress.step('stages of ' + model['name'])
+                model['stages'] = extras.stages(
+                    session, self._options.images, self.settings.stages)
         self.save()
 
     def _energy(self, start, end):

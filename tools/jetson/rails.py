@@ -3,14 +3,18 @@
 
 Sources of the facts: NVIDIA's Jetson Linux Developer Guide, chapters on power
 of each board; the Linux device trees ``tegra194-p2888.dtsi`` and
-``tegra234-p3701.dtsi``; the kernel's ``hwmon/ina3221`` page.
+``tegra234-p3701.dtsi``; the kernel's ``hwmon/ina3221`` and ``hwmon/ina238``
+pages; NVIDIA's forum (topic 366461: the INA238 of Thor).
 """
 import glob
+import math
 import os
 import re
 
 from .util import read_int, read_text, under
 
+# The INA238 on the carrier board of Thor.
+_BOARD_INPUT = 'VIN'
 # Rails that a total is the sum of, the first rule that fits wins. A rail that
 # feeds others is the total alone: adding what it feeds would count it twice.
 _RULES = [
@@ -23,6 +27,10 @@ _RULES = [
     (['VDD_GPU_SOC', 'VDD_CPU_CV', 'VIN_SYS_5V0'],
      'AGX Orin: three rails side by side; VDDQ_VDD2_1V8AO is fed from '
      'VIN_SYS_5V0'),
+    ([_BOARD_INPUT], 'VIN is the input of the whole board; the other rails '
+     'are parts of it'),
+    (['VDD_GPU', 'VDD_CPU_SOC_MSS', 'VIN_SYS_5V0'],
+     'AGX Thor: three rails side by side'),
 ]
 # Rails that are known to lie inside one of those summed above.
 _NESTED = {'VDDQ_VDD2_1V8AO'}
@@ -42,33 +50,51 @@ def choose_total(names):
     if not live:
         return None, 'no power rail can be read'
     for parts, reason in _RULES:
-        if not set(parts) & set(live):
+        if not set(parts) <= set(live):
             continue
-        missing = [p for p in parts if p not in live]
-        if missing:
-            return None, 'rails {} are missing, their sum would be too low' \
-                .format(', '.join(missing))
         extra = set(live) - set(parts) - _NESTED
         if len(parts) > 1 and extra:
             return None, ('rails {} are not known on this board: adding or '
                           'leaving them out may both be wrong'.format(
                               ', '.join(sorted(extra))))
         return parts, reason
+    # Boards share names of rails: one is missing only where no other board
+    # has what is there.
+    fitting = [p for p, _ in _RULES if set(live) - _NESTED <= set(p)]
+    if len(fitting) == 1 and len(live) > 1:
+        return None, 'rails {} are missing, their sum would be too low'.format(
+            ', '.join(p for p in fitting[0] if p not in live))
     return None, ('rails {} are not known: some may feed others, so their '
                   'sum means nothing'.format(', '.join(live)))
 
 
+def scope(total):
+    """Says what a total covers and what it leaves out, for people.
+
+    Args:
+        total (list[str] | None): of :func:`choose_total`.
+    """
+    if total == [_BOARD_INPUT]:
+        return ('power of the whole board at its input: module, carrier '
+                'board, fan and what hangs on USB')
+    return ('power of the Jetson module; the carrier board (fan, USB, '
+            'Ethernet, losses of its regulators) is not measured')
+
+
 class Rail:
-    """One channel of an INA3221, read through sysfs.
+    """One channel of a power monitor, read through sysfs.
 
     Args:
         name (str): label of the rail.
-        power (str | None): file with the power in mW (JetPack 4).
-        voltage, current (str | None): files in mV and mA (JetPack 5 on).
+        power (str | None): file with the power.
+        voltage, current (str | None): files in mV and mA, instead.
+        unit (float): W of one unit of ``power``.
     """
 
-    def __init__(self, name, power=None, voltage=None, current=None):
+    def __init__(self, name, power=None, voltage=None, current=None,
+                 unit=1e-3):
         self.name = name
+        self.unit = unit
         self.power = power
         self.voltage = voltage
         self.current = current
@@ -85,7 +111,7 @@ class Rail:
             ValueError: a file holds no number.
         """
         if self.power:
-            return _number(self.power) * 1e-3
+            return _number(self.power) * self.unit
         return _number(self.voltage) * _number(self.current) * 1e-6
 
 
@@ -94,19 +120,24 @@ def _number(path):
     # the calls of the system alone, because the sampler must cost little.
     handle = os.open(path, os.O_RDONLY)
     try:
-        return float(os.read(handle, 64))
+        value = float(os.read(handle, 64))
     finally:
         os.close(handle)
+    if not math.isfinite(value):
+        raise ValueError('{} holds {}'.format(path, value))
+    return value
 
 
 def find_rails(sysroot='/'):
-    """Finds the rails of all INA3221 chips.
+    """Finds the rails of all INA3221 and INA238 chips.
 
     JetPack 4: ``/sys/bus/i2c/drivers/ina3221x/1-0040/iio:device0`` with
     ``rail_name_0`` and ``in_power0_input`` (mW), channels 0 to 2; power is
     ready made. JetPack 5 on: ``/sys/bus/i2c/drivers/ina3221/1-0040/hwmon/
     hwmon3`` with ``in1_label``, ``in1_input`` (mV), ``curr1_input`` (mA),
-    channels 1 to 3; ``in4`` to ``in7`` are shunt voltages, no rails.
+    channels 1 to 3; ``in4`` to ``in7`` are shunt voltages, no rails. JetPack 7
+    on Thor also: ``/sys/bus/i2c/drivers/ina238/*/hwmon/*`` with
+    ``power1_input`` (uW), the input of the whole board.
 
     Args:
         sysroot (str): root of the system.
@@ -126,6 +157,13 @@ def find_rails(sysroot='/'):
     for folder in sorted(
             glob.glob(os.path.join(base, 'ina3221', '*-*', 'hwmon', '*'))):
         rails += _hwmon_rails(folder)
+    for folder in sorted(
+            glob.glob(os.path.join(base, 'ina238', '*-*', 'hwmon', '*'))):
+        label = read_text(os.path.join(folder, 'in1_label')) or read_text(
+            os.path.join(folder, 'label')) or _BOARD_INPUT
+        power = os.path.join(folder, 'power1_input')
+        if os.path.exists(power):
+            rails.append(Rail(label, power, unit=1e-6))
     return rails
 
 

@@ -3,6 +3,8 @@
 import csv
 import io
 
+from .extras import summary_lines
+from .summary import TURNS
 from .util import write_atomic
 
 NOT_MEASURED = '-'
@@ -80,6 +82,9 @@ def table(result):
                 for m in done
             ]
             parts.append(aligned(rows))
+        lines = [n for m in done for n in summary_lines(m)]
+        if lines:
+            parts.append('\n'.join(lines))
     else:
         parts.append('No window was completed.')
     parts.append(_notes(result))
@@ -97,7 +102,7 @@ def _heading(result):
                         ', mode ' + mode if mode else ''),
         '{} {}, {}; {} x {:g} s per model, {}'.format(
             engine.get('backend', ''), engine.get('version', ''),
-            engine.get('precision', ''), protocol['repeats'],
+            engine.get('precision', ''), TURNS * protocol['repeats'],
             protocol['min_seconds'], result['status']),
     ]
     if result['status'] != 'complete':

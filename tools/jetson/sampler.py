@@ -23,7 +23,7 @@ if __name__ == '__main__':  # started as a program: find the package
         0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from jetson.energy import Trace  # noqa: E402
-from jetson.sources import SourceEnded, open_source  # noqa: E402
+from jetson.sources import SourceEnded, open_source, patience  # noqa: E402
 from jetson.util import (  # noqa: E402
     BenchError,
     now,
@@ -119,7 +119,7 @@ class Sampler:
         if self._process is not None:
             self._process.stdin.close()
             try:
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=5 + patience(self.interval_s))
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

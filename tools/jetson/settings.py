@@ -5,7 +5,7 @@ import sys
 import tempfile
 
 from .device import power_mode
-from .util import BenchError, find_tool, run_tool
+from .util import BenchError, check_number, find_tool, run_tool
 
 
 def _need(name, sysroot):
@@ -34,6 +34,7 @@ def set_mode(guard, number, sysroot='/'):
         BenchError: no tool, no right, or the mode did not change (some modes
         need a restart of the board).
     """
+    check_number('set_nvpmodel', number, 0, 1000, True)
     tool = _need('nvpmodel', sysroot)
     before = power_mode(sysroot)[1]
     if before is None:

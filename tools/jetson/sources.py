@@ -8,15 +8,21 @@ reading by itself) and ``read()``, which returns (time stamp, values). Time
 stamps are seconds of CLOCK_MONOTONIC. ``scope`` says what the
 total covers and what it leaves out.
 """
+import ctypes
 import glob
 import os
+import re
+import select
+import signal
 import subprocess
 
 from . import nvml
-from .rails import choose_total, find_rails
+from .rails import choose_total, find_rails, scope
 from .tegrastats import parse_line, read_log
 from .util import (
     BenchError,
+    check_number,
+    end_process,
     find_tool,
     now,
     read_int,
@@ -25,19 +31,15 @@ from .util import (
     wait_until,
 )
 
-_MODULE = ('power of the Jetson module; the carrier board (fan, USB, '
-           'Ethernet, losses of its regulators) is not measured')
-
 
 class SourceEnded(Exception):
     """The source has nothing more to tell."""
 
 
 class SysfsSource:
-    """INA3221 chips through sysfs: the present value of every rail."""
+    """Power monitors through sysfs: the present value of every rail."""
     paced = False
     kind = 'power'
-    scope = _MODULE
 
     def __init__(self, sysroot='/'):
         found = find_rails(sysroot)
@@ -55,6 +57,7 @@ class SysfsSource:
                     'rail {} cannot be read: {}. On some systems only root '
                     'may: try sudo'.format(rail.name, e)) from e
         self.total, self.why = choose_total(self.rails)
+        self.scope = scope(self.total)
 
     def read(self):
         """Returns the time in the middle of the reading, and W per rail."""
@@ -69,50 +72,82 @@ class SysfsSource:
 class TegrastatsSource:
     """A running ``tegrastats``; for systems without readable sysfs files.
 
+    It may print nothing, stall, or ignore SIGTERM: no call waits for it
+    without a limit, and it never outlives the reader.
+
     Args:
         sysroot (str): root of the system.
         interval_s (float): time between its lines.
     """
     paced = True
     kind = 'power'
-    scope = _MODULE
 
     def __init__(self, sysroot='/', interval_s=0.1):
         tool = find_tool('tegrastats', sysroot)
         if tool is None:
             raise BenchError('tegrastats is not installed here')
+        self._patience = patience(interval_s)
         self._process = subprocess.Popen(
             [tool, '--interval',
-             str(int(interval_s * 1000))],
+             str(max(1, int(interval_s * 1000)))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            preexec_fn=_end_with_parent)
+        self._text = b''
         try:
-            self.rails = list(self._next()[1])
-        except SourceEnded:
+            self.rails = list(self._next(4 + self._patience)[1])
+            if not self.rails:
+                raise BenchError('tegrastats shows no power rail on this '
+                                 'system; older releases show them only to '
+                                 'root')
+        except (SourceEnded, ValueError) as e:
             self.close()
-            raise BenchError('{} ended without a line; try it by hand, '
-                             'perhaps with sudo'.format(tool)) from None
+            raise BenchError('{}: {}; try it by hand, perhaps with '
+                             'sudo'.format(tool, e)) from None
+        except BaseException:
+            self.close()
+            raise
         self.total, self.why = choose_total(self.rails)
-        if not self.rails:
-            self.close()
-            raise BenchError('tegrastats shows no power rail on this system; '
-                             'older releases show them only to root')
+        self.scope = scope(self.total)
 
-    def _next(self):
+    def _next(self, seconds):
+        limit = now() + seconds
         while True:
-            line = self._process.stdout.readline()
-            if not line:
-                raise SourceEnded('tegrastats ended')
+            line, end, rest = self._text.partition(b'\n')
+            if not end:
+                self._fill(limit, seconds)
+                continue
+            self._text = rest
             try:
                 record = parse_line(line.decode('utf-8', 'replace'))
             except BenchError:
+                if now() > limit:
+                    raise ValueError(
+                        'tegrastats prints something else: {!r}'.format(
+                            line[:80])) from None
                 continue
             return now(), {k: v * 1e-3 for k, v in record['power_mw'].items()}
 
+    def _fill(self, limit, seconds):
+        pipe = self._process.stdout
+        if not select.select([pipe], [], [], max(0, limit - now()))[0]:
+            raise ValueError(
+                'tegrastats printed no line in {:.1f} s'.format(seconds))
+        text = os.read(pipe.fileno(), 1 << 16)
+        if not text:
+            raise SourceEnded('tegrastats ended')
+        # Without an end of line it is no tegrastats: keep memory bounded.
+        self._text = (self._text + text)[-1 << 20:]
+
     def read(self):
-        """Waits for the next line; returns its arrival, and W per rail."""
-        stamp, power = self._next()
+        """Waits for the next line; returns its arrival, and W per rail.
+
+        Raises:
+            ValueError: no line came in time, or a rail is not in it.
+        """
+        stamp, power = self._next(self._patience)
         try:
             return stamp, [power[r] for r in self.rails]
         except KeyError as e:
@@ -120,9 +155,22 @@ class TegrastatsSource:
                 'tegrastats no longer shows rail {}'.format(e)) from e
 
     def close(self):
-        """Ends tegrastats."""
-        self._process.terminate()
-        self._process.wait()
+        """Ends tegrastats, by force if need be."""
+        end_process(self._process, 1)
+        self._process.stdout.close()
+
+
+def patience(interval_s):
+    """Returns how long a reading may take before it counts as failed, s."""
+    return max(1.0, 3 * interval_s)
+
+
+_libc = ctypes.CDLL(None)  # before forking: loading takes locks
+
+
+def _end_with_parent():
+    # PR_SET_PDEATHSIG of Linux: it ends with a reader that is killed, too.
+    _libc.prctl(1, signal.SIGKILL)
 
 
 class ReplaySource:
@@ -133,12 +181,17 @@ class ReplaySource:
     """
     paced = True
     kind = 'power'
-    scope = _MODULE + ' (recorded; the log says nothing about this machine)'
 
     def __init__(self, path, period_s=1.0):
+        check_number('power replay period', period_s, 1e-3, 3600)
         records = read_log(path)
         self.rails = list(records[0]['power_mw'])
+        if not self.rails:
+            raise BenchError('the first line of {} shows no power rail: '
+                             'record it as root'.format(path))
         self.total, self.why = choose_total(self.rails)
+        self.scope = scope(self.total) + \
+            ' (recorded; the log says nothing about this machine)'
         self._lines = [[r['power_mw'].get(n) for n in self.rails]
                        for r in records]
         self.interval_s = period_s
@@ -231,24 +284,30 @@ def open_source(spec, sysroot='/', interval_s=0.1):
     Raises:
         BenchError: there is no such source here; the text says why.
     """
-    name, _, rest = spec.partition(':')
-    if name == 'sysfs':
+    name, colon, rest = spec.partition(':')
+    if spec == 'sysfs':
         return SysfsSource(sysroot)
-    if name == 'tegrastats':
+    if spec == 'tegrastats':
         return TegrastatsSource(sysroot, interval_s)
-    if name == 'rapl':
+    if spec == 'rapl':
         return RaplSource(sysroot)
     if name == 'nvml':
-        if rest and not rest.isdigit():
-            raise BenchError('nvml:{}: not the index of a GPU'.format(rest))
+        if colon and not re.match('[0-9]{1,4}$', rest):
+            raise BenchError('--power nvml:{}: not the index of a GPU, such '
+                             'as nvml:0'.format(rest))
         return nvml.NvmlSource(int(rest or 0))
-    if name == 'replay' and rest:
-        path, _, period = rest.rpartition(':')
-        try:
-            return ReplaySource(path, float(period)) if path else \
-                ReplaySource(rest)
-        except ValueError:
-            return ReplaySource(rest)
+    if name == 'replay':
+        path, period = rest, 1.0
+        if not os.path.exists(path) and ':' in rest:
+            path, _, text = rest.rpartition(':')
+            try:
+                period = float(text)
+            except ValueError:
+                path = rest
+        if not path:
+            raise BenchError('--power {}: name the log, replay:FILE or '
+                             'replay:FILE:PERIOD_S'.format(spec))
+        return ReplaySource(path, period)
     raise BenchError(
         'unknown power source {!r}; known: auto, none, sysfs, '
         'tegrastats, nvml[:INDEX], rapl, replay:FILE[:PERIOD_S]'.format(spec))

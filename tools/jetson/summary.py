@@ -1,6 +1,11 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Figures of a model over all its windows, and ratios to the baseline."""
+import math
+
 from .stats import deviation, mean, paired_ratio
+
+#: windows of each model in a block: one there, one back
+TURNS = 2
 
 # What is compared with the baseline: name -> figure of a window.
 RATIOS = {
@@ -102,8 +107,8 @@ def add_comparisons(result):
     """Adds the ratios of every other model to the baseline.
 
     Args:
-        result (dict): changed in place; only repeats that both models have
-            are used.
+        result (dict): changed in place; only blocks that both models have
+            finished are used.
     """
     models = {m['name']: m for m in result['models']}
     base = models.get(result['baseline'])
@@ -111,13 +116,25 @@ def add_comparisons(result):
     for model in result['models']:
         if base is None or model is base:
             continue
-        pairs = list(zip(model['windows'], base['windows']))
-        if not pairs:
-            continue
-        entry = dict(
-            model=model['name'], baseline=base['name'], repeats=len(pairs))
+        entry = dict(model=model['name'], baseline=base['name'])
         for name, figure in RATIOS.items():
-            values = [(figure(a), figure(b)) for a, b in pairs]
-            values = [v for v in values if None not in v and min(v) > 0]
-            entry[name] = paired_ratio(*zip(*values)) if values else None
-        result['comparisons'].append(entry)
+            ours, theirs = _blocks(model, figure), _blocks(base, figure)
+            both = sorted(set(ours) & set(theirs))
+            entry[name] = paired_ratio([ours[i] for i in both],
+                                       [theirs[i]
+                                        for i in both]) if both else None
+        if entry['fps']:
+            result['comparisons'].append(entry)
+
+
+def _blocks(model, figure):
+    """Returns block -> geometric mean of a figure over its windows."""
+    logs = {}
+    for window in model['windows']:
+        value = figure(window)
+        if value is not None and value > 0:
+            logs.setdefault(window['block'], []).append(math.log(value))
+    return {
+        block: math.exp(mean(found))
+        for block, found in logs.items() if len(found) == TURNS
+    }

@@ -10,17 +10,19 @@ import re
 
 from .util import BenchError
 
-# NAME 1234/1200, NAME 1234mW/1200mW, NAME 1234mW/1200mW/1300mW. The name
-# begins with a letter; RAM and SWAP have MB or kB behind their slash.
-_POWER = re.compile(r'(?<![\w@%/])([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/(\d+)(?:mW)?'
-                    r'(?:/(\d+)(?:mW)?)?(?![\w/])')
+# NAME 1234/1200, NAME 1234mW/1200mW, NAME 1234mW/1200mW/1300mW; a rail that is
+# off may be read as a little less than nothing (Thor). The name begins with a
+# letter; RAM and SWAP have MB or kB behind their slash.
+_POWER = re.compile(r'(?<![\w@%/])([A-Z][A-Z0-9_]*) (-?\d{1,9})(?:mW)?/'
+                    r'(-?\d{1,9})(?:mW)?(?:/(-?\d{1,9})(?:mW)?)?(?![\w/])')
 _TEMPERATURE = re.compile(r'(?<!\S)([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C')
-_RAM = re.compile(r'(?<!\w)RAM (\d+)/(\d+)MB')
-_GPU_LOAD = re.compile(r'GR3D_FREQ (\d+)%')
-_GPU_CLOCK = re.compile(r'GR3D_FREQ \d+%@\[?(\d+)')
-_EMC = re.compile(r'EMC_FREQ (\d+)%(?:@(\d+))?')
-_CORE = re.compile(r'(\d+)%@(\d+)|off')
-_CPUS = re.compile(r'\[([^\]]*)\](?= EMC_FREQ| IRAM|\s+EMC)')
+_RAM = re.compile(r'(?<!\w)RAM (\d{1,9})/(\d{1,9})MB')
+_GPU_LOAD = re.compile(r'GR3D_FREQ (\d{1,9})%')
+# Thor leaves out loads, and has one clock for all cores behind the bracket.
+_GPU_CLOCK = re.compile(r'GR3D_FREQ (?:\d+%)?@\[?(\d{1,9})')
+_EMC = re.compile(r'EMC_FREQ (\d{1,9})%')
+_CORE = re.compile(r'(\d{1,9})%(?:@(\d{1,9}))?|off')
+_CPUS = re.compile(r'\[((?:\d+%|off)[^\]]*)\](?:@(\d{1,9}))?')
 
 # tegrastats prints this for a sensor in a block that is powered down.
 ABSENT_TEMPERATURE = -256.0
@@ -38,7 +40,8 @@ def parse_line(line):
         average, kept for comparison only), ``temperature_c``,
         ``ram_mb`` (used, total) or None, ``gpu_load`` in % or None,
         ``gpu_mhz`` or None, ``emc_load`` or None, ``cpu`` (a list of
-        (load in %, MHz), None for a core that is off).
+        (load in %, MHz), None for a core that is off, or for an MHz that is
+        not shown).
 
     Raises:
         BenchError: the line has none of tegrastats' entries.
@@ -57,11 +60,10 @@ def parse_line(line):
         for name, value in _TEMPERATURE.findall(line)
         if float(value) != ABSENT_TEMPERATURE
     }
-    load = _GPU_LOAD.search(line)
-    if load is None and not power:
+    load, ram = _GPU_LOAD.search(line), _RAM.search(line)
+    if load is None and ram is None and not power:
         raise BenchError('not a line of tegrastats: {!r}'.format(line[:120]))
     clock = _GPU_CLOCK.search(line)
-    ram = _RAM.search(line)
     emc = _EMC.search(line)
     return dict(
         power_mw=power,
@@ -78,11 +80,13 @@ def _parse_cpus(line):
     block = _CPUS.search(line)
     if block is None:
         return []
-    return [
-        None if core.group(1) is None else
-        (int(core.group(1)), int(core.group(2)))
-        for core in _CORE.finditer(block.group(1))
-    ]
+    shared = block.group(2)
+    cores = []
+    for load, clock in _CORE.findall(block.group(1)):
+        clock = clock or shared
+        cores.append((int(load), int(clock) if clock else None)
+                     if load else None)
+    return cores
 
 
 def read_log(path):
@@ -98,7 +102,7 @@ def read_log(path):
         BenchError: the file cannot be read or has no line of tegrastats.
     """
     try:
-        with open(path) as f:
+        with open(path, encoding='utf-8', errors='replace') as f:
             lines = f.read().splitlines()
     except OSError as e:
         raise BenchError('cannot read the tegrastats log {}: {}'.format(

@@ -14,7 +14,7 @@ import platform
 import numpy as np
 
 from .inputs import make_input, resolve_shape
-from .util import BenchError, read_text, sha256
+from .util import BenchError, read_text, sha256, write_bytes
 
 
 def load_plugins(trt, logger, paths):
@@ -32,7 +32,7 @@ def load_plugins(trt, logger, paths):
     trt.init_libnvinfer_plugins(logger, '')
 
 
-def cache_path(trt, path, options):
+def cache_path(version, path, options, precision):
     """Returns the file name of the engine for a model.
 
     The name is a hash of the content of the model (and of ``MODEL.data``,
@@ -44,26 +44,27 @@ def cache_path(trt, path, options):
         if os.path.isfile(extra):
             parts.append(sha256(extra))
     parts.append([
-        trt.__version__, options.precision, options.workspace_mib,
-        sorted((k, list(v)) for k, v in options.shapes.items()),
-        options.precision == 'int8' and options.images,
+        version, precision, options.workspace_mib,
+        sorted((k, list(v)) for k, v in options.shapes.items()), options.dla,
+        options.calibrates(path) and options.images,
         platform.node(),
         read_text('/proc/device-tree/model')
     ])
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
     stem = os.path.splitext(os.path.basename(path))[0]
     return os.path.join(options.cache,
-                        '{}-{}-{}.engine'.format(stem, options.precision, key))
+                        '{}-{}-{}.engine'.format(stem, precision, key))
 
 
-def build(trt, logger, path, options):
+def build(trt, logger, path, options, precision):
     """Builds a serialized engine.
 
     Args:
         trt (module): ``tensorrt``.
         logger: a TensorRT logger.
         path (str): ONNX file.
-        options (Options): precision, shapes, images, workspace.
+        options (Options): shapes, images, workspace, DLA, timing cache.
+        precision (str): see ``Options.precision_of``.
 
     Returns:
         bytes-like: the engine.
@@ -73,8 +74,14 @@ def build(trt, logger, path, options):
     """
     builder = trt.Builder(logger)
     # From TensorRT 10 on every network has an explicit batch.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, 'EXPLICIT_BATCH', None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    names = ['EXPLICIT_BATCH']
+    if options.precision is None and precision != 'fp32':
+        names.append('STRONGLY_TYPED')  # the file alone decides
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, n, None)
+             for n in names]
+    network = builder.create_network(
+        sum(1 << int(f) for f in flags if f is not None))
+    typed = flags[-1] is not None and len(flags) > 1
     parser = trt.OnnxParser(network, logger)
     with open(path, 'rb') as f:
         data = f.read()
@@ -87,8 +94,20 @@ def build(trt, logger, path, options):
         raise BenchError('TensorRT cannot parse {}: {}'.format(
             path, '; '.join(errors) or 'no reason given'))
     config = builder.create_builder_config()
-    # TensorRT keeps no reference to the calibrator while it builds.
-    calibrator = _configure(trt, builder, network, config, options)
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    shapes = {
+        i.name: resolve_shape(i.name, list(i.shape), options.shapes)
+        for i in inputs
+    }
+    profile = _configure(trt, builder, config, options, inputs, shapes)
+    calibrator = None  # TensorRT keeps no reference to it while it builds
+    if not typed:
+        _set_precision(trt, config, options, precision)
+        if options.calibrates(path):
+            calibrator = _calibrator(trt, inputs, shapes, options)
+            config.int8_calibrator = calibrator
+            if profile is not None:
+                config.set_calibration_profile(profile)
     if hasattr(builder, 'build_serialized_network'):
         engine = builder.build_serialized_network(network, config)
     else:
@@ -99,52 +118,88 @@ def build(trt, logger, path, options):
     if engine is None:
         raise BenchError('TensorRT could not build an engine from {}; its '
                          'messages above say why'.format(path))
+    if options.timing_cache:
+        cache = config.get_timing_cache().serialize()
+        write_bytes(options.timing_cache, bytes(cache))
     return engine
 
 
-def _configure(trt, builder, network, config, options):
-    """Sets memory, shapes and precision; returns the calibrator, or None."""
+def _configure(trt, builder, config, options, inputs, shapes):
+    """Sets memory, shapes, DLA and cache; returns the profile, or None."""
     size = options.workspace_mib << 20
     if hasattr(config, 'set_memory_pool_limit'):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
     else:
         config.max_workspace_size = size
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    shapes = {
-        i.name: resolve_shape(i.name, list(i.shape), options.shapes)
-        for i in inputs
-    }
+    if options.dla is not None:
+        if options.dla >= builder.num_DLA_cores:
+            raise BenchError('--dla {}: this board has {} DLA core(s)'.format(
+                options.dla, builder.num_DLA_cores))
+        config.default_device_type = trt.DeviceType.DLA
+        config.DLA_core = options.dla
+        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    if options.timing_cache:
+        _use_timing_cache(trt, config, options.timing_cache)
     profile = None
     if any(-1 in tuple(i.shape) for i in inputs):
         profile = builder.create_optimization_profile()
         for name, shape in shapes.items():
             profile.set_shape(name, shape, shape, shape)
         config.add_optimization_profile(profile)
-    if options.precision == 'fp32':
-        return None
-    if not hasattr(trt.BuilderFlag, 'FP16'):
-        raise BenchError(
-            'TensorRT {} takes the precision from the file: '
-            'export the model in {} and leave out --precision'.format(
-                trt.__version__, options.precision))
-    # Beside int8 too: layers that int8 does not suit may be fp16.
-    config.set_flag(trt.BuilderFlag.FP16)
-    if options.precision == 'fp16':
-        return None
-    config.set_flag(trt.BuilderFlag.INT8)
-    if _is_quantized(network, trt):
-        return None
-    calibrator = _calibrator(trt, inputs, shapes, options)
-    config.int8_calibrator = calibrator
-    if profile is not None:
-        config.set_calibration_profile(profile)
-    return calibrator
+    return profile
 
 
-def _is_quantized(network, trt):
-    kind = getattr(trt.LayerType, 'QUANTIZE', None)
-    return kind is not None and any(
-        network.get_layer(i).type == kind for i in range(network.num_layers))
+def _use_timing_cache(trt, config, path):
+    if not hasattr(config, 'create_timing_cache'):
+        raise BenchError('--timing-cache: TensorRT {} has none, 8.0 was the '
+                         'first: leave it out'.format(trt.__version__))
+    data = b''
+    if os.path.exists(path):
+        with open(path, 'rb') as f:
+            data = f.read()
+    cache = config.create_timing_cache(data)
+    # Timings of another board or version are refused, not used.
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise BenchError('--timing-cache {}: not of this board and TensorRT '
+                         '{}: delete it'.format(path, trt.__version__))
+
+
+def _set_precision(trt, config, options, precision):
+    """Lets a weakly typed network use a precision."""
+    if precision == 'fp32':
+        return
+    names = dict(fp16=['FP16'], bf16=['BF16'], int8=['FP16', 'INT8'])
+    # fp16 beside int8, too: for layers that int8 does not suit.
+    for name in names.get(precision, [precision.upper()]):
+        flag = getattr(trt.BuilderFlag, name, None)
+        if flag is not None:
+            config.set_flag(flag)
+        elif options.precision is not None:
+            raise BenchError(
+                'TensorRT {} takes the precision from the file: '
+                'export the model in {} and leave out --precision'.format(
+                    trt.__version__, precision))
+
+
+def profiler(trt):
+    """Returns a profiler that adds up the time of each layer."""
+
+    class Sums(trt.IProfiler):
+        """Called by TensorRT after each layer."""
+
+        def __init__(self):
+            trt.IProfiler.__init__(self)
+            self._sums = {}
+
+        def report_layer_time(self, layer_name, ms):
+            self._sums[layer_name] = self._sums.get(layer_name, 0) + ms
+
+        def milliseconds(self, count):
+            return [
+                dict(name=k, ms=v / count) for k, v in self._sums.items()
+            ]
+
+    return Sums()
 
 
 def _calibrator(trt, inputs, shapes, options):

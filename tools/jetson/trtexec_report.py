@@ -1,5 +1,8 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Reads the performance report that ``trtexec`` prints (TensorRT 7 to 10).
+"""Reads what ``trtexec`` prints (TensorRT 7 to 10): inputs, and the report.
+
+The wordings are those of NVIDIA's ``samples/common``, ``sampleInference.cpp``
+and ``sampleReporting.cpp``, and of recorded logs.
 
 Two traps make the printed throughput unusable as it stands:
 
@@ -27,16 +30,63 @@ _SECTIONS = {
     'end-to-end host latency': 'end_to_end_ms',
 }
 _PREFIX = re.compile(r'^(?:\[[\d/]+-[\d:]+\] )?\[[A-Z]\] ?')
-_PAIR = re.compile(r'(min|max|mean|median)(?: = |: )([\d.eE+-]+) ms')
-_PERCENTILE = re.compile(r'percentile\((\d+)%\) = ([\d.eE+-]+) ms')
-_OLD_PERCENTILE = re.compile(r'percentile: ([\d.eE+-]+) ms at (\d+)%')
+_NUMBER = r'(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)'
+_PAIR = re.compile(r'(min|max|mean|median)(?: = |: )' + _NUMBER + ' ms')
+_PERCENTILE = re.compile(r'percentile\((\d+)%\) = ' + _NUMBER + ' ms')
+_OLD_PERCENTILE = re.compile('percentile: ' + _NUMBER + r' ms at (\d+)%')
 _SCALARS = [
-    ('printed_qps', re.compile(r'throughput: ([\d.eE+-]+) qps', re.I)),
-    ('walltime_s', re.compile(r'(?:total host )?walltime: ([\d.eE+-]+) s',
-                              re.I)),
+    ('printed_qps', re.compile('throughput: ' + _NUMBER + ' qps', re.I)),
+    ('walltime_s',
+     re.compile('(?:total host )?walltime: ' + _NUMBER + ' s', re.I)),
     ('total_gpu_s',
-     re.compile(r'total (?:gpu )?compute time: ([\d.eE+-]+) s', re.I)),
+     re.compile('total (?:gpu )?compute time: ' + _NUMBER + ' s', re.I)),
 ]
+# "Created input binding for X with dimensions 1x3x8x8" (8.0 to 8.5), "Input
+# binding for X with dimensions 1x3x8x8 is created." (8.6 on); 7 prints none.
+_BINDING = re.compile(
+    r'\binput binding for (.+?) with dimensions'
+    r'([^a-wyz\n]*?)(?: is created\.?)?\s*$', re.M | re.I)
+# What it does about open sizes that it was not told: all become 1.
+_OVERRIDDEN = re.compile(
+    r'(?:Dynamic dimensions required for input|'
+    r'Shape missing for input with dynamic shape): (.+?)'
+    r'(?:, but no shapes were provided\.)? ?'
+    r'Automatically (?:overriding|setting) shape to: (.+)$', re.M)
+_VERSION = re.compile(r'\[TensorRT v(\d+)\]')
+
+
+def _sizes(text):
+    return [int(n) for n in re.findall(r'-?\d+', text)]
+
+
+def parse_inputs(text):
+    """Finds the shapes of the inputs in everything that trtexec printed.
+
+    Args:
+        text (str): the output.
+
+    Returns:
+        tuple[dict, dict]: sizes by name of every input; and of those whose
+        open sizes trtexec filled with 1 by itself. Both are empty for
+        TensorRT 7, which does not print them.
+    """
+    return ({name: _sizes(sizes) for name, sizes in _BINDING.findall(text)},
+            {name: _sizes(sizes) for name, sizes in _OVERRIDDEN.findall(text)})
+
+
+def parse_version(text):
+    """Returns TensorRT's version from the banner, such as ``'8.5.2'``.
+
+    ``v8502`` has one digit for the minor version, ``v101303`` two. None for a
+    banner without it (TensorRT 7).
+    """
+    found = _VERSION.search(text)
+    if found is None:
+        return None
+    number = int(found.group(1))
+    step = 10000 if number >= 100000 else 1000
+    return '{}.{}.{}'.format(number // step, number % step // 100,
+                             number % 100)
 
 
 def _entries(text):
@@ -81,8 +131,13 @@ def parse_report(text):
         if section and values:
             report.setdefault(section, {}).update(values)
     missing = [
-        k for k in ('latency_ms', 'gpu_ms', 'walltime_s') if k not in report
+        k for k in ('latency_ms', 'gpu_ms')
+        if not report.get(k, {}).get('median')
     ]
+    if not report.get('walltime_s'):
+        missing.append('walltime')
+    if not report.get('total_gpu_s') and not report.get('printed_qps'):
+        missing.append('total compute time')
     if missing:
         raise BenchError(
             'no performance report in the output of trtexec (missing: {}); '
@@ -95,11 +150,11 @@ def parse_report(text):
 def _derive(report):
     """Adds the rate of executions, and what to be wary of."""
     warnings = []
-    mean_s = report['gpu_ms'].get('mean', report['gpu_ms']['median']) / 1e3
+    mean_s = (report['gpu_ms'].get('mean') or report['gpu_ms']['median']) / 1e3
     total = report.get('total_gpu_s')
-    if total is None:
+    if not total:
         report['executions'] = None
-        rate = report.get('printed_qps') or 1e3 / report['latency_ms']['mean']
+        rate = report['printed_qps']
         warnings.append('no total compute time printed: the rate is the '
                         'printed throughput')
     else:

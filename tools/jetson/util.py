@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -60,6 +61,32 @@ def holding_signals():
             interrupt(name)
 
 
+def check_number(name, value, low, high, whole=False):
+    """Refuses a number that makes no sense.
+
+    Args:
+        name (str): of the argument, such as ``'min_seconds'``.
+        value (int | float): what was given.
+        low, high (float): the range, both ends included.
+        whole (bool): it must be an integer.
+
+    Returns:
+        int | float: the value.
+
+    Raises:
+        BenchError: not a number (NaN either), or out of range.
+    """
+    good = isinstance(value, int if whole else (int, float)) and \
+        not isinstance(value, bool) and math.isfinite(value) and \
+        low <= value <= high
+    if not good:
+        raise BenchError('--{} {}: expected a {}number from {:g} to '
+                         '{:g}'.format(
+                             name.replace('_', '-'), value,
+                             'whole ' if whole else '', low, high))
+    return value
+
+
 def read_text(path):
     """Returns the stripped text of a small file, or None if unreadable.
 
@@ -86,23 +113,34 @@ def under(sysroot, *parts):
     return os.path.join(sysroot, *[p.lstrip('/') for p in parts])
 
 
-def write_atomic(path, text):
-    """Writes a text file so that a reader never sees half of it.
+def write_bytes(path, data):
+    """Writes a file so that a reader never sees half of it.
 
     Args:
         path (str): where to write; its folder must exist.
-        text (str): the whole content.
+        data (bytes): the whole content.
+
+    Raises:
+        BenchError: it cannot be written.
     """
     temp = '{}.{}.tmp'.format(path, os.getpid())
     try:
-        with open(temp, 'w') as f:
-            f.write(text)
+        with open(temp, 'wb') as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
+    except OSError as e:
+        raise BenchError('cannot write {}: {}'.format(path,
+                                                      e.strerror)) from e
     finally:
         if os.path.exists(temp):
             os.remove(temp)
+
+
+def write_atomic(path, text):
+    """Writes a text as :func:`write_bytes` does."""
+    write_bytes(path, text.encode('utf-8', 'backslashreplace'))
 
 
 def write_json(path, value):
@@ -122,12 +160,12 @@ def read_json(path, what):
         BenchError: the file is missing or is not JSON.
     """
     try:
-        with open(path) as f:
+        with open(path, encoding='utf-8') as f:
             return json.load(f)
     except OSError as e:
         raise BenchError('cannot read {} {}: {}'.format(
             what, path, e.strerror)) from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BenchError('{} is not a {}: {}'.format(path, what, e)) from e
 
 
@@ -184,6 +222,22 @@ def run_tool(command, timeout=60):
     except OSError as e:
         return -1, str(e)
     return done.returncode, done.stdout.decode('utf-8', 'replace')
+
+
+def end_process(process, patience=3):
+    """Ends a process for certain: SIGTERM, then SIGKILL.
+
+    Args:
+        process (subprocess.Popen): may have ended already.
+        patience (float): s that it has for an orderly end.
+    """
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def duration_text(seconds):

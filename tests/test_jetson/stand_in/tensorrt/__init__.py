@@ -27,8 +27,12 @@ _cuda.fake_size.argtypes = [ctypes.c_void_p]
 _cuda.fake_size.restype = ctypes.c_long
 _cuda.fake_written.argtypes = [ctypes.c_void_p]
 _cuda.fake_computed.argtypes = [ctypes.c_void_p]
-_cuda.fake_busy.argtypes = [ctypes.c_double]
+_cuda.fake_busy.argtypes = [ctypes.c_void_p, ctypes.c_double]
+_cuda.fake_stream.argtypes = [ctypes.c_void_p]
+_Call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_cuda.fake_record.argtypes = [ctypes.c_void_p, _Call]
 calls = []
+built = []  # what each engine was built with
 plugins_ready = []
 
 
@@ -55,10 +59,19 @@ class NetworkDefinitionCreationFlag:
 
 if _GENERATION == '10':
     del NetworkDefinitionCreationFlag.EXPLICIT_BATCH
+    NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+
+
+class DeviceType:
+    GPU, DLA = 'gpu', 'dla'
+
+
+class IProfiler:
+    pass
 
 
 class BuilderFlag:
-    FP16, INT8 = 'FP16', 'INT8'
+    FP16, INT8, GPU_FALLBACK = 'FP16', 'INT8', 'GPU_FALLBACK'
 
 
 class LayerType:
@@ -124,12 +137,15 @@ class OnnxParser:
 
 
 class _Config:
-    __slots__ = ['flags', 'profiles', 'int8_calibrator', 'workspace'
-                 ] + ([] if _GENERATION == '10' else ['max_workspace_size'])
+    __slots__ = [
+        'flags', 'profiles', 'int8_calibrator', 'workspace', 'cache',
+        'default_device_type', 'DLA_core'
+    ] + ([] if _GENERATION == '10' else ['max_workspace_size'])
 
     def __init__(self):
         self.flags, self.profiles = [], []
-        self.int8_calibrator = self.workspace = None
+        self.int8_calibrator = self.workspace = self.cache = None
+        self.default_device_type, self.DLA_core = DeviceType.GPU, None
 
     def set_flag(self, flag):
         self.flags.append(flag)
@@ -151,6 +167,31 @@ if _GENERATION in ('8.6', '10'):
     _Config.set_memory_pool_limit = _limit
 
 
+class _Cache:
+
+    def __init__(self, data):
+        self.data = data
+
+    def serialize(self):
+        return self.data
+
+
+if _GENERATION != '7':
+
+    def _create(self, data):
+        calls.append('cache of {} bytes'.format(len(data)))
+        return _Cache(data)
+
+    def _set_cache(self, cache, ignore_mismatch):
+        assert ignore_mismatch is False
+        self.cache = cache
+        return cache.data in (b'', __version__.encode())
+
+    _Config.create_timing_cache = _create
+    _Config.set_timing_cache = _set_cache
+    _Config.get_timing_cache = lambda self: self.cache
+
+
 class _Profile(dict):
 
     def set_shape(self, name, low, best, high):
@@ -162,9 +203,13 @@ class Builder:
     def __init__(self, logger):
         assert plugins_ready, 'plugins must be registered first'
 
+    num_DLA_cores = 2
+
     def create_network(self, flags):
-        assert flags == (0 if _GENERATION == '10' else 1)
-        return _Network()
+        assert flags in ((0, 2) if _GENERATION == '10' else (1, ))
+        network = _Network()
+        network.strong = flags == 2
+        return network
 
     def create_builder_config(self):
         return _Config()
@@ -177,7 +222,15 @@ def _serialize(network, config):
     if config.workspace is None:
         assert config.max_workspace_size > 1 << 20
     dynamic = any(-1 in _Tensor(i).shape for i in network.graph.input)
-    if 'INT8' in config.flags:
+    if network.strong:
+        assert not {'FP16', 'INT8'} & set(config.flags), 'typed by the file'
+    if config.DLA_core is not None:
+        assert config.default_device_type == DeviceType.DLA
+        assert {'FP16', 'GPU_FALLBACK'} <= set(config.flags)
+    if config.cache:
+        config.cache.data = __version__.encode()
+    quantized = any(n.op_type == 'QuantizeLinear' for n in network.graph.node)
+    if 'INT8' in config.flags and not quantized:
         assert not dynamic or 'calibration profile' in config.flags
         calibrator = config.int8_calibrator
         names = [i.name for i in network.graph.input]
@@ -195,6 +248,8 @@ def _serialize(network, config):
         dict(
             tensors=tensors,
             nodes=len(network.graph.node),
+            dla=config.DLA_core,
+            flags=sorted(config.flags) + ['strong'] * network.strong,
             version=__version__)).encode()
 
 
@@ -211,12 +266,15 @@ else:
 
 class Runtime:
 
+    DLA_core = None
+
     def __init__(self, logger):
         pass
 
     def deserialize_cuda_engine(self, data):
         try:
             good = json.loads(data)['version'] == __version__
+            assert not good or json.loads(data)['dla'] == self.DLA_core
         except ValueError:
             good = False
         return _Engine(data) if good else None
@@ -228,6 +286,7 @@ class _Engine:
         self._data = data
         self._tensors = json.loads(data)['tensors']
         self._nodes = json.loads(data)['nodes']
+        built.append(json.loads(data))
 
     def serialize(self):
         return self._data
@@ -240,7 +299,8 @@ class _Context:
 
     def __init__(self, engine):
         self._engine, self._batch = engine, None
-        self._addresses, self._count = {}, 0
+        self._addresses, self._count, self._calls = {}, 0, []
+        self.profiler = None
 
     def _shape(self, tensor):
         return tuple(self._batch if d == -1 and self._batch else d
@@ -251,10 +311,29 @@ class _Context:
         self._batch = shape[0]
         return True
 
-    def _execute(self, addresses):
+    def execute_v2(self, addresses):
+        assert all(isinstance(a, int) for a in addresses)
+        for i in range(self._engine._nodes):
+            self.profiler.report_layer_time('node %d' % i, 1.5 + i)
+        return True
+
+    def _put(self, addresses, stream):
+        """Executes, or records that in a stream that is captured."""
+        assert isinstance(stream, int) and _cuda.fake_stream(stream)
+        addresses = list(addresses)
+        call = _Call(lambda s: self._execute(addresses, s))
+        if _cuda.fake_record(stream, call):
+            assert self._count, 'the first run must not be captured'
+            self._calls.append(call)
+            calls.append('captured')
+            return True
+        return self._execute(addresses, stream)
+
+    def _execute(self, addresses, stream):
         self._count += 1
-        _cuda.fake_busy(self._engine._nodes *
-                        float(os.environ.get('FAKE_LATENCY_S', '0.005')))
+        _cuda.fake_busy(
+            stream, self._engine._nodes *
+            float(os.environ.get('FAKE_LATENCY_S', '0.005')))
         how, _, number = os.environ.get('FAKE_DIE', '').partition(':')
         if number and self._count == int(number):
             if how == 'kill':
@@ -293,10 +372,10 @@ if _NAMED:
         c._addresses.__setitem__(n, a)
 
     def _v3(self, stream):
-        assert stream == 0x57 and isinstance(stream, int)
         calls.append('v3')
-        return self._execute(
-            [self._addresses[t['name']] for t in self._engine._tensors])
+        return self._put(
+            [self._addresses[t['name']] for t in self._engine._tensors],
+            stream)
 
     _Context.execute_async_v3 = _v3
 
@@ -311,8 +390,7 @@ if _NUMBERED:
     _Context.get_binding_shape = lambda c, i: c._shape(c._engine._tensors[i])
 
     def _v2(self, bindings, stream_handle):
-        assert stream_handle == 0x57
         calls.append('v2')
-        return self._execute(bindings)
+        return self._put(bindings, stream_handle)
 
     _Context.execute_async_v2 = _v2
