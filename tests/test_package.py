@@ -78,8 +78,10 @@ def installed(tmp_path_factory, wheel):
 
 def would_install(wheel, *options, python=sys.executable):
     """Names of what pip would install or replace."""
+    # on PYTHONPATH, the repository would count as installed
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     report = run(*PIP, '--python', python, 'install', '--dry-run',
-                 '--no-index', '--report', '-', *options, wheel)
+                 '--no-index', '--report', '-', *options, wheel, env=env)
     return [x['metadata']['name'] for x in json.loads(report)['install']]
 
 
