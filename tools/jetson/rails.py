@@ -76,7 +76,7 @@ def scope(total):
     """
     if total == [_BOARD_INPUT]:
         return ('power of the whole board at its input: module, carrier '
-                'board, fan and what hangs on USB')
+                'board, fan and USB devices')
     return ('power of the Jetson module; the carrier board (fan, USB, '
             'Ethernet, losses of its regulators) is not measured')
 
