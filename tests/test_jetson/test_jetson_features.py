@@ -45,6 +45,7 @@ def test_cuda_graph(tensorrt_env, tmp_path, model, generation):
     assert got['count'] >= 20 and min(got['latencies']) >= 0.010
     assert got['output'] == [pytest.approx(got['mean'], abs=1e-6)] * 2
     assert got['live'] == [7, 0] and got['info']['cuda_graph'] is True
+    assert got['renewed'] == [7, True]
 
 
 def test_cuda_graph_before_cuda_11_4(old_cuda_env, tmp_path, model):
@@ -57,6 +58,7 @@ def test_streams(tensorrt_env, tmp_path, model, generation):
     got = session(tensorrt_env, generation, tmp_path, model, streams=3)
     assert got['at_once'] == 3 and got['batch'] == 1
     assert got['live'] == [3 * 5, 0] and got['info']['streams'] == 3
+    assert got['renewed'] == [3 * 5, True]
     # the stand-in's streams run side by side
     assert 0.010 <= sorted(got['latencies'])[2] < 0.020
     assert got['output'] == [pytest.approx(got['mean'], abs=1e-6)] * 2
@@ -156,6 +158,17 @@ def test_errors_of_outputs(tmp_path, model, change, error):
     else:
         assert found == pytest.approx(error, rel=1e-2, abs=1e-6)
         assert got['agrees'] == (error < 1e-3)
+
+
+def test_another_place_in_memory_changes_no_output(model):
+    from jetson.backends import Options, open_session
+    opened = open_session('onnxruntime', model, Options(threads=1))
+    before, place = opened.outputs(), opened._run.__self__
+    opened.renew()
+    after = opened.outputs()
+    assert opened._run.__self__ is not place
+    assert before.keys() == after.keys() and before
+    assert all((before[k] == after[k]).all() for k in before)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import random
 import re
 import sys
 
@@ -235,6 +236,44 @@ def test_a_whole_run_under_drift(tmp_path, monkeypatch, faster):
         assert found['low'] <= want <= found['high']
         assert found['ratio'] == pytest.approx(want)
         assert 'signed ranks' in found['method'] and '7' in found['method']
+
+
+def test_each_block_has_its_own_place_in_memory(tmp_path, monkeypatch):
+    """Equal models, slow or fast by where they lie: the interval says so."""
+    from jetson.backends import Options, Session
+    from jetson.protocol import Run, Settings
+    chance, sessions = random.Random(0), []
+
+    class Placed(Session):
+        places, factor = 0, 1.
+
+        def renew(self):
+            self.places += 1
+            self.factor = chance.uniform(1, 1.3)
+
+        def warm_up(self, *args):
+            return dict(settled=True, seconds=0, count=1, median_ms=1)
+
+        def window(self, *args):
+            each = .01 * self.factor
+            return dict(start=0, end=50 * each, latencies=[each] * 50,
+                        count=50, notes=[])
+
+    def open_session(*args):
+        sessions.append(
+            Placed(dict(x=(1, 3)), dict(backend='own', precision='fp32')))
+        return sessions[-1]
+
+    monkeypatch.setattr('jetson.protocol.open_session', open_session)
+    model = helpers.write(tmp_path, 'm.onnx', 'x')
+    result = Run([('a', model), ('b', model)], 'a', 'own', Options(),
+                 Settings(), None, str(tmp_path / 'r.json'),
+                 str(tmp_path)).execute()
+    # the first block has the place of loading
+    assert [s.places for s in sessions] == [6, 6]
+    found = result['comparisons'][0]['fps']
+    assert found['low'] < 1 < found['high']
+    assert found['high'] - found['low'] > .05
 
 
 def test_compare(tmp_path, models):

@@ -24,11 +24,17 @@ TYPES = {
 class OrtSession(Session):
     """One ``InferenceSession`` with fixed inputs."""
 
-    def __init__(self, session, feeds, info):
+    def __init__(self, session, make, feeds, info):
         super().__init__({k: v.shape for k, v in feeds.items()}, info)
-        self._run = session.run
+        self._run, self._make = session.run, make
         self._names = [o.name for o in session.get_outputs()]
         self._feeds = feeds
+
+    def renew(self):
+        """Makes the session again; see ``Session.renew``."""
+        self._run = None  # frees memory before more is taken
+        self._run = self._make().run
+        self.infer()
 
     def infer(self):
         """Runs the model once; outputs are numpy arrays."""
@@ -70,8 +76,12 @@ def load(path, options):
         p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider')
         if p in ort.get_available_providers()
     ]
+
+    def make():
+        return ort.InferenceSession(path, settings, providers=providers)
+
     try:
-        session = ort.InferenceSession(path, settings, providers=providers)
+        session = make()
     except Exception as e:  # its errors have no common class
         raise BenchError('ONNX Runtime cannot load {}: {}'.format(
             path, e)) from e
@@ -89,7 +99,7 @@ def load(path, options):
         precision=stored,
         providers=session.get_providers(),
         threads=options.threads or 'all of {}'.format(_cores()))
-    return OrtSession(session, feeds, info)
+    return OrtSession(session, make, feeds, info)
 
 
 def _cores():

@@ -214,19 +214,29 @@ class TensorrtSession(Session):
     """An engine with a lane for every stream."""
 
     def __init__(self, trt, engine, options, info):
-        cuda = Cuda()
+        self._cuda, self._options = Cuda(), options
         self._trt, self._engine, self._lanes = trt, engine, []
-        try:
-            for _ in range(options.streams):
-                self._lanes.append(Lane(cuda, trt, engine, options))
-        except BaseException:
-            self.close()
-            raise
+        self._open_lanes()
         super().__init__(
             {t.name: t.shape
              for t in self._lanes[0].tensors if t.is_input},
-            dict(info, cuda=cuda.version()))
+            dict(info, cuda=self._cuda.version()))
         self.at_once = options.streams
+
+    def _open_lanes(self):
+        try:
+            for _ in range(self._options.streams):
+                self._lanes.append(
+                    Lane(self._cuda, self._trt, self._engine, self._options))
+        except BaseException:
+            self.close()
+            raise
+
+    def renew(self):
+        """Takes other buffers for the engine; see ``Session.renew``."""
+        self._close_lanes()
+        self._open_lanes()
+        self.infer()
 
     def infer(self):
         """Runs one inference in every stream, and waits for all."""
@@ -262,10 +272,13 @@ class TensorrtSession(Session):
 
     def close(self):
         """Frees all lanes, then the engine."""
+        self._close_lanes()
+        self._engine = None
+
+    def _close_lanes(self):
         for lane in self._lanes:
             lane.close()
         self._lanes = []
-        self._engine = None
 
 
 def load(path, options):

@@ -265,7 +265,7 @@ def main(argv=None):
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has gone: nothing to tell anyone
         return 1
-    except (OSError, MemoryError) as e:  # a full disk, a right that lacks
+    except (OSError, MemoryError) as e:  # a full disk, a missing right
         to_stderr('error: {}'.format(e if str(e) else 'out of memory'))
         return 1
     return 0

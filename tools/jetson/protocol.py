@@ -5,9 +5,11 @@
 2. Every model is warmed up until its median latency has settled.
 3. Blocks: in each, all models take turns in one order and back, A B B A, so
    that all have the same middle and a steady drift cancels. The order of a
-   block is random, the next block has it reversed, and so on. In each turn a
-   model is warmed up shortly, then timed in one window; FPS, latency, power
-   and energy all come from it.
+   block is random, the next block has it reversed, and so on. Before a block
+   each model is placed in memory again: that place has a share in its speed,
+   so blocks of one placement would all share one error. In each turn a model
+   is warmed up shortly, then timed in one window; FPS, latency, power and
+   energy all come from it.
 4. Idle power again. The state of the device is recorded at every step.
 
 Nothing is dropped or chosen: all windows are in the result, and whatever
@@ -188,6 +190,8 @@ class Run:
             self._warm_up()
             for block, order in enumerate(
                     schedule(len(self._models), self.settings.repeats)):
+                for session in self._sessions.values() if block else ():
+                    session.renew()
                 for place in order:
                     self._window(self.result['models'][place], block)
             self._idle()
