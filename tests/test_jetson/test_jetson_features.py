@@ -45,7 +45,6 @@ def test_cuda_graph(tensorrt_env, tmp_path, model, generation):
     assert got['count'] >= 20 and min(got['latencies']) >= 0.010
     assert got['output'] == [pytest.approx(got['mean'], abs=1e-6)] * 2
     assert got['live'] == [7, 0] and got['info']['cuda_graph'] is True
-    assert got['renewed'] == [7, True]
 
 
 def test_cuda_graph_before_cuda_11_4(old_cuda_env, tmp_path, model):
@@ -58,7 +57,6 @@ def test_streams(tensorrt_env, tmp_path, model, generation):
     got = session(tensorrt_env, generation, tmp_path, model, streams=3)
     assert got['at_once'] == 3 and got['batch'] == 1
     assert got['live'] == [3 * 5, 0] and got['info']['streams'] == 3
-    assert got['renewed'] == [3 * 5, True]
     # the stand-in's streams run side by side
     assert 0.010 <= sorted(got['latencies'])[2] < 0.020
     assert got['output'] == [pytest.approx(got['mean'], abs=1e-6)] * 2
@@ -160,13 +158,15 @@ def test_errors_of_outputs(tmp_path, model, change, error):
         assert got['agrees'] == (error < 1e-3)
 
 
-def test_another_place_in_memory_changes_no_output(model):
+def test_a_pause_changes_no_output_and_ends_threads(model):
     from jetson.backends import Options, open_session
-    opened = open_session('onnxruntime', model, Options(threads=1))
-    before, place = opened.outputs(), opened._run.__self__
-    opened.renew()
+    opened = open_session('onnxruntime', model, Options(threads=4))
+    before, threads = opened.outputs(), len(os.listdir('/proc/self/task'))
+    opened.pause()
+    assert len(os.listdir('/proc/self/task')) <= threads - 3
+    opened.resume()
+    opened.resume()
     after = opened.outputs()
-    assert opened._run.__self__ is not place
     assert before.keys() == after.keys() and before
     assert all((before[k] == after[k]).all() for k in before)
 

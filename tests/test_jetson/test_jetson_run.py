@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import random
 import re
 import sys
 
@@ -238,42 +237,42 @@ def test_a_whole_run_under_drift(tmp_path, monkeypatch, faster):
         assert 'signed ranks' in found['method'] and '7' in found['method']
 
 
-def test_each_block_has_its_own_place_in_memory(tmp_path, monkeypatch):
-    """Equal models, slow or fast by where they lie: the interval says so."""
+def test_only_the_model_whose_turn_it_is_holds_threads(tmp_path, monkeypatch):
     from jetson.backends import Options, Session
     from jetson.protocol import Run, Settings
-    chance, sessions = random.Random(0), []
+    sessions = []
 
-    class Placed(Session):
-        places, factor = 0, 1.
+    class Threaded(Session):
+        awake, windows = True, 0
 
-        def renew(self):
-            self.places += 1
-            self.factor = chance.uniform(1, 1.3)
+        def pause(self):
+            self.awake = False
+
+        def resume(self):
+            self.awake = True
 
         def warm_up(self, *args):
+            assert [s for s in sessions if s.awake] == [self]
             return dict(settled=True, seconds=0, count=1, median_ms=1)
 
         def window(self, *args):
-            each = .01 * self.factor
-            return dict(start=0, end=50 * each, latencies=[each] * 50,
-                        count=50, notes=[])
+            assert [s for s in sessions if s.awake] == [self]
+            self.windows += 1
+            return dict(start=0, end=.5, latencies=[.01] * 50, count=50,
+                        notes=[])
 
     def open_session(*args):
         sessions.append(
-            Placed(dict(x=(1, 3)), dict(backend='own', precision='fp32')))
+            Threaded(dict(x=(1, 3)), dict(backend='own', precision='fp32')))
         return sessions[-1]
 
     monkeypatch.setattr('jetson.protocol.open_session', open_session)
     model = helpers.write(tmp_path, 'm.onnx', 'x')
-    result = Run([('a', model), ('b', model)], 'a', 'own', Options(),
-                 Settings(), None, str(tmp_path / 'r.json'),
-                 str(tmp_path)).execute()
-    # the first block has the place of loading
-    assert [s.places for s in sessions] == [6, 6]
-    found = result['comparisons'][0]['fps']
-    assert found['low'] < 1 < found['high']
-    assert found['high'] - found['low'] > .05
+    Run([('a', model), ('b', model), ('c', model)], 'a', 'own', Options(),
+        Settings(repeats=2), None, str(tmp_path / 'r.json'),
+        str(tmp_path)).execute()
+    assert [s.windows for s in sessions] == [4, 4, 4]
+    assert not any(s.awake for s in sessions)
 
 
 def test_compare(tmp_path, models):

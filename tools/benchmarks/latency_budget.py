@@ -157,37 +157,26 @@ def export(model, plan, samples, shape, path) -> None:
             opset_version=13)
 
 
-def time_together(paths: dict, shape, threads: int, repeats: int,
-                  rounds: int = 8) -> dict:
-    """Latencies in ms, one after the other in every repeat.
-
-    Each round makes new sessions: one and the same file takes up to half as
-    long again in some sessions, as long as they live, depending on where its
-    memory happens to lie.
+def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
+    """Latencies in ms, one after the other in every repeat, the order
+    reversed from one to the next. One session is alive at a time: beside the
+    threads of others some take up to half as long again, as chance has it.
     """
-    import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     feed = dict(input=np.random.rand(*shape).astype(np.float32))
     times, order = {name: [] for name in paths}, list(paths)
-    for _ in range(rounds):
-        sessions = {
-            name: onnxruntime.InferenceSession(paths[name], options,
-                                               ['CPUExecutionProvider'])
-            for name in order
-        }
+    for _ in range(repeats):
+        for name in order:
+            session = onnxruntime.InferenceSession(paths[name], options,
+                                                   ['CPUExecutionProvider'])
+            for number in range(6):
+                start = time.perf_counter()
+                session.run(None, feed)
+                if number >= 3:  # its memory and caches first
+                    times[name].append((time.perf_counter() - start) * 1e3)
+            del session
         order.reverse()
-        for repeat in range(-(-repeats // rounds) + 2):
-            for name, session in sessions.items():
-                # its own memory and caches first, and the threads of the one
-                # before go to sleep
-                for _ in range(2):
-                    session.run(None, feed)
-                for _ in range(3):
-                    start = time.perf_counter()
-                    session.run(None, feed)
-                    if repeat >= 2:
-                        times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 

