@@ -237,44 +237,6 @@ def test_a_whole_run_under_drift(tmp_path, monkeypatch, faster):
         assert 'signed ranks' in found['method'] and '7' in found['method']
 
 
-def test_only_the_model_whose_turn_it_is_holds_threads(tmp_path, monkeypatch):
-    from jetson.backends import Options, Session
-    from jetson.protocol import Run, Settings
-    sessions = []
-
-    class Threaded(Session):
-        awake, windows = True, 0
-
-        def pause(self):
-            self.awake = False
-
-        def resume(self):
-            self.awake = True
-
-        def warm_up(self, *args):
-            assert [s for s in sessions if s.awake] == [self]
-            return dict(settled=True, seconds=0, count=1, median_ms=1)
-
-        def window(self, *args):
-            assert [s for s in sessions if s.awake] == [self]
-            self.windows += 1
-            return dict(start=0, end=.5, latencies=[.01] * 50, count=50,
-                        notes=[])
-
-    def open_session(*args):
-        sessions.append(
-            Threaded(dict(x=(1, 3)), dict(backend='own', precision='fp32')))
-        return sessions[-1]
-
-    monkeypatch.setattr('jetson.protocol.open_session', open_session)
-    model = helpers.write(tmp_path, 'm.onnx', 'x')
-    Run([('a', model), ('b', model), ('c', model)], 'a', 'own', Options(),
-        Settings(repeats=2), None, str(tmp_path / 'r.json'),
-        str(tmp_path)).execute()
-    assert [s.windows for s in sessions] == [4, 4, 4]
-    assert not any(s.awake for s in sessions)
-
-
 def test_compare(tmp_path, models):
     for name, board in (('one', 'xavier_jp4'), ('two', 'xavier_jp5')):
         root = make_board(tmp_path / (name + '-root'), board)

@@ -159,8 +159,9 @@ def export(model, plan, samples, shape, path) -> None:
 
 def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
     """Latencies in ms, one after the other in every repeat, the order
-    reversed from one to the next. One session is alive at a time: beside the
-    threads of others some take up to half as long again, as chance has it.
+    reversed from one to the next. One session is alive at a time: in turns as
+    short as these, beside the threads of others, some take up to twice as
+    long, as chance has it.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

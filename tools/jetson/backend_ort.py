@@ -24,21 +24,11 @@ TYPES = {
 class OrtSession(Session):
     """One ``InferenceSession`` with fixed inputs."""
 
-    def __init__(self, session, make, feeds, info):
+    def __init__(self, session, feeds, info):
         super().__init__({k: v.shape for k, v in feeds.items()}, info)
-        self._run, self._make = session.run, make
+        self._run = session.run
         self._names = [o.name for o in session.get_outputs()]
         self._feeds = feeds
-
-    def pause(self):
-        """Drops the session: beside the threads of another one that is alive
-        it takes up to half as long again, or not, as chance has it."""
-        self._run = None
-
-    def resume(self):
-        """Makes the session again."""
-        if self._run is None:
-            self._run = self._make().run
 
     def infer(self):
         """Runs the model once; outputs are numpy arrays."""
@@ -50,7 +40,7 @@ class OrtSession(Session):
 
     def close(self):
         """Drops the session."""
-        self.pause()
+        self._run = None
 
 
 def load(path, options):
@@ -80,12 +70,8 @@ def load(path, options):
         p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider')
         if p in ort.get_available_providers()
     ]
-
-    def make():
-        return ort.InferenceSession(path, settings, providers=providers)
-
     try:
-        session = make()
+        session = ort.InferenceSession(path, settings, providers=providers)
     except Exception as e:  # its errors have no common class
         raise BenchError('ONNX Runtime cannot load {}: {}'.format(
             path, e)) from e
@@ -103,7 +89,7 @@ def load(path, options):
         precision=stored,
         providers=session.get_providers(),
         threads=options.threads or 'all of {}'.format(_cores()))
-    return OrtSession(session, make, feeds, info)
+    return OrtSession(session, feeds, info)
 
 
 def _cores():

@@ -160,12 +160,6 @@ class Session:
         """Shows whether the model runs at all."""
         self.infer()
 
-    def pause(self):
-        """Lets go of threads, which would slow other models meanwhile."""
-
-    def resume(self):
-        """Takes them again; does nothing where it was not paused."""
-
     def warm_up(self, min_seconds=1.0, max_seconds=60.0):
         """Warms up; see ``timing.warm_up``."""
         return warm_up(self.infer, min_seconds, max_seconds)

@@ -7,7 +7,7 @@
    that all have the same middle and a steady drift cancels. The order of a
    block is random, the next block has it reversed, and so on. In each turn a
    model is warmed up shortly, then timed in one window; FPS, latency, power
-   and energy all come from it. Between its turns a model holds no threads.
+   and energy all come from it.
 4. Idle power again. The state of the device is recorded at every step.
 
 Nothing is dropped or chosen: all windows are in the result, and whatever
@@ -220,7 +220,6 @@ class Run:
             check = extras.check_outputs(
                 session, path,
                 self._options.images) if self.settings.check else None
-            session.pause()
             self.result['models'].append(
                 dict(
                     name=name,
@@ -262,10 +261,8 @@ class Run:
             self._progress.step('warming up ' + model['name'],
                                 self.settings.warm_seconds)
             session = self._sessions[model['name']]
-            session.resume()
             model['warm_up'] = session.warm_up(self.settings.warm_seconds,
                                                self.settings.max_warm_seconds)
-            session.pause()
 
     def _window(self, model, block):
         s, repeat = self.settings, len(model['windows'])
@@ -274,13 +271,11 @@ class Run:
                                          TURNS * s.repeats),
             s.min_seconds + s.rewarm_seconds)
         session = self._sessions[model['name']]
-        session.resume()
         # The state is read first: the device must not rest before the window.
         before = device.snapshot(self.sysroot)
         if s.rewarm_seconds and model['engine']['backend'] != 'trtexec':
             session.warm_up(s.rewarm_seconds, s.rewarm_seconds)
         raw = session.window(s.min_seconds, s.min_count)
-        session.pause()
         after = device.snapshot(self.sysroot)
         seconds = raw['end'] - raw['start']
         images = raw['count'] * model['batch'] * session.at_once
@@ -313,7 +308,6 @@ class Run:
         """What would disturb the windows comes after them."""
         for model in self.result['models']:
             session = self._sessions[model['name']]
-            session.resume()
             if self.settings.profile:
                 self._progress.step('layers of ' + model['name'])
                 model['layers'] = session.layers(_PROFILED)
@@ -321,7 +315,6 @@ class Run:
                 self._progress.step('stages of ' + model['name'])
                 model['stages'] = extras.stages(
                     session, self._options.images, self.settings.stages)
-            session.pause()
         self.save()
 
     def _energy(self, start, end):
