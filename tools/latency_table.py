@@ -16,6 +16,7 @@
 import argparse
 import json
 import os.path as osp
+import subprocess
 import sys
 import warnings
 
@@ -31,9 +32,6 @@ from mmbasis.planning import LatencyTable, refine
 from mmbasis.planning.layers import FORMS
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
-
-# the benchmark of the Jetson tool
-sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
 
 
 def _shape(text: str) -> tuple:
@@ -137,25 +135,26 @@ def export(args: argparse.Namespace) -> None:
     Console().print(f'{count} models in {args.out}')
 
 
+def measure_table(folder: str, out: str, *options: object) -> int:
+    """Time the models of a folder by the Jetson tool; its exit status.
+
+    It runs in a process of its own: in one that has used PyTorch the same
+    models take longer, each by another factor.
+    """
+    program = osp.join(osp.dirname(osp.abspath(__file__)), 'jetson_bench.py')
+    return subprocess.run([
+        sys.executable, program, 'layers', folder, '--out', out,
+        *map(str, options)
+    ], stdout=subprocess.DEVNULL).returncode
+
+
 def measure(args: argparse.Namespace) -> int:
-    """Time the models through the benchmark of the Jetson tool."""
-    from jetson.backends import Options
-    from jetson.layers import measure_table
-    from jetson.util import BenchError
-    console = Console(stderr=True)
-    try:
-        measure_table(
-            args.folder,
-            args.out,
-            args.backend,
-            Options(precision=args.precision, threads=args.threads),
-            rounds=args.rounds,
-            seconds=args.seconds,
-            listener=console.print)
-    except BenchError as error:
-        console.print(f'error: {error}', soft_wrap=True)
-        return 1
-    return 0
+    """Time the models."""
+    options = []
+    for key in ('backend', 'precision', 'threads', 'rounds', 'seconds'):
+        if getattr(args, key) is not None:
+            options += [f'--{key}', getattr(args, key)]
+    return measure_table(args.folder, args.out, *options)
 
 
 def refine_table(args: argparse.Namespace) -> None:

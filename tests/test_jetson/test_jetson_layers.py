@@ -84,6 +84,60 @@ def test_other_conditions_are_refused(folder, tmp_path):
     assert out.read_text() == before
 
 
+def with_model(folder):
+    """Says that the second file is a whole network."""
+    index = json.loads((folder / 'index.json').read_text())
+    index['entries'][1]['role'] = 'model'
+    (folder / 'index.json').write_text(json.dumps(index))
+
+
+def test_a_whole_network_is_measured_three_times(folder, tmp_path):
+    with_model(folder)
+    out = tmp_path / 't.json'
+    status, _, err = measure(folder, out)
+    assert status == 0, err
+    told = [x.split()[3] for x in err.splitlines() if ' of 5: ' in x]
+    assert told == ['conv/128', 'conv/4', 'conv/128', 'conv/8', 'conv/128']
+    table = json.loads(out.read_text())
+    # in the order of the index, once
+    ids = [e['id'] for e in table['entries']]
+    assert ids == ['conv/4', 'conv/128', 'conv/8']
+    network = table['entries'][1]
+    assert network['median_ms'] == sorted(network['visits_ms'])[1]
+    assert network['count'] >= 3 * 3 * 5
+    apart = max(network['visits_ms']) - min(network['visits_ms'])
+    assert network['noise_ms'] >= apart / 2
+    # as if stopped before the last visit
+    network['visits_ms'].pop()
+    out.write_text(json.dumps(dict(table, status='partial')))
+    assert measure(folder, out)[0] == 0
+    again = json.loads(out.read_text())['entries'][1]['visits_ms']
+    assert len(again) == 3 and again[:2] == network['visits_ms']
+
+
+def test_a_network_that_is_not_steady_is_flagged(folder, tmp_path,
+                                                 monkeypatch):
+    with_model(folder)
+    import jetson.layers as layers
+    real, factors = layers.measure, iter([1, 1, 1.2, 1, 1])
+    steady = {}
+
+    def measure(session, **protocol):
+        factor = next(factors)
+        found = steady.setdefault('all', real(session, **protocol))
+        return dict(found, median_ms=found['median_ms'] * factor)
+
+    monkeypatch.setattr(layers, 'measure', measure)
+    table = measure_table(
+        str(folder), str(tmp_path / 't.json'), 'onnxruntime',
+        Options(threads=1), 1, .01, 2)
+    flag, = table['flags']
+    assert flag['code'] == 'unsteady_model'
+    assert flag['text'].startswith('conv/128 took ')
+    visits = table['entries'][1]['visits_ms']
+    assert table['entries'][1]['median_ms'] == min(visits)
+
+
 CLOCK = 'sys/class/devfreq/17000000.gv11b/'
 CPU = 'sys/devices/system/cpu/cpufreq/policy0/scaling_'
 

@@ -21,7 +21,6 @@ import json
 import os
 import os.path as osp
 import sys
-import time
 import warnings
 from collections import Counter
 from datetime import datetime
@@ -32,6 +31,7 @@ import torch
 from bench_utils import command
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
+from onnx_timing import time_together
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +52,7 @@ from mmbasis.utils.io import write_atomically
 
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 
-from latency_table import _shape, samples_for  # noqa: E402
+from latency_table import _shape, measure_table, samples_for  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--ranks', type=int, default=8)
     parser.add_argument('--round-to', type=int, default=8)
     parser.add_argument('--seconds', type=float, default=.3)
-    parser.add_argument('--repeats', type=int, default=40)
+    parser.add_argument('--turns', type=int, default=10)
     return parser.parse_args()
 
 
@@ -85,20 +85,14 @@ def build_model(cfg, checkpoint):
 
 def measure_layers(args, model, samples) -> LatencyTable:
     """Export and measure the table; goes on where it stopped."""
-    from jetson.backends import Options
-    from jetson.layers import measure_table
     folder = osp.join(args.work_dir, 'layers')
     path = osp.join(args.work_dir, 'table.json')
     if not osp.isfile(osp.join(folder, 'index.json')):
         export_layers(folder, model, args.input_shape, samples, args.ranks,
                       args.round_to)
-    measure_table(
-        folder,
-        path,
-        'onnxruntime',
-        Options(threads=args.threads),
-        seconds=args.seconds,
-        listener=Console(stderr=True).print)
+    if measure_table(folder, path, '--backend', 'onnxruntime', '--threads',
+                     args.threads, '--seconds', args.seconds):
+        raise SystemExit(1)
     return LatencyTable.load(path)
 
 
@@ -157,30 +151,6 @@ def export(model, plan, samples, shape, path) -> None:
             opset_version=13)
 
 
-def time_together(paths: dict, shape, threads: int, repeats: int) -> dict:
-    """Latencies in ms, one after the other in every repeat, the order
-    reversed from one to the next. One session is alive at a time: in turns as
-    short as these, beside the threads of others, some take up to twice as
-    long, as chance has it.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    feed = dict(input=np.random.rand(*shape).astype(np.float32))
-    times, order = {name: [] for name in paths}, list(paths)
-    for _ in range(repeats):
-        for name in order:
-            session = onnxruntime.InferenceSession(paths[name], options,
-                                                   ['CPUExecutionProvider'])
-            for number in range(6):
-                start = time.perf_counter()
-                session.run(None, feed)
-                if number >= 3:  # its memory and caches first
-                    times[name].append((time.perf_counter() - start) * 1e3)
-            del session
-        order.reverse()
-    return times
-
-
 def batch_for(cfg, shape, samples) -> dict:
     """A batch of noise, as the model's preprocessor takes it."""
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -216,7 +186,7 @@ def main() -> None:
             export(model, chosen[name], samples, args.input_shape,
                    paths[name])
         return time_together(paths, args.input_shape, args.threads,
-                             args.repeats)
+                             args.turns)
 
     times = time_chosen()
     refined = osp.join(args.work_dir, 'refined.json')
@@ -251,7 +221,7 @@ def main() -> None:
         weights=args.checkpoint or 'random',
         device=table.target['device'],
         threads=args.threads,
-        repeats=args.repeats,
+        turns=args.turns,
         date=datetime.now().isoformat(timespec='seconds'),
         command=command(),
         versions=dict(

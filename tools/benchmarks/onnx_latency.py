@@ -26,8 +26,8 @@ from latency_budget import (
     export,
     kept,
     samples_for,
-    time_together,
 )
+from onnx_timing import time_together
 from rich.console import Console
 
 from mmbasis.compression import Recipe, analyze, make_plan
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
         '--models', nargs='+', choices=list(MODELS), default=list(MODELS))
     parser.add_argument('--checkpoint', help='of the one model; else random')
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--repeats', type=int, default=20)
+    parser.add_argument('--turns', type=int, default=10)
     parser.add_argument('--size', type=int, help='of images; for a dry run')
     parser.add_argument('--out', required=True, help='.json and .md to write')
     args = parser.parse_args()
@@ -101,7 +101,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
                     predicted=time['after'] / time['before'])
             paths[row] = osp.join(folder, f'{number}.onnx')
             export(model, plan, samples, shape, paths[row])
-        times = time_together(paths, shape, args.threads, args.repeats)
+        times = time_together(paths, shape, args.threads, args.turns)
     dense = np.median(times['dense'])
     for row, values in times.items():
         rows[row].update(
@@ -132,7 +132,7 @@ def main() -> None:
         date=datetime.now().isoformat(timespec='seconds'),
         machine=platform.machine(),
         threads=args.threads,
-        repeats=args.repeats,
+        turns=args.turns,
         torch=torch.__version__,
         onnxruntime=onnxruntime.__version__,
         weights=args.checkpoint or 'random',

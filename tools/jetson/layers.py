@@ -25,6 +25,11 @@ Output, a JSON table::
 ``median_ms`` is the median over all latencies; ``noise_ms`` half the range
 of the medians of the rounds: two entries that differ by less are equal. The
 table is written after every entry; a second call does only what is missing.
+
+A plan depends on the entries of whole networks (``role`` ``"model"``) more
+than on all others. They are measured at the start, in the middle and at the
+end; ``visits_ms`` has the three medians, ``median_ms`` the one between, and a
+flag says so where they are more than 5 % apart.
 """
 import os
 
@@ -45,6 +50,8 @@ from .util import (
 SCHEMA = 'mmbasis.latency_table'
 #: of index and table, with what an entry of a layer must have
 VERSIONS = {1: ('rank', ), 2: ('form', 'rank', 'input_rank')}
+#: how far apart the three medians of a whole network may be, as a share
+STEADY = .05
 
 
 def read_index(folder):
@@ -187,15 +194,15 @@ def measure_table(folder,
     if not os.path.isdir(os.path.dirname(out) or '.'):
         raise BenchError('--out {}: there is no such folder'.format(out))
     index = read_index(folder)
-    entries = index['entries']
+    order = _order(index['entries'])
     state = device.snapshot(sysroot)
     protocol = dict(rounds=rounds, seconds=seconds, min_count=min_count)
-    table, done = None, {}
-    tell = _teller(len(entries), listener)
-    for i, entry in enumerate(entries):
+    table, done, seen = None, {}, []
+    tell = _teller(len(order), listener)
+    for i, (entry, visit) in enumerate(order):
         path = os.path.join(folder, entry['onnx'])
         key = (entry['id'], sha256(path))
-        if key not in done:
+        if _visits(done.get(key)) < visit:
             tell(i, entry['id'])
             session = _open(entry, path, backend, options)
             try:
@@ -209,23 +216,81 @@ def measure_table(folder,
                         'has one precision'.format(entry['id'],
                                                    session.info['precision'],
                                                    table['precision']))
-                if key not in done:
+                if _visits(done.get(key)) < visit:
+                    found = measure(session, **protocol)
                     done[key] = dict(
                         entry,
                         onnx_sha256=key[1],
-                        **measure(session, **protocol))
+                        **_with_earlier(done.get(key), entry, found))
             finally:
                 session.close()
-        table['entries'].append(done[key])
+        if key not in seen:
+            seen.append(key)
+        table['entries'] = [done[k] for k in seen]
         # At once, so that a table that ends here does not hide it.
-        for code, text in device.changes(state, device.snapshot(sysroot)):
-            if (code, text) not in [(f['code'], f['text'])
-                                    for f in table['flags']]:
-                table['flags'].append(dict(code=code, text=text))
+        _flag(table, device.changes(state, device.snapshot(sysroot)))
         _write(out, table, done)
+    in_index = {e['id']: n for n, e in enumerate(index['entries'])}
+    table['entries'].sort(key=lambda e: in_index[e['id']])
+    _flag(table, _unsteady(table['entries']))
     table['status'] = 'complete'
     write_json(out, table)
     return table
+
+
+def _order(entries):
+    """Returns what to measure: entries, and which visit of each it is."""
+    models = [e for e in entries if e.get('role') == 'model']
+    others = [e for e in entries if e.get('role') != 'model']
+    half = len(others) // 2
+    if not models:
+        return [(e, 1) for e in others]
+    return ([(e, 1) for e in models] + [(e, 1) for e in others[:half]] +
+            [(e, 2) for e in models] + [(e, 1) for e in others[half:]] +
+            [(e, 3) for e in models])
+
+
+def _visits(entry):
+    """Returns how often an entry of a table was measured."""
+    return len(entry.get('visits_ms', [0])) if entry else 0
+
+
+def _with_earlier(earlier, entry, found):
+    """Adds what a visit found to those before it, for a whole network."""
+    if entry.get('role') != 'model':
+        return found
+    visits = (earlier or {}).get('visits_ms', []) + [found['median_ms']]
+    ordered = sorted(visits)
+    noise = (ordered[-1] - ordered[0]) / 2
+    return dict(
+        found,
+        median_ms=quantile(ordered, .5),
+        noise_ms=max(noise, found['noise_ms']),
+        count=found['count'] + (earlier or {}).get('count', 0),
+        settled=found['settled'] and (earlier or {}).get('settled', True),
+        visits_ms=visits)
+
+
+def _unsteady(entries):
+    """Yields flags of the networks whose visits are too far apart."""
+    for entry in entries:
+        visits = entry.get('visits_ms', [0])
+        if max(visits) - min(visits) > STEADY * entry['median_ms']:
+            yield ('unsteady_model',
+                   '{} took {} ms at the start, in the middle and at the end: '
+                   'something else ran meanwhile, or the machine is not '
+                   'steady. Measure the table again, or compare the network '
+                   'that you plan with it and refine the table'.format(
+                       entry['id'],
+                       ', '.join('{:.4g}'.format(x) for x in visits)))
+
+
+def _flag(table, flags):
+    """Adds to a table the flags that it does not have yet."""
+    for code, text in flags:
+        if (code, text) not in [(f['code'], f['text'])
+                                for f in table['flags']]:
+            table['flags'].append(dict(code=code, text=text))
 
 
 def _write(out, table, done):
