@@ -91,20 +91,21 @@ def with_model(folder):
     (folder / 'index.json').write_text(json.dumps(index))
 
 
-def test_a_whole_network_is_measured_three_times(folder, tmp_path):
+def test_a_whole_network_is_measured_from_start_to_end(folder, tmp_path):
     with_model(folder)
     out = tmp_path / 't.json'
     status, _, err = measure(folder, out)
     assert status == 0, err
-    told = [x.split()[3] for x in err.splitlines() if ' of 5: ' in x]
-    assert told == ['conv/128', 'conv/4', 'conv/128', 'conv/8', 'conv/128']
+    told = [x.split()[3] for x in err.splitlines() if ' of 7: ' in x]
+    assert [x for x in told if x != 'conv/128'] == ['conv/4', 'conv/8']
+    assert told[0] == told[-1] == 'conv/128' and told.index('conv/4') < 4
     table = json.loads(out.read_text())
     # in the order of the index, once
     ids = [e['id'] for e in table['entries']]
     assert ids == ['conv/4', 'conv/128', 'conv/8']
     network = table['entries'][1]
-    assert network['median_ms'] == sorted(network['visits_ms'])[1]
-    assert network['count'] >= 3 * 3 * 5
+    assert network['median_ms'] == sorted(network['visits_ms'])[2]
+    assert network['count'] >= 5 * 3 * 5
     apart = max(network['visits_ms']) - min(network['visits_ms'])
     assert network['noise_ms'] >= apart / 2
     # as if stopped before the last visit
@@ -112,14 +113,14 @@ def test_a_whole_network_is_measured_three_times(folder, tmp_path):
     out.write_text(json.dumps(dict(table, status='partial')))
     assert measure(folder, out)[0] == 0
     again = json.loads(out.read_text())['entries'][1]['visits_ms']
-    assert len(again) == 3 and again[:2] == network['visits_ms']
+    assert len(again) == 5 and again[:4] == network['visits_ms']
 
 
 def test_a_network_that_is_not_steady_is_flagged(folder, tmp_path,
                                                  monkeypatch):
     with_model(folder)
     import jetson.layers as layers
-    real, factors = layers.measure, iter([1, 1, 1.2, 1, 1])
+    real, factors = layers.measure, iter([1, 1, 1, 1.2, 1, 1, 1])
     steady = {}
 
     def measure(session, **protocol):

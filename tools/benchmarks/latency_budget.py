@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--ranks', type=int, default=8)
     parser.add_argument('--round-to', type=int, default=8)
     parser.add_argument('--seconds', type=float, default=.3)
-    parser.add_argument('--turns', type=int, default=10)
+    parser.add_argument('--turns', type=int, default=20)
     return parser.parse_args()
 
 

@@ -27,9 +27,10 @@ of the medians of the rounds: two entries that differ by less are equal. The
 table is written after every entry; a second call does only what is missing.
 
 A plan depends on the entries of whole networks (``role`` ``"model"``) more
-than on all others. They are measured at the start, in the middle and at the
-end; ``visits_ms`` has the three medians, ``median_ms`` the one between, and a
-flag says so where they are more than 5 % apart.
+than on all others, and a machine that is shared is faster at one minute than
+at another. So they are measured five times, from the start to the end:
+``visits_ms`` has the medians, ``median_ms`` the median of these, and a flag
+says so where they are more than 5 % apart.
 """
 import os
 
@@ -50,8 +51,9 @@ from .util import (
 SCHEMA = 'mmbasis.latency_table'
 #: of index and table, with what an entry of a layer must have
 VERSIONS = {1: ('rank', ), 2: ('form', 'rank', 'input_rank')}
-#: how far apart the three medians of a whole network may be, as a share
-STEADY = .05
+#: how often whole networks are measured, and how far apart their medians may
+#: be, as a share
+VISITS, STEADY = 5, .05
 
 
 def read_index(folder):
@@ -241,13 +243,13 @@ def measure_table(folder,
 def _order(entries):
     """Returns what to measure: entries, and which visit of each it is."""
     models = [e for e in entries if e.get('role') == 'model']
-    others = [e for e in entries if e.get('role') != 'model']
-    half = len(others) // 2
-    if not models:
-        return [(e, 1) for e in others]
-    return ([(e, 1) for e in models] + [(e, 1) for e in others[:half]] +
-            [(e, 2) for e in models] + [(e, 1) for e in others[half:]] +
-            [(e, 3) for e in models])
+    others = [(e, 1) for e in entries if e.get('role') != 'model']
+    order, parts = [], VISITS - 1
+    for visit in range(VISITS):
+        order += [(e, visit + 1) for e in models]
+        order += others[len(others) * visit // parts:len(others) *
+                        (visit + 1) // parts]
+    return order
 
 
 def _visits(entry):
@@ -277,7 +279,7 @@ def _unsteady(entries):
         visits = entry.get('visits_ms', [0])
         if max(visits) - min(visits) > STEADY * entry['median_ms']:
             yield ('unsteady_model',
-                   '{} took {} ms at the start, in the middle and at the end: '
+                   '{} took {} ms, from the start to the end: '
                    'something else ran meanwhile, or the machine is not '
                    'steady. Measure the table again, or compare the network '
                    'that you plan with it and refine the table'.format(
