@@ -138,8 +138,8 @@ def export(args: argparse.Namespace) -> None:
 def measure_table(folder: str, out: str, *options: object) -> int:
     """Time the models of a folder by the Jetson tool; its exit status.
 
-    It runs in a process of its own: in one that has used PyTorch the same
-    models take longer, each by another factor.
+    It runs in a process of its own, which has not loaded PyTorch: nothing but
+    the back end has threads and memory there.
     """
     program = osp.join(osp.dirname(osp.abspath(__file__)), 'jetson_bench.py')
     return subprocess.run([

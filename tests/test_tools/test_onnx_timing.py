@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""What is timed is timed in a process that has not loaded PyTorch."""
+"""ONNX files are timed in turns, in processes without PyTorch."""
 import subprocess
 import sys
 from pathlib import Path

@@ -212,7 +212,7 @@ def main() -> None:
             layers=len(ranks),
             forms=dict(Counter(x.form for x in ranks.values())),
             median_ms=float(np.median(times[name])),
-            quartiles_ms=np.percentile(times[name], [25, 75]).tolist(),
+            turns_ms=times[name],
             predicted_ms=table.predict(ranks),
             bytes=osp.getsize(paths[name]))
     report = dict(

@@ -106,7 +106,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     for row, values in times.items():
         rows[row].update(
             median_ms=float(np.median(values)),
-            quartiles_ms=np.percentile(values, [25, 75]).tolist(),
+            turns_ms=values,
             of_dense=float(np.median(values) / dense))
     return dict(config=config, input_shape=list(shape), rows=rows)
 

@@ -1,11 +1,13 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Times ONNX files in turns, in a process that has loaded NumPy and ONNX
-Runtime and nothing else.
+"""Times ONNX files in turns, each turn in a process of its own that has loaded
+NumPy and ONNX Runtime and nothing else.
 
-Inside a process that has used PyTorch the same files take up to 1.6 times as
-long, by an amount that changes from process to process and is not the same
-for all files. So benchmarks that have PyTorch loaded call `time_together`,
-which runs this file for each turn:
+A machine that is shared with others changes its speed for minutes, not by the
+same factor for all files: on two cores of one, half a ResNet-50 took 0.49 of
+the dense one at one minute and 0.57 ten minutes later. So files that are to be
+compared take turns, over a time that is longer than that where it can be.
+
+Benchmarks call `time_together`, which runs this file for each turn:
 
     echo '{"paths": ["a.onnx"], "shape": [1, 3, 224, 224], "threads": 2}' \\
         | python tools/benchmarks/onnx_timing.py
