@@ -1,12 +1,12 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Export a model through MMDeploy, check the graph, compare it with PyTorch.
 
-Writes into the work directory the ONNX files and report.json; exits with 1
-when ONNX Runtime and PyTorch differ beyond tolerance. The model is the
-stand-alone config that tools/compress.py wrote (or a dense one).
+Writes into the work directory the ONNX files, report.json and deploy.py, the
+complete deploy config; exits with 1 when ONNX Runtime and PyTorch differ
+beyond tolerance. The model is the stand-alone config that tools/compress.py
+wrote (or a dense one).
 
-    python tools/deploy.py \\
-        configs/deploy/classification_onnxruntime_static-32x32.py \\
+    python tools/deploy.py configs/deploy/classification_onnxruntime.py \\
         work_dirs/c/compressed.py work_dirs/c/compressed.pth \\
         image.jpg another.jpg --work-dir work_dirs/onnx
 """
@@ -17,7 +17,7 @@ import os.path as osp
 import sys
 import warnings
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.utils import mkdir_or_exist
 from rich.console import Console
 from rich.table import Table
@@ -27,10 +27,12 @@ from mmbasis.deploy import (
     calibration_images,
     check_tensorrt,
     compare,
+    complete_for_images,
     evaluate_onnx,
     merge_slow_layers,
+    parse_size,
     quantize_onnx,
-    trtexec_command,
+    trtexec_commands,
     write_calibration,
 )
 from mmbasis.utils import find_weights, load_config
@@ -48,9 +50,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'images',
         nargs='+',
-        help='real images to compare on; the first one '
-        'traces the model')
+        help='real images to compare on; the first traces the model')
     parser.add_argument('--work-dir', required=True)
+    parser.add_argument(
+        '--input-shape', nargs='+', metavar='HxW',
+        help="height x width (default: what the model's test pipeline makes "
+        'of the first image); for TensorRT with --dynamic also three: '
+        'smallest, best, largest')
+    parser.add_argument(
+        '--batch', type=int, metavar='N',
+        help='images at once (default 1); with --dynamic 1 to N in TensorRT')
+    parser.add_argument(
+        '--dynamic', action='store_true',
+        help='leave open the batch, and height and width in ONNX Runtime or '
+        'between three --input-shape')
+    parser.add_argument(
+        '--precision', choices=['fp32', 'fp16', 'int8'],
+        help='of the engine (default: as the deploy config says)')
     parser.add_argument(
         '--evaluate',
         action='store_true',
@@ -107,7 +123,7 @@ def quantize(deployment: Deployment, args: argparse.Namespace,
     if int8_of_tensorrt(deployment):
         path = osp.join(args.work_dir,
                         deployment.deploy_cfg.calib_config.calib_file)
-        write_calibration(path, images, deployment.partition is not None)
+        write_calibration(path, deployment, images)
         report['calibration'] = path
     if args.int8:
         path = osp.join(args.work_dir, 'int8.onnx')
@@ -119,16 +135,36 @@ def quantize(deployment: Deployment, args: argparse.Namespace,
     return report
 
 
+def complete_cfg(args: argparse.Namespace, cfg: Config) -> Config:
+    """The deploy config with all that was asked for."""
+    try:
+        sizes = args.input_shape and list(map(parse_size, args.input_shape))
+        deploy_cfg = complete_for_images(
+            args.deploy_cfg, cfg, args.images, sizes, args.batch, args.dynamic,
+            args.precision)
+        onnx = deploy_cfg.onnx_config
+        if (args.evaluate or args.int8) and not onnx.get('dynamic_axes') and (
+                onnx.get('batch_size', 1) > 1):
+            raise ValueError('--evaluate and --int8 take images one by one: '
+                             'leave out --batch, or add --dynamic')
+    except ValueError as error:
+        raise SystemExit(f'error: {error}') from error
+    return deploy_cfg
+
+
 def make_report(args: argparse.Namespace) -> dict:
     """Export, check, compare."""
     cfg = load_config(args.model_cfg, args.cfg_options, args.work_dir)
     checkpoint, merged = find_weights(args.checkpoint), None
+    deploy_cfg = complete_cfg(args, cfg)
     if args.merge:
-        cfg, checkpoint, merged = merge_slow_layers(args.deploy_cfg, cfg,
-                                                    checkpoint, args.table,
-                                                    args.work_dir)
-    deployment = Deployment(args.deploy_cfg, cfg, checkpoint)
+        cfg, checkpoint, merged = merge_slow_layers(
+            deploy_cfg, cfg, checkpoint, args.table, args.work_dir)
+    deployment = Deployment(deploy_cfg, cfg, checkpoint)
     files = deployment.export(args.images[0], args.work_dir)
+    write_atomically(
+        osp.join(args.work_dir, 'deploy.py'),
+        deployment.deploy_cfg.pretty_text)
     report = dict(
         deploy_cfg=args.deploy_cfg,
         model_cfg=args.model_cfg,
@@ -141,7 +177,7 @@ def make_report(args: argparse.Namespace) -> dict:
         tensorrt={path: check_tensorrt(path)
                   for path in files},
         trtexec=[
-            trtexec_command(deployment, path, i)
+            trtexec_commands(deployment, path, i)
             for i, path in enumerate(files)
         ])
     if merged is not None:
@@ -187,9 +223,11 @@ def print_report(report: dict) -> None:
     for key in ('metrics', 'int8', 'calibration', 'merged'):
         if key in report:
             console.print(f'{key}: {report[key]}')
-    console.print('To build the engine on the device:')
-    for command in report['trtexec']:
-        console.print(command, soft_wrap=True)
+    console.print('To build the engine on the device, by its TensorRT (8.5 '
+                  'is of JetPack 5):')
+    for commands in report['trtexec']:
+        for version, command in commands.items():
+            console.print(f'{version}: {command}', soft_wrap=True)
 
 
 def main() -> int:

@@ -1,16 +1,20 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a compressed model to what runs on the device; needs MMDeploy."""
+from .calibration import write_calibration
 from .compare import compare, evaluate_onnx, match_boxes, open_onnx
+from .configs import complete, parse_size
 from .export import (
     Deployment,
     calibration_images,
+    complete_for_images,
     merge_slow_layers,
     quantize_onnx,
 )
-from .tensorrt import check_tensorrt, trtexec_command, write_calibration
+from .tensorrt import check_tensorrt, trtexec_commands
 
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx',
     'Deployment', 'merge_slow_layers', 'calibration_images', 'quantize_onnx',
-    'write_calibration', 'check_tensorrt', 'trtexec_command'
+    'write_calibration', 'check_tensorrt', 'trtexec_commands',
+    'complete', 'complete_for_images', 'parse_size'
 ]

@@ -6,7 +6,7 @@ import os.path as osp
 import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch.nn as nn
@@ -16,11 +16,16 @@ from mmengine.registry import DATASETS, MODELS
 from .. import compression
 from ..compat import max_onnx_opset, repair_static_methods
 from ..compression.surgery import attach_plan, replace_modules
-from ..models import load_compressed, standalone_config
+from ..models import (
+    dense_architecture,
+    load_compressed,
+    standalone_config,
+)
 from ..planning import CompressionPlan, DensePlan, LatencyTable
 from ..quirks import repair
 from ..utils import load_config
 from ..utils.libraries import check_library
+from .configs import Size, check_size, complete, needs_size
 
 #: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads
 MIN_OPSET, MAX_OPSET = 11, 17
@@ -46,8 +51,6 @@ class Deployment:
     def __init__(self, deploy_cfg: Union[str, Config],
                  model_cfg: Union[str, Config], checkpoint: str) -> None:
         check_library('mmdeploy')
-        from mmdeploy.codebase import get_codebase_class, import_codebase
-        from mmdeploy.utils import get_codebase
         repair_static_methods()
         self.deploy_cfg = read_deploy_cfg(deploy_cfg)
         if isinstance(model_cfg, str):
@@ -55,12 +58,7 @@ class Deployment:
         self.checkpoint = checkpoint
         content = compression.read_checkpoint(checkpoint)
         self.model_cfg = _matching_cfg(model_cfg, content, checkpoint)
-        # MMDeploy's build_task_processor refuses TensorRT without a GPU
-        codebase = get_codebase(self.deploy_cfg)
-        import_codebase(codebase,
-                        self.deploy_cfg.codebase_config.get('module', []))
-        self.task = get_codebase_class(codebase).build_task_processor(
-            self.model_cfg, self.deploy_cfg, 'cpu')
+        self.task = _build_task(self.deploy_cfg, self.model_cfg)
         #: name of the back end, such as ``'onnxruntime'``
         self.backend: str = self.deploy_cfg.backend_config.type
         cut = self.deploy_cfg.get('partition_config') or {}
@@ -74,22 +72,18 @@ class Deployment:
         self.model.eval()
 
     def create_input(self, image: Any) -> tuple:
-        """Pass images through the test pipeline: data with ``data_samples``,
-        and the input ``(N, 3, H, W)``.
+        """Pass an image through the test pipeline, as often as the graph has
+        images in a batch: data with ``data_samples``, and the input ``(N, 3,
+        H, W)``.
 
         Raises:
-            ValueError: If its size is not that of the deploy config.
+            ValueError: If its size is not one of the deploy config.
         """
-        size = self.deploy_cfg.onnx_config.get('input_shape')
-        data, inputs = self.task.create_input(image, size,
-                                              self.model.data_preprocessor)
-        height, width = inputs.shape[-2:]
-        if size is not None and (width, height) != tuple(size):
-            raise ValueError(
-                f'onnx_config.input_shape of the deploy config is {size[0]}x'
-                f"{size[1]} (width x height), but the model's test pipeline "
-                f'makes images of {width}x{height}: choose a deploy config of '
-                'that size, or change test_pipeline (and pad_size_divisor)')
+        config = self.deploy_cfg.onnx_config
+        data, inputs = self.task.create_input(
+            [image] * config.get('batch_size', 1), config.get('input_shape'),
+            self.model.data_preprocessor)
+        check_size(self.deploy_cfg, tuple(inputs.shape[-2:]))
         return data, inputs
 
     def export(self, image: Any, work_dir: str) -> List[str]:
@@ -121,6 +115,8 @@ class Deployment:
         for path, part in zip(files, parts):
             extract_model(whole, part['start'], part['end'], save_file=path,
                           dynamic_axes=part['dynamic_axes'])
+        if self.partition == 'two_stage':
+            _state_region_sizes(files[1], self.model.roi_head.bbox_head)
         # it is full of marks, which no back end runs
         os.remove(whole)
         return files
@@ -130,6 +126,65 @@ class Deployment:
         from mmdeploy.core.optimizers import reset_mark_function_count
         reset_mark_function_count()  # earlier runs have counted, too
         return repair(self.task.build_pytorch_model(self.checkpoint))
+
+
+def _state_region_sizes(path: str, head: Any) -> None:
+    """Write the channels and sizes of the regions' features, which MMDeploy's
+    operators for RoIAlign hide, into the graph that starts at them."""
+    import onnx
+    graph = onnx.load(path)
+    axes = graph.graph.input[0].type.tensor_type.shape.dim
+    for axis, size in zip(axes[1:], (head.in_channels, *head.roi_feat_size)):
+        axis.dim_value = size
+    onnx.save(graph, path)
+
+
+def complete_for_images(deploy_cfg: Union[str, Config],
+                        model_cfg: Config,
+                        images: Sequence[Any],
+                        input_shape: Optional[Sequence[Size]] = None,
+                        batch: Optional[int] = None,
+                        dynamic: bool = False,
+                        precision: Optional[str] = None) -> Config:
+    """Complete a deploy config, see :func:`complete`, and check that the
+    model's test pipeline can make its size of some images. Without a size, it
+    is the one that the pipeline makes of the first image.
+
+    Raises:
+        ValueError: If the arguments do not fit.
+    """
+    check_library('mmdeploy')
+    repair_static_methods()
+    deploy_cfg = read_deploy_cfg(deploy_cfg)
+    if input_shape is None and needs_size(deploy_cfg, dynamic):
+        input_shape = [_pipeline_size(deploy_cfg, model_cfg, images[0])]
+    deploy_cfg = complete(deploy_cfg, input_shape, batch, dynamic, model_cfg,
+                          precision)
+    for image in images:
+        check_size(deploy_cfg, _pipeline_size(deploy_cfg, model_cfg, image))
+    return deploy_cfg
+
+
+def _pipeline_size(deploy_cfg: Config, model_cfg: Config, image: Any) -> Size:
+    """Height and width that the model's test pipeline gives an image, told the
+    size of the deploy config if that has one."""
+    preprocessor = dense_architecture(model_cfg).get('data_preprocessor')
+    inputs = _build_task(deploy_cfg, model_cfg).create_input(
+        image, deploy_cfg.onnx_config.get('input_shape'),
+        MODELS.build(preprocessor or dict(
+            type='mmengine.ImgDataPreprocessor')))[1]
+    return tuple(inputs.shape[-2:])
+
+
+def _build_task(deploy_cfg: Config, model_cfg: Config) -> Any:
+    """MMDeploy's task; its ``build_task_processor`` refuses TensorRT without a
+    GPU."""
+    from mmdeploy.codebase import get_codebase_class, import_codebase
+    from mmdeploy.utils import get_codebase
+    codebase = get_codebase(deploy_cfg)
+    import_codebase(codebase, deploy_cfg.codebase_config.get('module', []))
+    return get_codebase_class(codebase).build_task_processor(
+        model_cfg, deploy_cfg, 'cpu')
 
 
 def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:

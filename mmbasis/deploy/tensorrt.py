@@ -8,9 +8,6 @@ for Jetson Xavier) and 10.15.
 import os.path as osp
 from typing import Any, Callable, Dict, List, Set
 
-import numpy as np
-
-from ..utils.io import whole_file
 from .export import Deployment, precisions
 
 #: operators of ONNX that TensorRT 10 does not support
@@ -111,23 +108,11 @@ def _problem(node: Any, version: str, constants: Set[str]) -> str:
     return ''
 
 
-def write_calibration(path: str, images: List[np.ndarray],
-                      partition: bool) -> None:
-    """Write images of shape ``(1, 3, H, W)`` to HDF5, as MMDeploy's TensorRT
-    calibrator reads it, for a graph that is whole or the first part of a
-    detector (``partition``)."""
-    import h5py
-    name = 'partition0' if partition else 'end2end'
-    with whole_file(path) as temporary, h5py.File(temporary, 'w') as file:
-        group = file.create_group(f'calib_data/{name}/input')
-        for index, image in enumerate(images):
-            group.create_dataset(str(index), data=image, compression='gzip')
-
-
-def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
-    """The command that builds the engine on the device, without MMDeploy. In
-    int8, speed is measured with made-up scales, unless ``--calib`` names a
-    calibration cache.
+def trtexec_commands(deployment: Deployment, path: str,
+                     index: int = 0) -> Dict[str, str]:
+    """The commands that build the engine on the device, without MMDeploy, for
+    each TensorRT version. In int8, 8.5 measures the speed with made-up scales,
+    unless the graph has its own or ``--calib`` names a calibration cache.
 
     Args:
         deployment (Deployment): The engine is fp32 unless it is for TensorRT.
@@ -137,14 +122,29 @@ def trtexec_command(deployment: Deployment, path: str, index: int = 0) -> str:
     file = osp.basename(path)
     engine = f'{osp.splitext(file)[0]}.engine'
     parts = ['trtexec', f'--onnx={file}', f'--saveEngine={engine}']
-    parts += [f'--{x}' for x in precisions(deployment.deploy_cfg)]
     given = deployment.deploy_cfg.backend_config.get('model_inputs')
     shapes = given[index].input_shapes if given else {}
+    ranges = []
     for which in ('min', 'opt', 'max'):
         # a graph of fixed shapes refuses them
         text = ','.join(f'{name}:{"x".join(map(str, x[f"{which}_shape"]))}'
                         for name, x in shapes.items()
                         if x['min_shape'] != x['max_shape'])
         if text:
-            parts.append(f'--{which}Shapes={text}')
-    return ' '.join(parts)
+            ranges.append(f'--{which}Shapes={text}')
+    lowered = [f'--{x}' for x in precisions(deployment.deploy_cfg)]
+    # 8.5 lowers, also what the file states; 10 takes the file's word
+    stated = ['--stronglyTyped'] if _states_precision(path) else lowered
+    return {
+        '8.5': ' '.join(parts + lowered + ranges),
+        '10': ' '.join(parts + stated + ranges)
+    }
+
+
+def _states_precision(path: str) -> bool:
+    """Whether a graph holds fp16 weights or quantisation of its own."""
+    import onnx
+    graph = onnx.load(path, load_external_data=False).graph
+    return any(x.data_type == onnx.TensorProto.FLOAT16
+               for x in graph.initializer) or any(
+                   x.op_type == 'QuantizeLinear' for x in graph.node)

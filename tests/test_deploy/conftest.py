@@ -181,13 +181,12 @@ def _set_threshold(found, batch):
 
 @pytest.fixture
 def deploy_cfg(repo_root):
-    """Function that reads a deploy config, with another image size."""
+    """Function that reads a deploy config and completes it, for square
+    images."""
 
-    def read(name, size=None, **options):
+    def read(name, size=None, **wanted):
+        from mmbasis.deploy import complete
         cfg = Config.fromfile(str(repo_root / 'configs/deploy' / f'{name}.py'))
-        if size is not None:
-            cfg.onnx_config.input_shape = (size, size)
-        cfg.merge_from_dict(options)
-        return cfg
+        return complete(cfg, size and (size, size), **wanted)
 
     return read

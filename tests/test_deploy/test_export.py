@@ -19,9 +19,9 @@ from mmbasis.deploy import (
 from mmbasis.utils import load_config
 from mmbasis.utils.runner import evaluate
 
-CLS = 'classification_onnxruntime_static-32x32'
-DET = 'detection_onnxruntime_static-320x320'
-CUT = 'detection_onnxruntime_before-nms_static-320x320'
+CLS = 'classification_onnxruntime'
+DET = 'detection_onnxruntime'
+CUT = 'detection-before-nms_onnxruntime'
 
 
 def operators(path):
@@ -80,7 +80,7 @@ def test_evaluator_of_mmdeploy_equals_the_runner(exported, tmp_path):
 
 def test_dynamic_shapes(classifier, deploy_cfg, image_paths, tmp_path):
     deployment = Deployment(
-        deploy_cfg('classification_onnxruntime_dynamic'), classifier.config,
+        deploy_cfg(CLS, dynamic=True), classifier.config,
         classifier.checkpoint)
     files = deployment.export(image_paths[0], str(tmp_path))
     session = open_onnx(files[0])
@@ -118,7 +118,7 @@ def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path):
 
 def test_tensorrt_without_plugins(retinanet, deploy_cfg, detector_images,
                                   tmp_path):
-    name = 'detection_tensorrt-fp16_before-nms_static-320x320'
+    name = 'detection-before-nms_tensorrt'
     deployment = Deployment(
         deploy_cfg(name, 160), retinanet.config, retinanet.checkpoint)
     files = deployment.export(detector_images[0], str(tmp_path))
@@ -131,7 +131,7 @@ def test_tensorrt_without_plugins(retinanet, deploy_cfg, detector_images,
 def test_tensorrt_with_plugin_is_named(retinanet, deploy_cfg, detector_images,
                                        tmp_path):
     deployment = Deployment(
-        deploy_cfg('detection_tensorrt_static-320x320', 160), retinanet.config,
+        deploy_cfg('detection_tensorrt', 160), retinanet.config,
         retinanet.checkpoint)
     files = deployment.export(detector_images[0], str(tmp_path))
     assert any('mmdeploy::TRTBatchedNMS' in x
@@ -154,10 +154,9 @@ def test_other_detectors(make_detector, deploy_cfg, detector_images, tmp_path,
                          config, size):
     found = make_detector(config, size)
     for name in (DET, CUT):
-        if name == CUT and 'rcnn' in config:
-            name = 'detection_onnxruntime_before-nms_two-stage_static-800x1344'
+        cfg = load_config(found.config)
         deployment = Deployment(
-            deploy_cfg(name, size), found.config, found.checkpoint)
+            deploy_cfg(name, size, model_cfg=cfg), cfg, found.checkpoint)
         files = deployment.export(detector_images[0], str(tmp_path))
         results = compare(deployment, files, detector_images)
         assert all(x['agrees'] for x in results), results
@@ -175,7 +174,7 @@ def test_trained_detector(shared_data, deploy_cfg, tmp_path):
     cfg = load_config(str(shared_data / 'rtmdet_tiny_bccd.py'))
     weights = str(shared_data / 'rtmdet_tiny_bccd.pth')
     for name in (DET, CUT):
-        deployment = Deployment(deploy_cfg(name), cfg.copy(), weights)
+        deployment = Deployment(deploy_cfg(name, 320), cfg.copy(), weights)
         files = deployment.export(images[0], str(tmp_path))
         results = compare(deployment, files, images)
         assert all(x['agrees'] for x in results), results
@@ -208,9 +207,8 @@ def test_unsupported_opset(classifier, deploy_cfg, opset):
 
 def test_wrong_image_size(classifier, deploy_cfg, image_paths, tmp_path):
     deployment = Deployment(
-        deploy_cfg('classification_onnxruntime_static-224x224'),
-        classifier.config, classifier.checkpoint)
-    with pytest.raises(ValueError, match='224x224.*makes images of 32x32'):
+        deploy_cfg(CLS, 224), classifier.config, classifier.checkpoint)
+    with pytest.raises(ValueError, match='makes images of 32x32.*224x224'):
         deployment.export(image_paths[0], str(tmp_path))
 
 

@@ -9,7 +9,7 @@ from mmbasis.compression import plan_of, read_checkpoint
 from mmbasis.deploy import Deployment, merge_slow_layers
 from mmbasis.deploy.export import merge_layers
 
-CLS = 'classification_onnxruntime_static-32x32'
+CLS = 'classification_onnxruntime'
 
 
 def write_table(path, plan, slow, **changes):

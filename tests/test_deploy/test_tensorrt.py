@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmbasis.deploy import Deployment, check_tensorrt, trtexec_command
+from mmbasis.deploy import Deployment, check_tensorrt, trtexec_commands
 from mmbasis.deploy.tensorrt import MAX_OPSET
 
 onnx = pytest.importorskip('onnx')
@@ -103,17 +103,31 @@ def test_custom_operators_are_named(tmp_path):
     assert 'mmdeploy::Magic: a custom operator' in found['10'][0]
 
 
-def test_commands_for_the_device(classifier, deploy_cfg):
+def test_commands_for_the_device(classifier, deploy_cfg, tmp_path):
+    path = str(tmp_path / 'end2end.onnx')
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])
+            for name in 'xy')
+    graph = helper.make_graph([helper.make_node('Relu', ['x'], ['y'])],
+                              'graph', [x], [y])
+    onnx.save(helper.make_model(graph), path)
 
-    def command(name):
-        deployment = Deployment(
-            deploy_cfg(name), classifier.config, classifier.checkpoint)
-        return trtexec_command(deployment, '/somewhere/end2end.onnx')
+    def commands(*args, **kwargs):
+        cfg = deploy_cfg('classification_tensorrt', *args, **kwargs)
+        return trtexec_commands(
+            Deployment(cfg, classifier.config, classifier.checkpoint), path)
 
-    assert command('classification_tensorrt-fp16_static-32x32') == (
-        'trtexec --onnx=end2end.onnx --saveEngine=end2end.engine --fp16')
-    assert command('classification_tensorrt-int8_dynamic-batch-224x224') == (
-        'trtexec --onnx=end2end.onnx --saveEngine=end2end.engine --fp16 '
-        '--int8 --minShapes=input:1x3x224x224 --optShapes=input:4x3x224x224 '
-        '--maxShapes=input:64x3x224x224')
-    assert '--fp16' not in command('classification_tensorrt_static-32x32')
+    plain = 'trtexec --onnx=end2end.onnx --saveEngine=end2end.engine'
+    assert commands(32) == {'8.5': plain, '10': plain}
+    lowered = f'{plain} --fp16'
+    assert commands(
+        32, precision='fp16') == {'8.5': lowered, '10': lowered}
+    assert commands(
+        224, dynamic=True, batch=8, precision='int8')['8.5'] == (
+            f'{plain} --fp16 --int8 --minShapes=input:1x3x224x224 '
+            '--optShapes=input:8x3x224x224 --maxShapes=input:8x3x224x224')
+    # a file of fp16 says so itself to those that are strongly typed
+    graph.initializer.append(
+        onnx.numpy_helper.from_array(np.ones(1, np.float16), 'half'))
+    onnx.save(helper.make_model(graph), path)
+    assert commands(32, precision='fp16') == {
+        '8.5': lowered, '10': f'{plain} --stronglyTyped'}

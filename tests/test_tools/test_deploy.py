@@ -145,7 +145,7 @@ def compressed(repo_root, workspace):
 
 
 def deploy(repo_root, compressed, images, out, *more, **kwargs):
-    name = 'classification_onnxruntime_static-32x32.py'
+    name = 'classification_onnxruntime.py'
     return tool(repo_root, 'deploy.py', repo_root / 'configs/deploy' / name,
                 compressed / 'compressed.py', compressed / 'compressed.pth',
                 *images, '--work-dir', out, *more, **kwargs)
@@ -172,10 +172,11 @@ def test_deploy(repo_root, workspace, table, compressed, tmp_path):
 def test_calibration_for_tensorrt(repo_root, workspace, compressed, tmp_path):
     pytest.importorskip('h5py')
     image = next((workspace / 'images' / 'a').iterdir())
-    name = 'classification_tensorrt-int8_static-32x32.py'
+    name = 'classification_tensorrt.py'
     out = tool(repo_root, 'deploy.py', repo_root / 'configs/deploy' / name,
                compressed / 'compressed.py', compressed / 'compressed.pth',
-               image, '--work-dir', tmp_path, '--calib-images', 4)
+               image, '--work-dir', tmp_path, '--calib-images', 4,
+               '--precision', 'int8')
     assert '--int8' in out and (tmp_path / 'calib_data.h5').is_file()
 
 
@@ -187,8 +188,7 @@ def test_difference_is_a_failure(repo_root, workspace, compressed, tmp_path):
     finally:
         sys.path.pop(0)
     from mmbasis.deploy import Deployment
-    config = repo_root / 'configs/deploy' / (
-        'classification_onnxruntime_static-32x32.py')
+    config = repo_root / 'configs/deploy/classification_onnxruntime.py'
     image = str(next((workspace / 'images' / 'a').iterdir()))
     deployment = Deployment(
         str(config), str(compressed / 'compressed.py'),

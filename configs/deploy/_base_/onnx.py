@@ -1,6 +1,6 @@
-# What MMDeploy reads of every deploy config. MMDeploy's tools and API take
-# these files as they are. They inherit from nothing outside this folder,
-# because the pip package of MMDeploy brings no configs.
+# What MMDeploy reads of every deploy config. tools/deploy.py completes these
+# files with sizes, batch and precision. They inherit from nothing outside this
+# folder, because the pip package of MMDeploy brings no configs.
 onnx_config = dict(
     type='onnx',
     export_params=True,
@@ -12,5 +12,7 @@ onnx_config = dict(
     output_names=['output'],
     # (width, height); None leaves the size to the model's test pipeline
     input_shape=None,
+    # images that the graph is traced with; ours, MMDeploy's tool traces one
+    batch_size=1,
     # MMDeploy's graph passes need its compiled extension
     optimize=False)

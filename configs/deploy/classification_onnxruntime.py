@@ -1,2 +1,1 @@
 _base_ = ['./_base_/classification.py', './_base_/onnxruntime.py']
-onnx_config = dict(input_shape=(32, 32))

@@ -1,5 +1,6 @@
 # The graph ends at the boxes and scores that enter non-maximum suppression:
-# standard operators only, the device needs no plugin.
+# standard operators only, the device needs no plugin. tools/deploy.py cuts a
+# two-stage detector in two.
 _base_ = ['./detection.py']
 codebase_config = dict(model_type='single_stage')
 partition_config = dict(

@@ -1,0 +1,1 @@
+_base_ = ['./_base_/detection-before-nms.py', './_base_/tensorrt.py']

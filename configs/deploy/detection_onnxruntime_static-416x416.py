@@ -1,2 +1,0 @@
-_base_ = ['./_base_/detection.py', './_base_/onnxruntime.py']
-onnx_config = dict(input_shape=(416, 416))
