@@ -7,10 +7,17 @@ from .export import (
     merge_slow_layers,
     quantize_onnx,
 )
+from .rtx import (
+    build_engine,
+    builder_at_hand,
+    check_capability,
+    compare_engines,
+)
 from .tensorrt import check_tensorrt, trtexec_command, write_calibration
 
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx',
     'Deployment', 'merge_slow_layers', 'calibration_images', 'quantize_onnx',
-    'write_calibration', 'check_tensorrt', 'trtexec_command'
+    'write_calibration', 'check_tensorrt', 'trtexec_command', 'build_engine',
+    'builder_at_hand', 'check_capability', 'compare_engines'
 ]
