@@ -6,23 +6,14 @@ family of ONNX parsers. It builds for a compute capability without the card;
 what it has built cannot run or be inspected here, but its log lists the
 kernels. It is strongly typed: precision comes from the graph.
 """
-import ctypes
-import glob
+import json
 import os
 import os.path as osp
 import re
-from functools import lru_cache
+import subprocess
+import sys
 from importlib.util import find_spec
-from typing import (
-    Any,
-    Dict,
-    Iterable,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
 from .. import compression
 from ..models import load_compressed, standalone_config
@@ -40,9 +31,12 @@ MMCVMultiScaleDeformableAttention MMCVRoiAlign ScaledDotProductAttentionTRT
 TRTBatchedBEVNMS TRTBatchedNMS TRTBatchedRotatedNMS
 TRTBicubicInterpolate TRTDCNv3 TRTInstanceNormalization grid_sampler
 """.split())
-#: sizes (smallest, usual, largest) of a dynamic input for which none are
-#: given: of its first axis, and of the others
-BATCH, SIZES = (1, 2, 4), (64, 224, 448)
+#: what it says of graphs in fp32 for compute capability 7.5
+_TURING = 'for Turing (SM75): FP32'
+CAPABILITIES = '7.5', '8.0', '8.6', '8.9', '12.0', '12.1'
+#: smallest, usual and largest sizes of a dynamic input for which none are
+#: given: of its first axis, and of each other
+SIZES = (1, 64), (2, 224), (4, 448)
 _LIBRARIES = 'onnxruntime_ep_nv_tensorrt_rtx', 'tensorrt_rtx_bindings'
 
 Shapes = Mapping[str, Sequence[Sequence[int]]]
@@ -53,69 +47,37 @@ def builder_at_hand() -> bool:
     return all(map(find_spec, _LIBRARIES))
 
 
-@lru_cache(maxsize=None)
-def _bindings() -> Tuple[Any, Any, List[Tuple[Any, str]]]:
-    """The bindings, their logger and what it has heard. The first logger of a
-    process is that of all builders, and must live as long as they."""
-    spec = find_spec(_LIBRARIES[0])
-    assert spec is not None and spec.submodule_search_locations is not None
-    folder = spec.submodule_search_locations[0]
-    # so that nobody has to set LD_LIBRARY_PATH
-    for name in ('libtensorrt_rtx', 'libtensorrt_onnxparser_rtx'):
-        library, = glob.glob(osp.join(folder, f'{name}.so.*.*'))
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    import tensorrt_rtx_bindings as trt
-    heard: List[Tuple[Any, str]] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            heard.append((severity, text))
-
-    return trt, Log(), heard
-
-
-def _load() -> Tuple[Any, Any, List[Tuple[Any, str]]]:
-    if not builder_at_hand():
-        raise ModuleNotFoundError(
-            'building engines needs TensorRT for RTX, which runs without a '
-            "GPU: pip install 'mmbasis[trt-check]' (Linux, x86-64; NVIDIA's "
-            'licence)')
-    return _bindings()
-
-
-def check_capability(name: str) -> Any:
-    """The builder's own value of a compute capability, such as ``'8.6'``.
+def check_capability(name: str) -> str:
+    """The builder's own name of a compute capability, such as ``'8.6'``.
 
     Raises:
         ModuleNotFoundError: Without the extra ``trt-check``.
         ValueError: If it does not build for it.
     """
-    known = {
-        f'{key[2:-1]}.{key[-1]}': value
-        for key, value in _load()[0].ComputeCapability.__members__.items()
-        if key.startswith('SM')
-    }
-    if name not in known:
+    if not builder_at_hand():
+        raise ModuleNotFoundError(
+            'building engines needs TensorRT for RTX, which runs without a '
+            "GPU: pip install 'mmbasis[trt-check]' (Linux, x86-64; NVIDIA's "
+            'licence)')
+    if name not in CAPABILITIES:
         raise ValueError(
             f'compute capability {name!r}: TensorRT for RTX builds for '
-            f'{", ".join(known)} (not for Xavier, Orin and Thor)')
-    return known[name]
+            f'{", ".join(CAPABILITIES)} (not for Xavier, Orin and Thor)')
+    return f'SM{name.replace(".", "")}'
 
 
 def build_engine(path: str, compute_capability: str = '8.6',
-                 shapes: Shapes = {}) -> Engine:
-    """Parse an ONNX file and build it.
+                 shapes: Shapes = {}, seconds: float = 600.) -> Engine:
+    """Parse an ONNX file and build it, in a process of its own.
 
     Args:
         path (str): ONNX file; its precision is that of the engine.
         compute_capability (str): Of the card to build for. Defaults to 8.6.
         shapes (Mapping[str, Sequence]): By names of dynamic inputs the
             smallest, usual and largest shape. Inputs that it leaves out get
-            ``BATCH`` and ``SIZES``.
+            ``SIZES``.
+        seconds (float): After this time the builder is stopped, which counts
+            as refused, as does a crash. Defaults to ten minutes.
 
     Returns:
         Engine: With its kernels, or with what was refused.
@@ -126,37 +88,46 @@ def build_engine(path: str, compute_capability: str = '8.6',
         ValueError: If the builder does not know the compute capability, or a
             shape is not one of the input.
     """
-    trt, log, heard = _load()
     target = check_capability(compute_capability)
     if not osp.isfile(path):
         raise FileNotFoundError(f'{path}: no such ONNX file to build')
-    heard.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(osp.abspath(path)):
-        errors = map(parser.get_error, range(parser.num_errors))
-        return Engine(compute_capability, tuple(map(_refusal, errors)))
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(target, 0)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _add_profile(builder, network, config, shapes)
-    engine = builder.build_serialized_network(network, config)
-    text = '\n'.join(line for _, line in heard)
-    if engine is None:
-        errors = (line for severity, line in heard
-                  if severity <= trt.ILogger.ERROR)
-        return Engine(compute_capability, _build_errors(path, errors))
-    return Engine(compute_capability, (), read_kernels(text), engine.nbytes)
+    request = dict(path=osp.abspath(path), target=target, shapes=dict(shapes),
+                   sizes=SIZES)
+    answer = _ask(request, seconds)
+    if 'wrong_shape' in answer:
+        name, shape, given = answer['wrong_shape']
+        raise ValueError(f'the input {name} has the shape {shape} (-1: '
+                         f'dynamic), to which {given} does not fit')
+    refusals: Tuple[Refusal, ...] = ()
+    if 'parser' in answer:
+        refusals = tuple(
+            Refusal(*x, own_limit=x[1] in OWN_LIMITS | PLUGINS)
+            for x in answer['parser'])
+    elif 'builder' in answer:
+        refusals = _build_errors(path, answer['builder'])
+    return Engine(compute_capability, refusals,
+                  read_kernels(answer.get('log', '')), answer.get('size', 0))
 
 
-def _refusal(error: Any) -> Refusal:
-    """What the parser says of a node."""
-    operator = error.node_operator()
-    message = f'{error.code().name}: {error.desc()} ({error.func()})'
-    return Refusal(error.node_name(), operator, message,
-                   operator in OWN_LIMITS | PLUGINS)
+def _ask(request: Dict[str, Any], seconds: float) -> Dict[str, Any]:
+    """The answer of ``rtx_process.py``."""
+    script = osp.join(osp.dirname(__file__), 'rtx_process.py')
+    try:
+        done = subprocess.run([sys.executable, script],
+                              input=json.dumps(request),
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE,
+                              universal_newlines=True,
+                              timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return dict(builder=[f'the builder did not end in {seconds:g} s'])
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        return dict(builder=[
+            f'the builder crashed, exit status {done.returncode}: '
+            f'{"".join(last)}'
+        ])
+    return json.loads(done.stdout)
 
 
 def _build_errors(path: str, messages: Iterable[str]) -> Tuple[Refusal, ...]:
@@ -167,36 +138,15 @@ def _build_errors(path: str, messages: Iterable[str]) -> Tuple[Refusal, ...]:
     nodes = {x.name or f'node_of_{x.output[0]}': x for x in graph.node}
     found = []
     for message in dict.fromkeys(messages):
-        words = re.split(r'[\s{}()\[\]]+', message)
+        words = re.split(r'[\s{}()\[\]\'"]+', message)
         words += [re.sub(r'_\d+$', '', x) for x in words]
         named = set(words) & set(nodes)
         # a message may name the first and the last of many
         name = named.pop() if len(named) == 1 else ''
         operator = nodes[name].op_type if name else ''
-        found.append(Refusal(name, operator, message, operator in OWN_LIMITS))
+        own = operator in OWN_LIMITS or _TURING in message
+        found.append(Refusal(name, operator, message, own))
     return tuple(found)
-
-
-def _add_profile(builder: Any, network: Any, config: Any,
-                 shapes: Shapes) -> None:
-    """Set the sizes of dynamic inputs."""
-    profile = builder.create_optimization_profile()
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    dynamic = [x for x in inputs if -1 in tuple(x.shape)]
-    for tensor in dynamic:
-        shape = tuple(tensor.shape)
-        given = shapes.get(tensor.name) or [[
-            size if size != -1 else (sizes if axis else batch)
-            for axis, size in enumerate(shape)
-        ] for batch, sizes in zip(BATCH, SIZES)]
-        if any(len(x) != len(shape) or any(
-                a not in (-1, b) for a, b in zip(shape, x)) for x in given):
-            raise ValueError(
-                f'the input {tensor.name} has the shape {shape} (-1: '
-                f'dynamic); the sizes to build for are {list(given)}')
-        profile.set_shape(tensor.name, *map(tuple, given))
-    if dynamic:
-        config.add_optimization_profile(profile)
 
 
 def _build_all(deployment: Deployment, files: Sequence[str],

@@ -110,7 +110,7 @@ def test_dynamic_inputs_get_a_profile(tmp_path):
     assert build_engine(path).size > 0
     sizes = [(1, 3, 16, 16), (2, 3, 32, 16), (2, 3, 64, 16)]
     assert build_engine(path, '12.0', dict(x=sizes)).size > 0
-    with pytest.raises(ValueError, match=r'input x .*\(-1, 3, -1, 16\)'):
+    with pytest.raises(ValueError, match=r'input x .*\[-1, 3, -1, 16\]'):
         build_engine(path, shapes=dict(x=[(1, 3, 16, 17)] * 3))
 
 
@@ -124,7 +124,23 @@ def test_targets_and_files(tmp_path):
     assert build_engine(str(tmp_path / 'a.onnx')).refused
 
 
-# ----------------------------------------------------------- without a builder
+@needs_builder
+def test_a_builder_that_does_not_end(tmp_path):
+    engine = build_engine(network(tmp_path / 'a.onnx'), seconds=.01)
+    assert engine.refused and 'did not end in 0.01 s' in str(
+        engine.refusals[0])
+
+
+# --------------------------------------------------------- without a builder
+def test_a_builder_that_crashes(tmp_path, monkeypatch):
+    path = network(tmp_path / 'a.onnx')
+    monkeypatch.setattr(rtx, 'find_spec', lambda name: name)
+    # as when the libraries do not load
+    monkeypatch.setattr(rtx.sys, 'executable', '/bin/false')
+    engine = build_engine(path)
+    assert engine.refused and 'exit status 1' in str(engine.refusals[0])
+
+
 def test_without_the_extra(monkeypatch):
     monkeypatch.setattr(rtx, 'find_spec', lambda name: None)
     assert not rtx.builder_at_hand()

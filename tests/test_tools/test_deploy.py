@@ -176,11 +176,11 @@ def test_build(repo_root, workspace, compressed, tmp_path):
     """The engine, beside that of the dense model."""
     image = next((workspace / 'images' / 'a').iterdir())
     out = deploy(repo_root, compressed, [image], tmp_path, '--build', 'rtx',
-                 '--compute-capability', '7.5')
+                 '--compute-capability', '8.9')
     engines = json.loads((tmp_path / 'report.json').read_text())['engine']
     ours = engines['files'][str(tmp_path / 'end2end.onnx')]
     dense = engines['dense'][str(tmp_path / 'dense' / 'end2end.onnx')]
-    assert ours['built'] and ours['compute_capability'] == '7.5'
+    assert ours['built'] and ours['compute_capability'] == '8.9'
     # a layer is two kernels
     plan = json.loads((compressed / 'plan.json').read_text())
     assert ours['kernels'] == dense['kernels'] + len(plan['layers'])
