@@ -80,7 +80,7 @@ setup(
         'tests': read_requirements('tests'),
         **{
             name: read_requirements(f'extra-{name}')
-            for name in ('openmmlab', 'onedl', 'deploy', 'plots')
+            for name in ('openmmlab', 'onedl', 'deploy', 'plots', 'trt-check')
         },
     },
     classifiers=[

@@ -128,7 +128,9 @@ def test_metadata(files):
     wanted = re.findall('^Requires-Dist: (.*)$', head, re.MULTILINE)
     assert wanted and all('extra ==' in x for x in wanted)
     extras = set(re.findall('^Provides-Extra: (.*)$', head, re.MULTILINE))
-    assert extras == {'openmmlab', 'onedl', 'deploy', 'plots', 'tests'}
+    assert extras == {
+        'openmmlab', 'onedl', 'deploy', 'plots', 'trt-check', 'tests'
+    }
     # only the extras of the two stacks name what the other has, too
     for line in wanted:
         name, extra = re.match(r'([\w-]+).*extra == .(\w+)', line).groups()

@@ -3,8 +3,9 @@
 
 Writes into the work directory the ONNX files, report.json and deploy.py, the
 complete deploy config; exits with 1 when ONNX Runtime and PyTorch differ
-beyond tolerance. The model is the stand-alone config that tools/compress.py
-wrote (or a dense one).
+beyond tolerance, or NVIDIA's builder refuses a graph that TensorRT would
+refuse, too. The model is the stand-alone config that tools/compress.py wrote
+(or a dense one).
 
     python tools/deploy.py configs/deploy/classification_onnxruntime.py \\
         work_dirs/c/compressed.py work_dirs/c/compressed.pth \\
@@ -25,8 +26,10 @@ from rich.table import Table
 from mmbasis.deploy import (
     Deployment,
     calibration_images,
+    check_capability,
     check_tensorrt,
     compare,
+    compare_engines,
     complete_for_images,
     evaluate_onnx,
     merge_slow_layers,
@@ -86,6 +89,12 @@ def parse_args() -> argparse.Namespace:
         '--int8',
         action='store_true',
         help='also write an int8 file for ONNX Runtime and evaluate it')
+    parser.add_argument(
+        '--build',
+        choices=['rtx'],
+        help="build engines with NVIDIA's TensorRT for RTX, without a GPU: of "
+        'the files and, for comparison, of the dense model')
+    parser.add_argument('--compute-capability', default='8.6')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
     if (args.merge is None) != (args.table is None):
@@ -154,6 +163,8 @@ def complete_cfg(args: argparse.Namespace, cfg: Config) -> Config:
 
 def make_report(args: argparse.Namespace) -> dict:
     """Export, check, compare."""
+    if args.build:
+        check_capability(args.compute_capability)
     cfg = load_config(args.model_cfg, args.cfg_options, args.work_dir)
     checkpoint, merged = find_weights(args.checkpoint), None
     deploy_cfg = complete_cfg(args, cfg)
@@ -185,6 +196,10 @@ def make_report(args: argparse.Namespace) -> dict:
     if args.evaluate:
         report['metrics'] = evaluate_onnx(deployment, files, args.work_dir)
     report.update(quantize(deployment, args, files))
+    if args.build:
+        report['engine'] = compare_engines(
+            deployment, files, args.images[0], args.work_dir,
+            args.compute_capability)
     return report
 
 
@@ -207,6 +222,22 @@ def print_comparison(console: Console, comparison: dict) -> None:
     console.print(table)
 
 
+def print_engines(console: Console, report: dict) -> None:
+    """Show what NVIDIA's builder made of the files."""
+    table = Table('engine', 'capability', 'built', 'kernels', 'only copy')
+    for which, engines in report.items():
+        for path, engine in engines.items():
+            name = osp.basename(path)
+            table.add_row(
+                name if which == 'files' else f'{which}/{name}',
+                engine['compute_capability'],
+                'yes' if engine['built'] else 'NO',
+                str(engine['kernels']), str(engine['copies']))
+            for error in engine['errors']:
+                console.print(f'{name}: {error["text"]}', soft_wrap=True)
+    console.print(table)
+
+
 def print_report(report: dict) -> None:
     """Show what was written and found."""
     console = Console()
@@ -220,6 +251,8 @@ def print_report(report: dict) -> None:
                 f'TensorRT {version}, {osp.basename(path)}: ' +
                 ('; '.join(problems) or 'all operators supported'),
                 soft_wrap=True)
+    if 'engine' in report:
+        print_engines(console, report['engine'])
     for key in ('metrics', 'int8', 'calibration', 'merged'):
         if key in report:
             console.print(f'{key}: {report[key]}')
@@ -231,7 +264,8 @@ def print_report(report: dict) -> None:
 
 
 def main() -> int:
-    """Export and report; 1 where the graph differs from the model."""
+    """Export and report; 1 where the graph differs from the model, or
+    TensorRT would refuse it."""
     args = parse_args()
     # MMDeploy traces with many warnings that are of no concern here
     warnings.filterwarnings('ignore')
@@ -241,7 +275,10 @@ def main() -> int:
     write_atomically(
         osp.join(args.work_dir, 'report.json'), json.dumps(report, indent=2))
     print_report(report)
-    return 0 if report['comparison'].get('agrees', True) else 1
+    engines = report.get('engine', dict(files={}))['files'].values()
+    refused = any(x['refused'] for x in engines)
+    agrees = report['comparison'].get('agrees', True)
+    return 0 if agrees and not refused else 1
 
 
 if __name__ == '__main__':

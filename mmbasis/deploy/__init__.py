@@ -10,11 +10,18 @@ from .export import (
     merge_slow_layers,
     quantize_onnx,
 )
+from .rtx import (
+    build_engine,
+    builder_at_hand,
+    check_capability,
+    compare_engines,
+)
 from .tensorrt import check_tensorrt, trtexec_commands
 
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx',
     'Deployment', 'merge_slow_layers', 'calibration_images', 'quantize_onnx',
     'write_calibration', 'check_tensorrt', 'trtexec_commands',
-    'complete', 'complete_for_images', 'parse_size'
+    'complete', 'complete_for_images', 'parse_size', 'build_engine',
+    'builder_at_hand', 'check_capability', 'compare_engines'
 ]

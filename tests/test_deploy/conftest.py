@@ -190,3 +190,17 @@ def deploy_cfg(repo_root):
         return complete(cfg, size and (size, size), **wanted)
 
     return read
+
+
+@pytest.fixture(scope='session')
+def assert_builds():
+    """Function that has NVIDIA's builder build an exported file, where the
+    extra trt-check is installed; only limits of its own are let through."""
+    from mmbasis.deploy import build_engine, builder_at_hand
+
+    def check(path, shapes=None):
+        if builder_at_hand():
+            engine = build_engine(path, shapes=shapes or {})
+            assert not engine.refused, [str(x) for x in engine.refusals]
+
+    return check

@@ -39,13 +39,15 @@ def exported(classifier, repo_root, image_paths, tmp_path_factory):
     return deployment, deployment.export(image_paths[0], folder)
 
 
-def test_classifier_agrees_and_is_folded(exported, classifier, image_paths):
+def test_classifier_agrees_and_is_folded(exported, classifier, image_paths,
+                                         assert_builds):
     deployment, files = exported
     assert classifier.plan.norm
     for result in compare(deployment, files, image_paths[:3]):
         assert result['agrees'] and result['top1']
         assert result['scores']['largest'] < 1e-5
     assert 'BatchNormalization' not in operators(files[0])
+    assert_builds(files[0])
 
 
 def test_file_is_as_small_as_its_parameters(exported):
@@ -78,7 +80,8 @@ def test_evaluator_of_mmdeploy_equals_the_runner(exported, tmp_path):
     assert 'accuracy/top1' in metrics
 
 
-def test_dynamic_shapes(classifier, deploy_cfg, image_paths, tmp_path):
+def test_dynamic_shapes(classifier, deploy_cfg, image_paths, tmp_path,
+                        assert_builds):
     deployment = Deployment(
         deploy_cfg(CLS, dynamic=True), classifier.config,
         classifier.checkpoint)
@@ -89,6 +92,7 @@ def test_dynamic_shapes(classifier, deploy_cfg, image_paths, tmp_path):
         theirs = deployment.model(x, mode='tensor').softmax(1)
     ours, = session.run(None, {'input': x.numpy()})
     assert torch.allclose(torch.from_numpy(ours), theirs, atol=1e-5)
+    assert_builds(files[0])
 
 
 # ---------------------------------------------------------------- detectors
@@ -98,7 +102,8 @@ def retinanet(make_detector):
                          **{'model.bbox_head.num_classes': 3})
 
 
-def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path):
+def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path,
+                            assert_builds):
     """Before and after non-maximum suppression."""
     whole = Deployment(
         deploy_cfg(DET, 160), retinanet.config, retinanet.checkpoint)
@@ -106,6 +111,7 @@ def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path):
     results = compare(whole, files, detector_images)
     assert all(x['agrees'] for x in results), results
     assert sum(x['compared'] for x in results) > 20
+    assert_builds(files[0])
 
     cut = Deployment(
         deploy_cfg(CUT, 160), retinanet.config, retinanet.checkpoint)
@@ -114,28 +120,31 @@ def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path):
     assert 'NonMaxSuppression' not in operators(files[0])
     for result in compare(cut, files, detector_images):
         assert result['agrees'] and result['scores']['largest'] < 1e-3
+    assert_builds(files[0])
 
 
 def test_tensorrt_without_plugins(retinanet, deploy_cfg, detector_images,
-                                  tmp_path):
+                                  tmp_path, assert_builds):
     name = 'detection-before-nms_tensorrt'
     deployment = Deployment(
         deploy_cfg(name, 160), retinanet.config, retinanet.checkpoint)
     files = deployment.export(detector_images[0], str(tmp_path))
     assert check_tensorrt(files[0]) == {'8.5': [], '10': []}
+    assert_builds(files[0])
     # a standard graph, so ONNX Runtime can vouch for it
     assert all(x['agrees']
                for x in compare(deployment, files, detector_images))
 
 
 def test_tensorrt_with_plugin_is_named(retinanet, deploy_cfg, detector_images,
-                                       tmp_path):
+                                       tmp_path, assert_builds):
     deployment = Deployment(
         deploy_cfg('detection_tensorrt', 160), retinanet.config,
         retinanet.checkpoint)
     files = deployment.export(detector_images[0], str(tmp_path))
     assert any('mmdeploy::TRTBatchedNMS' in x
                for x in check_tensorrt(files[0])['8.5'])
+    assert_builds(files[0])
     with pytest.raises(RuntimeError, match='mmdeploy::TRTBatchedNMS'):
         compare(deployment, files, detector_images)
 
@@ -151,7 +160,7 @@ SLOW = [
 @pytest.mark.slow
 @pytest.mark.parametrize('config, size', SLOW)
 def test_other_detectors(make_detector, deploy_cfg, detector_images, tmp_path,
-                         config, size):
+                         config, size, assert_builds):
     found = make_detector(config, size)
     for name in (DET, CUT):
         cfg = load_config(found.config)
@@ -160,10 +169,12 @@ def test_other_detectors(make_detector, deploy_cfg, detector_images, tmp_path,
         files = deployment.export(detector_images[0], str(tmp_path))
         results = compare(deployment, files, detector_images)
         assert all(x['agrees'] for x in results), results
+        for path in files:
+            assert_builds(path)
 
 
 @pytest.mark.slow
-def test_trained_detector(shared_data, deploy_cfg, tmp_path):
+def test_trained_detector(shared_data, deploy_cfg, tmp_path, assert_builds):
     """RTMDet, with the border that MMDeploy's own rewriter forgets."""
     images = []
     with tarfile.open(shared_data / 'bccd.tar.gz') as file:
@@ -179,6 +190,7 @@ def test_trained_detector(shared_data, deploy_cfg, tmp_path):
         results = compare(deployment, files, images)
         assert all(x['agrees'] for x in results), results
         assert all(x['compared'] > 100 for x in results)
+        assert_builds(files[0])
 
 
 def test_match_boxes_counts_both_directions():

@@ -25,7 +25,7 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def export(tmp_path):
+def export(tmp_path, assert_builds):
     """Function that exports a network; entries of layers by name and form."""
 
     def export(count, round_to=4, **kwargs):
@@ -40,6 +40,8 @@ def export(tmp_path):
             if entry.get('role') == 'layer':
                 name, = entry['uses']
                 found[name, entry['form']].append(entry)
+        # the compressed model is the last one
+        assert_builds(str(tmp_path / index['entries'][-1]['onnx']))
         return found, index['entries'][-1]
 
     return export

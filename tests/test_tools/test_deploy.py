@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip('onnxruntime')
 pytest.importorskip('mmdeploy')
+builder_at_hand = pytest.importorskip('mmbasis.deploy').builder_at_hand
 
 CONFIG = """
 _base_ = ['{root}/configs/mmpretrain/resnet56_cifar10.py']
@@ -167,6 +168,28 @@ def test_deploy(repo_root, workspace, table, compressed, tmp_path):
     assert isinstance(report['merged'], dict)
     assert report['files'][str(tmp_path /
                                'end2end.onnx')] > 4 * .8 * report['params']
+
+
+@pytest.mark.skipif(
+    not builder_at_hand(), reason='needs the extra trt-check')
+def test_build(repo_root, workspace, compressed, tmp_path):
+    """The engine, beside that of the dense model."""
+    image = next((workspace / 'images' / 'a').iterdir())
+    out = deploy(repo_root, compressed, [image], tmp_path, '--build', 'rtx',
+                 '--compute-capability', '8.9')
+    engines = json.loads((tmp_path / 'report.json').read_text())['engine']
+    ours = engines['files'][str(tmp_path / 'end2end.onnx')]
+    dense = engines['dense'][str(tmp_path / 'dense' / 'end2end.onnx')]
+    assert ours['built'] and ours['compute_capability'] == '8.9'
+    # a layer is two kernels
+    plan = json.loads((compressed / 'plan.json').read_text())
+    assert ours['kernels'] == dense['kernels'] + len(plan['layers'])
+    assert ours['copies'] == dense['copies']
+    assert 'dense/end2end.onnx' in out
+    # said before anything is exported
+    out = deploy(repo_root, compressed, [image], tmp_path / 'new', '--build',
+                 'rtx', '--compute-capability', '8.7', status=1)
+    assert "'8.7'" in out and not (tmp_path / 'new' / 'end2end.onnx').exists()
 
 
 def test_calibration_for_tensorrt(repo_root, workspace, compressed, tmp_path):
