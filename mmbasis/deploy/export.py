@@ -70,7 +70,7 @@ class Deployment:
         # MMDeploy ignores missing and unexpected keys
         compression.load_weights(self.model, content, checkpoint)
         self.model.eval()
-        if 'partition_config' in self.deploy_cfg and not _suppresses(self.model):
+        if not _suppresses(self.model):
             # the whole graph is what others are before suppression
             self.deploy_cfg.pop('partition_config', None)
             self.deploy_cfg.codebase_config.model_type = 'end2end'

@@ -1,21 +1,15 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Export of families that merge their branches for deployment: the graph holds
 what the plan says, and computes what the compressed model computes."""
-import cv2
 import mmpretrain.models  # noqa: F401
-import numpy as np
 import pytest
-import torch
 from mmengine.registry import MODELS
 from mmpretrain.models.backbones.levit import LeViT
-from mmpretrain.structures import DataSample
 
 from mmbasis.compression import merging, surgery
 from mmbasis.compression.merging import MERGING_METHODS
 from mmbasis.deploy import Deployment, check_weights, compare
 from mmbasis.layers import BasisLayer
-
-from .conftest import Compressed, classifier_cfg
 
 CLS = 'classification_onnxruntime_static-32x32'
 
@@ -57,8 +51,8 @@ FAMILIES = dict(
         arch=dict(channels=[16, 16, 32, 32], num_heads=[1, 1, 2, 2],
                   depths=[1, 1, 1, 1])), 32, 64),
     RIFormer=(dict(
-        type='RIFormer', out_indices=(6, ),
-        arch=dict(layers=[1, 1, 1, 1], embed_dims=[16, 16, 32, 32],
+        type='RIFormer',
+        arch=dict(layers=[1, 1, 1, 1], embed_dims=[12, 16, 24, 32],
                   mlp_ratios=[2, 2, 2, 2], layer_scale_init_value=.5)),
         32, 64),
     EdgeNeXt=(dict(
@@ -67,35 +61,23 @@ FAMILIES = dict(
                   num_heads=[2, 2, 2, 2])), 32, 64))
 
 
-def small_cfg(repo_root, images, family):
-    """A classifier with a small backbone of a family."""
-    backbone, channels, _ = FAMILIES[family]
-    cfg = classifier_cfg(repo_root, images)
-    cfg.model.backbone = backbone
-    cfg.model.head.update(in_channels=channels, num_classes=5)
-    if family == 'LeViT':
-        cfg.model.head.update(type='LeViTClsHead', distillation=True)
-    if family == 'TinyViT':  # pools itself
-        cfg.model.neck = None
-    return cfg
-
-
-@pytest.fixture(scope='module')
-def make_family(repo_root, images, tmp_path_factory):
-    """Function that compresses a family; with it, an image."""
+@pytest.fixture
+def make_family(make_classifier):
+    """Function that compresses a small model of a family; with it, an
+    image."""
 
     def make(family):
-        folder = tmp_path_factory.mktemp(family)
-        side = FAMILIES[family][2]
-        image = str(folder / 'image.png')
-        small = np.random.RandomState(0).randint(0, 256, (5, 5, 3), np.uint8)
-        cv2.imwrite(image, cv2.resize(small, (side, side)))
-        batch = dict(
-            inputs=torch.randint(0, 256, (1, 3, side, side)).byte(),
-            data_samples=[DataSample()])
-        found = Compressed(folder, small_cfg(repo_root, images, family),
-                           batch, type='RatioPlanner', ratio=.6)
-        return found, image
+        backbone, channels, side = FAMILIES[family]
+
+        def change(model):
+            model.backbone = backbone
+            model.head.update(in_channels=channels, num_classes=5)
+            if family == 'LeViT':
+                model.head.update(type='LeViTClsHead', distillation=True)
+            if family in ('TinyViT', 'EdgeNeXt'):  # they pool themselves
+                model.neck = None
+
+        return make_classifier(change, side, type='RatioPlanner', ratio=.6)
 
     return make
 

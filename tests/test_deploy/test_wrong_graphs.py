@@ -96,9 +96,9 @@ def without_activation(graph, weights):
 
 
 def shifted_padding(graph, weights):
-    for node in convs(graph):
+    for node in graph.node:
         for attribute in node.attribute:
-            if attribute.name == 'pads' and sum(attribute.ints) == 4:
+            if attribute.name == 'pads' and [*attribute.ints] == [1] * 4:
                 attribute.ints[:] = [0, 0, 2, 2]
                 return
     raise AssertionError('no padded convolution')
@@ -162,6 +162,16 @@ def test_wrong_detectors(right_detector, edit):
     assert not right_detector.agrees(right_detector.edited(edit))
 
 
+def test_nothing_compared_is_a_failure(right_detector, monkeypatch):
+    """No box passes the threshold."""
+    head = right_detector.deployment.model.bbox_head
+    monkeypatch.setitem(head.test_cfg, 'score_thr', 2.)
+    result, = compare(right_detector.deployment, [right_detector.file],
+                      right_detector.images)
+    assert not result['agrees'] and 'no box was compared' in result['reason']
+    assert is_close(result['bbox_head'])
+
+
 @pytest.fixture(scope='module')
 def dense_file(right_classifier, classifier, image_paths, tmp_path_factory):
     dense = Deployment(right_classifier.deploy_cfg, classifier.dense_cfg,
@@ -204,16 +214,6 @@ def test_a_graph_without_raw_outputs(right_classifier):
     onnx.save(model, path)
     with pytest.raises(RuntimeError, match='no raw output to compare'):
         right_classifier.agrees(path)
-
-
-def test_nothing_compared_is_a_failure(right_detector, monkeypatch):
-    """No box passes the threshold."""
-    head = right_detector.deployment.model.bbox_head
-    monkeypatch.setitem(head.test_cfg, 'score_thr', 2.)
-    result, = compare(right_detector.deployment, [right_detector.file],
-                      right_detector.images)
-    assert not result['agrees'] and 'no box was compared' in result['reason']
-    assert is_close(result['bbox_head'])
 
 
 def test_differences_are_relative():
