@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a compressed model to what runs on the device; needs MMDeploy."""
 from .calibration import write_calibration
-from .compare import compare, evaluate_onnx, match_boxes, open_onnx
+from .compare import compare, evaluate_onnx, match_boxes
 from .configs import complete, parse_size
 from .export import (
     Deployment,
@@ -16,10 +16,12 @@ from .rtx import (
     check_capability,
     compare_engines,
 )
+from .runs import open_onnx
 from .tensorrt import check_tensorrt, trtexec_commands
+from .weights import check_weights
 
 __all__ = [
-    'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx',
+    'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx', 'check_weights',
     'Deployment', 'merge_slow_layers', 'calibration_images', 'quantize_onnx',
     'write_calibration', 'check_tensorrt', 'trtexec_commands',
     'complete', 'complete_for_images', 'parse_size', 'build_engine',
