@@ -7,13 +7,14 @@ from .export import (
     merge_slow_layers,
     quantize_onnx,
 )
+from .operators import check_tensorrt
 from .rtx import (
     build_engine,
     builder_at_hand,
     check_capability,
     compare_engines,
 )
-from .tensorrt import check_tensorrt, trtexec_command, write_calibration
+from .tensorrt import trtexec_command, write_calibration
 
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx',

@@ -31,8 +31,10 @@ MMCVMultiScaleDeformableAttention MMCVRoiAlign ScaledDotProductAttentionTRT
 TRTBatchedBEVNMS TRTBatchedNMS TRTBatchedRotatedNMS
 TRTBicubicInterpolate TRTDCNv3 TRTInstanceNormalization grid_sampler
 """.split())
-#: what it says of graphs in fp32 for compute capability 7.5
-_TURING = 'for Turing (SM75): FP32'
+#: … and what it says of others: fp32 for compute capability 7.5, scatters that
+#: TensorRT has a plugin for
+_OWN_WORDS = re.compile(
+    r'for Turing \(SM75\): FP32|reduction type \(importScatterElements\)')
 CAPABILITIES = '7.5', '8.0', '8.6', '8.9', '12.0', '12.1'
 #: smallest, usual and largest sizes of a dynamic input for which none are
 #: given: of its first axis, and of each other
@@ -101,7 +103,7 @@ def build_engine(path: str, compute_capability: str = '8.6',
     refusals: Tuple[Refusal, ...] = ()
     if 'parser' in answer:
         refusals = tuple(
-            Refusal(*x, own_limit=x[1] in OWN_LIMITS | PLUGINS)
+            Refusal(*x, own_limit=_is_own(x[1], x[2]))
             for x in answer['parser'])
     elif 'builder' in answer:
         refusals = _build_errors(path, answer['builder'])
@@ -130,6 +132,12 @@ def _ask(request: Dict[str, Any], seconds: float) -> Dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def _is_own(operator: str, message: str) -> bool:
+    """Whether TensorRT takes what this builder refuses."""
+    return operator in OWN_LIMITS | PLUGINS or bool(
+        _OWN_WORDS.search(message))
+
+
 def _build_errors(path: str, messages: Iterable[str]) -> Tuple[Refusal, ...]:
     """What the builder says, and of which node. It calls the layers of a node
     ``name`` and ``name_0``, and those of one without a name by its output."""
@@ -144,8 +152,8 @@ def _build_errors(path: str, messages: Iterable[str]) -> Tuple[Refusal, ...]:
         # a message may name the first and the last of many
         name = named.pop() if len(named) == 1 else ''
         operator = nodes[name].op_type if name else ''
-        own = operator in OWN_LIMITS or _TURING in message
-        found.append(Refusal(name, operator, message, own))
+        found.append(
+            Refusal(name, operator, message, _is_own(operator, message)))
     return tuple(found)
 
 
