@@ -31,8 +31,8 @@ MMCVMultiScaleDeformableAttention MMCVRoiAlign ScaledDotProductAttentionTRT
 TRTBatchedBEVNMS TRTBatchedNMS TRTBatchedRotatedNMS
 TRTBicubicInterpolate TRTDCNv3 TRTInstanceNormalization grid_sampler
 """.split())
-#: … and what it says of others: fp32 for compute capability 7.5, scatters that
-#: TensorRT has a plugin for
+#: … and what it says of others: fp32 for compute capability 7.5, scatters for
+#: which TensorRT has a plugin
 _OWN_WORDS = re.compile(
     r'for Turing \(SM75\): FP32|reduction type \(importScatterElements\)')
 CAPABILITIES = '7.5', '8.0', '8.6', '8.9', '12.0', '12.1'
@@ -69,15 +69,15 @@ def check_capability(name: str) -> str:
 
 
 def build_engine(path: str, compute_capability: str = '8.6',
-                 shapes: Shapes = {}, seconds: float = 600.) -> Engine:
+                 shapes: Optional[Shapes] = None,
+                 seconds: float = 600.) -> Engine:
     """Parse an ONNX file and build it, in a process of its own.
 
     Args:
         path (str): ONNX file; its precision is that of the engine.
         compute_capability (str): Of the card to build for. Defaults to 8.6.
-        shapes (Mapping[str, Sequence]): By names of dynamic inputs the
-            smallest, usual and largest shape. Inputs that it leaves out get
-            ``SIZES``.
+        shapes (Mapping[str, Sequence] | None): By names of dynamic inputs the
+            smallest, usual and largest shape; ``SIZES`` where none is given.
         seconds (float): After this time the builder is stopped, which counts
             as refused, as does a crash. Defaults to ten minutes.
 
@@ -87,15 +87,15 @@ def build_engine(path: str, compute_capability: str = '8.6',
     Raises:
         ModuleNotFoundError: Without the extra ``trt-check``.
         FileNotFoundError: Without the file.
-        ValueError: If the builder does not know the compute capability, or a
-            shape is not one of the input.
+        ValueError: For another compute capability, or a shape that is not one
+            of the input.
     """
     target = check_capability(compute_capability)
     if not osp.isfile(path):
         raise FileNotFoundError(f'{path}: no such ONNX file to build')
-    request = dict(path=osp.abspath(path), target=target, shapes=dict(shapes),
-                   sizes=SIZES)
-    answer = _ask(request, seconds)
+    answer = _ask(
+        dict(path=osp.abspath(path), target=target, shapes=dict(shapes or {}),
+             sizes=SIZES), seconds)
     if 'wrong_shape' in answer:
         name, shape, given = answer['wrong_shape']
         raise ValueError(f'the input {name} has the shape {shape} (-1: '
@@ -117,9 +117,8 @@ def _ask(request: Dict[str, Any], seconds: float) -> Dict[str, Any]:
     try:
         done = subprocess.run([sys.executable, script],
                               input=json.dumps(request),
-                              stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE,
-                              universal_newlines=True,
+                              capture_output=True,
+                              text=True,
                               timeout=seconds)
     except subprocess.TimeoutExpired:
         return dict(builder=[f'the builder did not end in {seconds:g} s'])

@@ -33,7 +33,7 @@ def matrix(repo_root):
 
 
 def test_the_matrix_is_of_these_graphs(graphs, matrix):
-    assert list(matrix) == list(graphs) and len(graphs) > 400
+    assert set(matrix) == set(graphs) and len(graphs) > 400
     verdicts = [x['builder'] for x in matrix.values()]
     assert verdicts.count('built') > 200 and verdicts.count('refused') > 50
 

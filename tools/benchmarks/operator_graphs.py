@@ -117,8 +117,8 @@ def typed(model: onnx.ModelProto) -> onnx.ModelProto:
     return inferred
 
 
-def elementwise() -> Iterator[Variant]:
-    """Functions of each number, and of pairs of numbers."""
+def unary() -> Iterator[Variant]:
+    """Functions of each number."""
     for name in ('Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Cos Cosh Elu '
                  'Erf Exp Floor HardSigmoid HardSwish Identity IsInf IsNaN '
                  'LeakyRelu Log Neg Reciprocal Relu Round Selu Sigmoid Sign '
@@ -143,6 +143,10 @@ def elementwise() -> Iterator[Variant]:
     for kind in ('int32', 'int64'):
         yield variant('Clip', (X, kind), scalar(0, kind), scalar(6, kind),
                       tag=kind)
+
+
+def binary() -> Iterator[Variant]:
+    """Functions of pairs of numbers."""
     for name in 'Add Sub Mul Div Pow Min Max Mean Sum'.split():
         yield variant(name, X, (4, 1, 1))
         for kind in ('half', 'double', 'bfloat16', 'int32', 'int64', 'uint8',
@@ -157,15 +161,19 @@ def elementwise() -> Iterator[Variant]:
         yield variant('Mod', (X, kind), (X, kind), tag=f'{kind} fmod', fmod=1)
     for name in 'And Or Xor'.split():
         yield variant(name, (X, 'bool'), (X, 'bool'))
+    yield variant('BitShift', (X, 'uint8'), (X, 'uint8'), direction='LEFT')
+    for name in 'BitwiseAnd BitwiseOr BitwiseXor'.split():
+        yield variant(name, (X, 'int32'), (X, 'int32'), opset=18)
+    yield variant('BitwiseNot', (X, 'int32'), opset=18)
+
+
+def choices() -> Iterator[Variant]:
+    """Comparisons, number types, and one of many."""
     for name in 'Equal Greater GreaterOrEqual Less LessOrEqual'.split():
         for kind in ('float', 'half', 'double', 'int32', 'int64', 'bool',
                      'uint8'):
             if legal(name, kind):
                 yield variant(name, (X, kind), (X, kind), tag=kind)
-    yield variant('BitShift', (X, 'uint8'), (X, 'uint8'), direction='LEFT')
-    for name in 'BitwiseAnd BitwiseOr BitwiseXor'.split():
-        yield variant(name, (X, 'int32'), (X, 'int32'), opset=18)
-    yield variant('BitwiseNot', (X, 'int32'), opset=18)
     for kind in ('float', 'half', 'int64', 'bool', 'uint8'):
         yield variant('Where', (X, 'bool'), (X, kind), (X, kind), tag=kind)
     for kind in ('half', 'double', 'bfloat16', 'int32', 'int64', 'int8',
@@ -700,7 +708,8 @@ def scan() -> Variant:
 def all_variants() -> Dict[str, onnx.ModelProto]:
     """The graphs by name."""
     found: Dict[str, onnx.ModelProto] = {}
-    for part in (elementwise, networks, shapes, reductions, resizings, others):
+    for part in (unary, binary, choices, networks, shapes, reductions,
+                 resizings, others):
         for name, model in part():
             if name in found:
                 raise ValueError(f'two variants are called {name!r}')

@@ -31,7 +31,7 @@ from mmbasis.deploy import build_engine, check_tensorrt  # noqa: E402
 from mmbasis.deploy.engines import Engine  # noqa: E402
 
 #: after which a builder counts as without an answer
-SECONDS = 30.
+SECONDS = 20.
 
 
 def examine(model: onnx.ModelProto) -> Dict[str, Any]:
@@ -79,7 +79,8 @@ def markdown(report: Dict[str, Any]) -> str:
         f'{count["parsed"]} parsed (sizes are an input, for which a build '
         f'needs values), {count["refused"]} refused, {count["own limit"]} '
         'that TensorRT takes and only this builder does not, '
-        f'{count["no answer"]} that it does not end with. Our check (`mmbasis.deploy.check_tensorrt`, '
+        f'{count["no answer"]} that it does not end with. Our check '
+        '(`mmbasis.deploy.check_tensorrt`, '
         f'TensorRT 10): {len(found["miss"])} misses, '
         f'{len(found["false alarm"])} false alarms.', ''
     ]
@@ -104,6 +105,11 @@ def main() -> None:
     graphs = all_variants()
     with ThreadPoolExecutor(2) as pool:  # each waits for a process
         rows = dict(zip(graphs, pool.map(examine, graphs.values())))
+    write(rows, args.out)
+
+
+def write(rows: Dict[str, Dict[str, Any]], folder: str) -> None:
+    """Write both files."""
     report = dict(
         builder='TensorRT for RTX '
         f'{version("tensorrt-rtx-cu13-bindings")}, compute capability 8.6',
@@ -111,7 +117,7 @@ def main() -> None:
         onnx=onnx.__version__, variants=rows)
     for name, text in (('json', json.dumps(report, indent=1) + '\n'),
                        ('md', markdown(report))):
-        path = osp.join(args.out, f'operators.{name}')
+        path = osp.join(folder, f'operators.{name}')
         with open(path, 'w', encoding='utf-8') as file:
             file.write(text)
 
