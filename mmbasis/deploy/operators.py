@@ -6,7 +6,7 @@ of each operator, ``docs/results/operators.md``. What 8.5 (the last for Jetson
 Xavier) refuses beside that is NVIDIA's operator matrix of that release,
 ``docs/operators.md`` of https://github.com/onnx/onnx-tensorrt.
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 import numpy as np
 
@@ -86,10 +86,12 @@ class Graph(NamedTuple):
             the value is not known.
         kinds (dict[str, str]): Number types, such as ``'FLOAT'``.
         shapes (dict[str, list]): Sizes; None where one is not known.
+        sizes (set[str]): What is computed from sizes and constants alone.
     """
     constants: Dict[str, Optional[np.ndarray]]
     kinds: Dict[str, str]
     shapes: Dict[str, List[Optional[int]]]
+    sizes: Set[str]
 
 
 def check_tensorrt(path: str) -> Dict[str, List[str]]:
@@ -125,7 +127,7 @@ def _read(model: Any, opset: int) -> Graph:
     except (onnx.shape_inference.InferenceError, ValueError):
         inferred = model  # unknown operators, files above 2 GB
     # an input that is left out has the empty name
-    graph = Graph({'': None}, {}, {})
+    graph = Graph({'': None}, {}, {}, set())
     for x in model.graph.initializer:
         small = np.prod(x.dims) <= _SMALL
         graph.constants[x.name] = to_array(x) if small else None
@@ -156,6 +158,10 @@ def _fold(node: Any, graph: Graph, opset: int) -> None:
             any(node.input) or node.op_type == 'Constant'):
         feeds = {x: constants[x] for x in node.input if x}
     else:
+        if node.op_type == 'Shape' or graph.sizes.intersection(
+                node.input) and (constants.keys()
+                                 | graph.sizes) >= set(node.input):
+            graph.sizes.update(node.output)
         return
     constants.update(dict.fromkeys(node.output))
     if node.op_type not in _FOLDED or any(x is None for x in feeds.values()):
@@ -222,8 +228,11 @@ def _input(node: Any, version: str, graph: Graph) -> str:
     needed = dict(_CONSTANT.get(kind, {}))
     if version == '8.5':
         needed.update(_CONSTANT_8_5.get(kind, {}))
+    known = graph.constants.keys()
+    if kind == 'Resize':
+        known = known | graph.sizes
     for position, what in needed.items():
-        if not graph.constants.keys() >= set(node.input[position:][:1]):
+        if not known >= set(node.input[position:][:1]):
             return f'{what} must be a constant'
     if kind == 'Range' and graph.kinds.get(node.input[0]) == 'FLOAT':
         return 'of floats must be constant'

@@ -629,6 +629,25 @@ def resizings() -> Iterator[Variant]:
                   ((1, ), 'int64'), floats(.5), tag='number not constant')
 
 
+def dynamic() -> Iterator[Variant]:
+    """What takes sizes of an input of unknown size."""
+    x = ('n', 4, 'h', 'w')
+    for mode in ('nearest', 'linear', 'cubic'):
+        yield variant('Resize', x, None, None, From((0, 1, 2, 3)),
+                      tag=f'{mode} dynamic sizes', mode=mode)
+        yield variant('Resize', x, None, From((0, 1, 2, 3), 'float', 1),
+                      tag=f'{mode} dynamic scales', mode=mode)
+        yield variant('Resize', x, None, floats(1, 1, 2, 2),
+                      tag=f'{mode} dynamic, constant scales', mode=mode)
+    yield variant('TopK', x, From((3, )), tag='dynamic K', outputs=2)
+    yield variant('TopK', x, From((3, ), most=4000), outputs=2,
+                  tag='dynamic K, at most 4000')
+    yield variant('Reshape', x, From((0, 1, 3, 2)), tag='dynamic')
+    yield variant('Expand', x, From((0, 1, 2, 3)), tag='dynamic')
+    yield variant('Tile', x, From((0, 0, 1, 1), most=2), tag='dynamic')
+    yield variant('Slice', x, ints(0), From((2, )), ints(2), tag='dynamic')
+
+
 def others() -> Iterator[Variant]:
     """Losses, texts, sequences, branches and loops."""
     labels = ((1, 8, 8), 'int64')
@@ -709,7 +728,7 @@ def all_variants() -> Dict[str, onnx.ModelProto]:
     """The graphs by name."""
     found: Dict[str, onnx.ModelProto] = {}
     for part in (unary, binary, choices, networks, shapes, reductions,
-                 resizings, others):
+                 resizings, dynamic, others):
         for name, model in part():
             if name in found:
                 raise ValueError(f'two variants are called {name!r}')

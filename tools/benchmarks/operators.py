@@ -95,19 +95,6 @@ def markdown(report: Dict[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def main() -> None:
-    """Build all, write both files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', default='docs/results', help='a folder')
-    args = parser.parse_args()
-    graphs = all_variants()
-    with ThreadPoolExecutor(2) as pool:  # each waits for a process
-        rows = dict(zip(graphs, pool.map(examine, graphs.values())))
-    write(rows, args.out)
-
-
 def write(rows: Dict[str, Dict[str, Any]], folder: str) -> None:
     """Write both files."""
     report = dict(
@@ -120,6 +107,19 @@ def write(rows: Dict[str, Dict[str, Any]], folder: str) -> None:
         path = osp.join(folder, f'operators.{name}')
         with open(path, 'w', encoding='utf-8') as file:
             file.write(text)
+
+
+def main() -> None:
+    """Build all, write both files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', default='docs/results', help='a folder')
+    args = parser.parse_args()
+    graphs = all_variants()
+    with ThreadPoolExecutor(2) as pool:  # each waits for a process
+        rows = dict(zip(graphs, pool.map(examine, graphs.values())))
+    write(rows, args.out)
 
 
 if __name__ == '__main__':
