@@ -10,6 +10,7 @@ from .export import (
     merge_slow_layers,
     quantize_onnx,
 )
+from .operators import check_tensorrt
 from .rtx import (
     build_engine,
     builder_at_hand,
@@ -17,7 +18,7 @@ from .rtx import (
     compare_engines,
 )
 from .runs import open_onnx
-from .tensorrt import check_tensorrt, trtexec_commands
+from .tensorrt import trtexec_commands
 from .weights import check_weights
 
 __all__ = [

@@ -31,8 +31,10 @@ MMCVMultiScaleDeformableAttention MMCVRoiAlign ScaledDotProductAttentionTRT
 TRTBatchedBEVNMS TRTBatchedNMS TRTBatchedRotatedNMS
 TRTBicubicInterpolate TRTDCNv3 TRTInstanceNormalization grid_sampler
 """.split())
-#: what it says of graphs in fp32 for compute capability 7.5
-_TURING = 'for Turing (SM75): FP32'
+#: … and what it says of others: fp32 for compute capability 7.5, scatters for
+#: which TensorRT has a plugin
+_OWN_WORDS = re.compile(
+    r'for Turing \(SM75\): FP32|reduction type \(importScatterElements\)')
 CAPABILITIES = '7.5', '8.0', '8.6', '8.9', '12.0', '12.1'
 #: smallest, usual and largest sizes of a dynamic input for which none are
 #: given: of its first axis, and of each other
@@ -67,15 +69,15 @@ def check_capability(name: str) -> str:
 
 
 def build_engine(path: str, compute_capability: str = '8.6',
-                 shapes: Shapes = {}, seconds: float = 600.) -> Engine:
+                 shapes: Optional[Shapes] = None,
+                 seconds: float = 600.) -> Engine:
     """Parse an ONNX file and build it, in a process of its own.
 
     Args:
         path (str): ONNX file; its precision is that of the engine.
         compute_capability (str): Of the card to build for. Defaults to 8.6.
-        shapes (Mapping[str, Sequence]): By names of dynamic inputs the
-            smallest, usual and largest shape. Inputs that it leaves out get
-            ``SIZES``.
+        shapes (Mapping[str, Sequence] | None): By names of dynamic inputs the
+            smallest, usual and largest shape; ``SIZES`` where none is given.
         seconds (float): After this time the builder is stopped, which counts
             as refused, as does a crash. Defaults to ten minutes.
 
@@ -85,15 +87,15 @@ def build_engine(path: str, compute_capability: str = '8.6',
     Raises:
         ModuleNotFoundError: Without the extra ``trt-check``.
         FileNotFoundError: Without the file.
-        ValueError: If the builder does not know the compute capability, or a
-            shape is not one of the input.
+        ValueError: For another compute capability, or a shape that is not one
+            of the input.
     """
     target = check_capability(compute_capability)
     if not osp.isfile(path):
         raise FileNotFoundError(f'{path}: no such ONNX file to build')
-    request = dict(path=osp.abspath(path), target=target, shapes=dict(shapes),
-                   sizes=SIZES)
-    answer = _ask(request, seconds)
+    answer = _ask(
+        dict(path=osp.abspath(path), target=target, shapes=dict(shapes or {}),
+             sizes=SIZES), seconds)
     if 'wrong_shape' in answer:
         name, shape, given = answer['wrong_shape']
         raise ValueError(f'the input {name} has the shape {shape} (-1: '
@@ -101,7 +103,7 @@ def build_engine(path: str, compute_capability: str = '8.6',
     refusals: Tuple[Refusal, ...] = ()
     if 'parser' in answer:
         refusals = tuple(
-            Refusal(*x, own_limit=x[1] in OWN_LIMITS | PLUGINS)
+            Refusal(*x, own_limit=_is_own(x[1], x[2]))
             for x in answer['parser'])
     elif 'builder' in answer:
         refusals = _build_errors(path, answer['builder'])
@@ -115,9 +117,8 @@ def _ask(request: Dict[str, Any], seconds: float) -> Dict[str, Any]:
     try:
         done = subprocess.run([sys.executable, script],
                               input=json.dumps(request),
-                              stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE,
-                              universal_newlines=True,
+                              capture_output=True,
+                              text=True,
                               timeout=seconds)
     except subprocess.TimeoutExpired:
         return dict(builder=[f'the builder did not end in {seconds:g} s'])
@@ -128,6 +129,12 @@ def _ask(request: Dict[str, Any], seconds: float) -> Dict[str, Any]:
             f'{"".join(last)}'
         ])
     return json.loads(done.stdout)
+
+
+def _is_own(operator: str, message: str) -> bool:
+    """Whether TensorRT takes what this builder refuses."""
+    return operator in OWN_LIMITS | PLUGINS or bool(
+        _OWN_WORDS.search(message))
 
 
 def _build_errors(path: str, messages: Iterable[str]) -> Tuple[Refusal, ...]:
@@ -144,8 +151,8 @@ def _build_errors(path: str, messages: Iterable[str]) -> Tuple[Refusal, ...]:
         # a message may name the first and the last of many
         name = named.pop() if len(named) == 1 else ''
         operator = nodes[name].op_type if name else ''
-        own = operator in OWN_LIMITS or _TURING in message
-        found.append(Refusal(name, operator, message, own))
+        found.append(
+            Refusal(name, operator, message, _is_own(operator, message)))
     return tuple(found)
 
 

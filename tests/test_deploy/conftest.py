@@ -222,7 +222,7 @@ def assert_builds():
 
     def check(path, shapes=None):
         if builder_at_hand():
-            engine = build_engine(path, shapes=shapes or {})
+            engine = build_engine(path, shapes=shapes)
             assert not engine.refused, [str(x) for x in engine.refusals]
 
     return check

@@ -26,14 +26,18 @@ def save(path, nodes, inputs, outputs, constants=(), opset=17):
     graph = helper.make_graph(
         nodes, 'graph', values(inputs), values(outputs),
         [numpy_helper.from_array(np.asarray(x), k) for k, x in constants])
-    opsets = [helper.make_opsetid('', opset), helper.make_opsetid('mmdeploy', 1)]
+    opsets = [
+        helper.make_opsetid('', opset),
+        helper.make_opsetid('mmdeploy', 1)
+    ]
     onnx.save(helper.make_model(graph, opset_imports=opsets), str(path))
     return str(path)
 
 
 def network(path, batch=2):
     """Two convolutions with an activation, of inner width 5."""
-    weights = [('a', np.ones((5, 3, 3, 3), 'f')), ('b', np.ones((4, 5, 1, 1), 'f'))]
+    weights = [('a', np.ones((5, 3, 3, 3), 'f')),
+               ('b', np.ones((4, 5, 1, 1), 'f'))]
     nodes = [
         helper.make_node('Conv', ['x', 'a'], ['y'], name='basis'),
         helper.make_node('Conv', ['y', 'b'], ['z'], name='coefficients'),

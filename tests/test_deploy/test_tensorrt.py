@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmbasis.deploy import Deployment, check_tensorrt, trtexec_commands
-from mmbasis.deploy.tensorrt import MAX_OPSET
+from mmbasis.deploy.operators import MAX_OPSET
 
 onnx = pytest.importorskip('onnx')
 helper = onnx.helper
@@ -42,10 +42,12 @@ def test_plain_operators_pass(tmp_path):
 
 
 @pytest.mark.parametrize('node, text', [
-    (helper.make_node('TopK', ['x', 'k'],
-                      ['y', 'i']), 'K (at most 3840) must be'),
-    (helper.make_node('Resize', ['x', '', 's'], ['y'],
-                      mode='cubic'), "mode='cubic'"),
+    (helper.make_node('TopK', ['x', 'many'],
+                      ['y', 'i']), 'K is 4000, the largest is 3840'),
+    (helper.make_node('Dropout', ['x', 'half', 'yes'],
+                      ['y']), 'training_mode is not'),
+    (helper.make_node('Dropout', ['x', 'half', 'b'],
+                      ['y']), 'training_mode must be a constant'),
     (helper.make_node('Unsqueeze', ['x', 'k'], ['y']), 'axes must be'),
     (helper.make_node(
         'MaxPool', ['x'], ['y'], kernel_shape=[2, 2],
@@ -55,7 +57,8 @@ def test_plain_operators_pass(tmp_path):
     (helper.make_node('Unique', ['x'], ['y']), 'Unique: not supported'),
 ])
 def test_restrictions(tmp_path, node, text):
-    constants = [('s', np.array([1., 1, 2, 2], np.float32))]
+    constants = [('many', np.array([4000])), ('half', np.float32(.5)),
+                 ('yes', np.array(True))]
     found = problems(tmp_path, [node], constants=constants)
     for version in ('8.5', '10'):
         assert len(found[version]) == 1 and text in found[version][0]
@@ -90,11 +93,36 @@ def test_every_operator_of_onnx_is_judged(tmp_path):
             if since > newest)
 
 
-def test_axes_of_slices_only_matter_to_the_old_one(tmp_path):
-    node = helper.make_node('Slice', ['x', 'a', 'b', 'k'], ['y'])
-    constants = [('a', np.array([0])), ('b', np.array([2]))]
+@pytest.mark.parametrize('node, text', [
+    (helper.make_node('Slice', ['x', 'a', 'b', 'k'], ['y']), 'axes must be'),
+    (helper.make_node('TopK', ['x', 'k'], ['y', 'i']), 'K must be'),
+    (helper.make_node('CumSum', ['x', 'k'], ['y']), 'axis must be'),
+    (helper.make_node('Resize', ['x', '', 's'], ['y'],
+                      mode='cubic'), "mode='cubic' is not"),
+])
+def test_what_only_matters_to_the_old_one(tmp_path, node, text):
+    constants = [('a', np.array([0])), ('b', np.array([2])),
+                 ('s', np.array([1., 1, 2, 2], np.float32))]
     found = problems(tmp_path, [node], constants=constants)
-    assert 'axes' in found['8.5'][0] and found['10'] == []
+    assert text in found['8.5'][0] and found['10'] == []
+
+
+@pytest.mark.parametrize('opset', [11, 13])
+def test_sizes_are_followed_to_where_they_count(tmp_path, opset):
+    """K is 3 · 8 · 8 · 21, of the shape of the input."""
+    axes = dict(axes=[0]) if opset < 13 else {}
+    nodes = [
+        helper.make_node('Shape', ['x'], ['s']),
+        helper.make_node('Gather', ['s', 'i'], ['c']),
+        helper.make_node('Mul', ['c', 'many'], ['m']),
+        helper.make_node('Unsqueeze', ['m', 'zero'][:1 + (opset > 12)], ['K'],
+                         **axes),
+        helper.make_node('TopK', ['x', 'K'], ['y', 'j'])
+    ]
+    constants = [('i', np.array(1)), ('many', np.array(8 * 8 * 21)),
+                 ('zero', np.array([0]))]
+    found = problems(tmp_path, nodes, opset, constants)
+    assert found['10'] == ['TopK: K is 4032, the largest is 3840']
 
 
 def test_custom_operators_are_named(tmp_path):
