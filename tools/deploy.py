@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mmbasis.deploy import (
+    PRECISIONS,
     Deployment,
+    add_precisions,
     calibration_images,
     check_tensorrt,
     compare,
     evaluate_onnx,
     merge_slow_layers,
-    quantize_onnx,
     trtexec_command,
     write_calibration,
 )
@@ -67,9 +68,12 @@ def parse_args() -> argparse.Namespace:
         metavar='N',
         help='training images for the scales of int8 (default 64)')
     parser.add_argument(
-        '--int8',
-        action='store_true',
-        help='also write an int8 file for ONNX Runtime and evaluate it')
+        '--precision',
+        nargs='+',
+        choices=PRECISIONS,
+        default=[],
+        help='also write graphs of these precisions, for strongly typed '
+        'engines, and compare them with fp32; with --evaluate their accuracy')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
     if (args.merge is None) != (args.table is None):
@@ -96,27 +100,15 @@ def compare_all(deployment: Deployment, files: list, images: list) -> dict:
         agrees=all(x['agrees'] for x in results))
 
 
-def quantize(deployment: Deployment, args: argparse.Namespace,
-             files: list) -> dict:
-    """Write what int8 needs; the entries of the report."""
-    report = {}
-    wanted = args.int8 or int8_of_tensorrt(deployment)
-    if not wanted:
-        return report
+def calibrate(deployment: Deployment, args: argparse.Namespace) -> dict:
+    """Write the images that MMDeploy's int8 needs; the entry of the report."""
+    if not int8_of_tensorrt(deployment):
+        return {}
     images = calibration_images(deployment, args.calib_images)
-    if int8_of_tensorrt(deployment):
-        path = osp.join(args.work_dir,
-                        deployment.deploy_cfg.calib_config.calib_file)
-        write_calibration(path, images, deployment.partition is not None)
-        report['calibration'] = path
-    if args.int8:
-        path = osp.join(args.work_dir, 'int8.onnx')
-        quantize_onnx(files[0], path, images)
-        report['int8'] = dict(file=path, bytes=osp.getsize(path))
-        if deployment.partition is None:
-            report['int8']['metrics'] = evaluate_onnx(deployment, [path],
-                                                      args.work_dir)
-    return report
+    path = osp.join(args.work_dir,
+                    deployment.deploy_cfg.calib_config.calib_file)
+    write_calibration(path, images, deployment.partition is not None)
+    return dict(calibration=path)
 
 
 def make_report(args: argparse.Namespace) -> dict:
@@ -148,7 +140,11 @@ def make_report(args: argparse.Namespace) -> dict:
         report['merged'] = merged
     if args.evaluate:
         report['metrics'] = evaluate_onnx(deployment, files, args.work_dir)
-    report.update(quantize(deployment, args, files))
+    report.update(calibrate(deployment, args))
+    if args.precision:
+        report['precisions'] = add_precisions(
+            deployment, files, args.precision, args.images, args.work_dir,
+            args.calib_images, args.evaluate)
     return report
 
 
@@ -184,9 +180,12 @@ def print_report(report: dict) -> None:
                 f'TensorRT {version}, {osp.basename(path)}: ' +
                 ('; '.join(problems) or 'all operators supported'),
                 soft_wrap=True)
-    for key in ('metrics', 'int8', 'calibration', 'merged'):
+    for key in ('metrics', 'calibration', 'merged'):
         if key in report:
             console.print(f'{key}: {report[key]}')
+    for precision, entry in report.get('precisions', {}).items():
+        for key, value in entry.items():
+            console.print(f'{precision}, {key}: {value}', soft_wrap=True)
     console.print('To build the engine on the device:')
     for command in report['trtexec']:
         console.print(command, soft_wrap=True)
