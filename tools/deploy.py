@@ -20,11 +20,10 @@ import warnings
 
 from mmengine.config import Config, DictAction
 from mmengine.utils import mkdir_or_exist
-from rich.console import Console
-from rich.table import Table
-
 from mmbasis.deploy import (
+    PRECISIONS,
     Deployment,
+    add_precisions,
     calibration_images,
     check_capability,
     check_tensorrt,
@@ -35,7 +34,7 @@ from mmbasis.deploy import (
     evaluate_onnx,
     merge_slow_layers,
     parse_size,
-    quantize_onnx,
+    print_report,
     trtexec_commands,
     write_calibration,
 )
@@ -69,9 +68,6 @@ def parse_args() -> argparse.Namespace:
         help='leave open the batch, and height and width in ONNX Runtime or '
         'between three --input-shape')
     parser.add_argument(
-        '--precision', choices=['fp32', 'fp16', 'int8'],
-        help='of the engine (default: as the deploy config says)')
-    parser.add_argument(
         '--evaluate',
         action='store_true',
         help="run MMDeploy's evaluator on the test set, in ONNX Runtime")
@@ -87,9 +83,13 @@ def parse_args() -> argparse.Namespace:
         metavar='N',
         help='training images for the scales of int8 (default 64)')
     parser.add_argument(
-        '--int8',
-        action='store_true',
-        help='also write an int8 file for ONNX Runtime and evaluate it')
+        '--precision',
+        nargs='+',
+        choices=PRECISIONS,
+        default=[],
+        help='also write graphs of these precisions, for strongly typed '
+        'engines (TensorRT 10), compare them with fp32, and with --evaluate '
+        'their accuracy; TensorRT 8.5 may use the lowest of them')
     parser.add_argument(
         '--build',
         choices=['rtx'],
@@ -122,40 +122,30 @@ def compare_all(deployment: Deployment, files: list, images: list) -> dict:
         agrees=all(x['agrees'] for x in results))
 
 
-def quantize(deployment: Deployment, args: argparse.Namespace,
-             files: list) -> dict:
-    """Write what int8 needs; the entries of the report."""
-    report = {}
-    wanted = args.int8 or int8_of_tensorrt(deployment)
-    if not wanted:
-        return report
+def calibrate(deployment: Deployment, args: argparse.Namespace) -> dict:
+    """Write the images that MMDeploy's int8 needs; the entry of the report."""
+    if not int8_of_tensorrt(deployment):
+        return {}
     images = calibration_images(deployment, args.calib_images)
-    if int8_of_tensorrt(deployment):
-        path = osp.join(args.work_dir,
-                        deployment.deploy_cfg.calib_config.calib_file)
-        write_calibration(path, deployment, images)
-        report['calibration'] = path
-    if args.int8:
-        path = osp.join(args.work_dir, 'int8.onnx')
-        quantize_onnx(files[0], path, images)
-        report['int8'] = dict(file=path, bytes=osp.getsize(path))
-        if deployment.partition is None:
-            report['int8']['metrics'] = evaluate_onnx(deployment, [path],
-                                                      args.work_dir)
-    return report
+    path = osp.join(args.work_dir,
+                    deployment.deploy_cfg.calib_config.calib_file)
+    write_calibration(path, deployment, images)
+    return dict(calibration=path)
 
 
 def complete_cfg(args: argparse.Namespace, cfg: Config) -> Config:
     """The deploy config with all that was asked for."""
+    # what TensorRT 8.5 may use; PRECISIONS has the lowest last
+    lowest = max(args.precision, key=PRECISIONS.index, default=None)
     try:
         sizes = args.input_shape and list(map(parse_size, args.input_shape))
         deploy_cfg = complete_for_images(
             args.deploy_cfg, cfg, args.images, sizes, args.batch, args.dynamic,
-            args.precision)
+            lowest)
         onnx = deploy_cfg.onnx_config
-        if (args.evaluate or args.int8) and not onnx.get('dynamic_axes') and (
+        if (args.evaluate or lowest == 'int8') and not onnx.get('dynamic_axes') and (
                 onnx.get('batch_size', 1) > 1):
-            raise ValueError('--evaluate and --int8 take images one by one: '
+            raise ValueError('--evaluate and int8 take images one by one: '
                              'leave out --batch, or add --dynamic')
     except ValueError as error:
         raise SystemExit(f'error: {error}') from error
@@ -197,83 +187,16 @@ def make_report(args: argparse.Namespace) -> dict:
         report['merged'] = merged
     if args.evaluate:
         report['metrics'] = evaluate_onnx(deployment, files, args.work_dir)
-    report.update(quantize(deployment, args, files))
+    report.update(calibrate(deployment, args))
+    if args.precision:
+        report['precisions'] = add_precisions(
+            deployment, files, args.precision, args.images, args.work_dir,
+            args.calib_images, args.evaluate)
     if args.build:
         report['engine'] = compare_engines(
             deployment, files, args.images[0], args.work_dir,
             args.compute_capability)
     return report
-
-
-def print_comparison(console: Console, comparison: dict) -> None:
-    """Show the differences of every image."""
-    if 'skipped' in comparison:
-        console.print(f'Not run here: {comparison["skipped"]}')
-        return
-    table = Table('image', 'what', 'compared', 'relative', 'largest', 'agrees')
-    for image, result in comparison['images'].items():
-        agrees, name = 'yes' if result['agrees'] else 'NO', osp.basename(image)
-        for what, found in result.items():
-            if what == 'boxes':
-                found = dict(
-                    values=found['compared'],
-                    relative=f'{found["unmatched"]} unmatched',
-                    largest=f'{found["pixels"]:.2g} pixels')
-            elif isinstance(found, dict):
-                found = dict(found, **{
-                    k: f'{found[k]:.1e}' for k in ('relative', 'largest')})
-            if isinstance(found, dict):
-                table.add_row(name, what, str(found['values']),
-                              found['relative'], found['largest'], agrees)
-    console.print(table)
-    reasons = [x[k] for x in comparison['images'].values()
-               for k in ('reason', 'skipped') if k in x]
-    for text in dict.fromkeys(reasons):
-        console.print(text)
-
-
-def print_engines(console: Console, report: dict) -> None:
-    """Show what NVIDIA's builder made of the files."""
-    table = Table('engine', 'capability', 'built', 'kernels', 'only copy')
-    for which, engines in report.items():
-        for path, engine in engines.items():
-            name = osp.basename(path)
-            table.add_row(
-                name if which == 'files' else f'{which}/{name}',
-                engine['compute_capability'],
-                'yes' if engine['built'] else 'NO',
-                str(engine['kernels']), str(engine['copies']))
-            for error in engine['errors']:
-                console.print(f'{name}: {error["text"]}', soft_wrap=True)
-    console.print(table)
-
-
-def print_report(report: dict) -> None:
-    """Show what was written and found."""
-    console = Console()
-    for path, size in report['files'].items():
-        console.print(f'{path}: {size / 1e6:.3f} MB, opset {report["opset"]}')
-    weights = report['weights']
-    console.print(f'Parameters: {report["params"]:,} of the model, '
-                  f'{weights["params"]:,} in the graph, of which '
-                  f'{weights["planned"]:,} are weights of basis layers')
-    print_comparison(console, report['comparison'])
-    for path, versions in report['tensorrt'].items():
-        for version, problems in versions.items():
-            console.print(
-                f'TensorRT {version}, {osp.basename(path)}: ' +
-                ('; '.join(problems) or 'all operators supported'),
-                soft_wrap=True)
-    if 'engine' in report:
-        print_engines(console, report['engine'])
-    for key in ('metrics', 'int8', 'calibration', 'merged'):
-        if key in report:
-            console.print(f'{key}: {report[key]}')
-    console.print('To build the engine on the device, by its TensorRT (8.5 '
-                  'is of JetPack 5):')
-    for commands in report['trtexec']:
-        for version, command in commands.items():
-            console.print(f'{version}: {command}', soft_wrap=True)
 
 
 def main() -> int:

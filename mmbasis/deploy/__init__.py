@@ -8,9 +8,17 @@ from .export import (
     calibration_images,
     complete_for_images,
     merge_slow_layers,
-    quantize_onnx,
 )
+from .half import write_half
+from .int8 import quantize_onnx
 from .operators import check_tensorrt
+from .precision import (
+    PRECISIONS,
+    add_precisions,
+    compare_precisions,
+    write_precision,
+)
+from .report import print_report
 from .rtx import (
     build_engine,
     builder_at_hand,
@@ -23,8 +31,10 @@ from .weights import check_weights
 
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx', 'check_weights',
-    'Deployment', 'merge_slow_layers', 'calibration_images', 'quantize_onnx',
-    'write_calibration', 'check_tensorrt', 'trtexec_commands',
-    'complete', 'complete_for_images', 'parse_size', 'build_engine',
-    'builder_at_hand', 'check_capability', 'compare_engines'
+    'Deployment', 'merge_slow_layers', 'calibration_images', 'PRECISIONS',
+    'add_precisions', 'compare_precisions', 'write_precision', 'write_half',
+    'quantize_onnx', 'write_calibration', 'check_tensorrt',
+    'trtexec_commands', 'complete', 'complete_for_images', 'parse_size',
+    'build_engine', 'builder_at_hand', 'check_capability', 'compare_engines',
+    'print_report'
 ]

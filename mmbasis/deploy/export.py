@@ -1,11 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-"""Export by MMDeploy, with layers back to dense before it, int8 after it."""
+"""Export by MMDeploy, with layers back to dense before it."""
 import copy
 import os
 import os.path as osp
-import tempfile
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -217,31 +215,6 @@ def calibration_images(deployment: Deployment, count: int) -> List[np.ndarray]:
     samples = (dataset[i * len(dataset) // count] for i in range(count))
     images = (x['img'] if 'img' in x else x['img_path'] for x in samples)
     return [deployment.create_input(image)[1].numpy() for image in images]
-
-
-def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
-    """Static int8 for ONNX Runtime, of an ONNX file with one input:
-    convolutions and matrix products, weights per channel, scales from images
-    of shape ``(1, 3, H, W)``."""
-    import onnx
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    name = onnx.load(path).graph.input[0].name
-    feeds = ({name: x} for x in images)
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = osp.join(folder, 'prepared.onnx')
-        # symbolic shapes fail on the data-dependent ones of detectors
-        quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        quantization.quantize_static(
-            prepared,
-            output,
-            SimpleNamespace(get_next=lambda: next(feeds, None)),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=['Conv', 'MatMul', 'Gemm'],
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8)
 
 
 def read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:

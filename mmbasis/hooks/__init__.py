@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from .compression_hook import BasisCompressionHook, ProgressiveTruncationHook
+from .quantization_hook import QuantizationHook
 from .training_hooks import (
     EpochSeedHook,
     OrthogonalityHook,
@@ -9,5 +10,6 @@ from .training_hooks import (
 
 __all__ = [
     'BasisCompressionHook', 'EpochSeedHook', 'OrthogonalityHook',
-    'ProgressiveTruncationHook', 'RecalibrationHook', 'SpectrumHook'
+    'ProgressiveTruncationHook', 'QuantizationHook', 'RecalibrationHook',
+    'SpectrumHook'
 ]

@@ -100,17 +100,28 @@ def classifier_cfg(repo_root, images, depth=14):
 
 
 @pytest.fixture(scope='session')
-def classifier(repo_root, images, tmp_path_factory):
-    """A compressed classifier with normalisations in the middle."""
+def make_classifier(repo_root, images, tmp_path_factory):
+    """Function that compresses a classifier."""
     from mmpretrain.structures import DataSample
-    root = tmp_path_factory.mktemp('classifier')
-    data = tmp_path_factory.mktemp('data')
-    for name in 'ab':
-        (data / name).symlink_to(images / name)
-    batch = dict(
-        inputs=torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8),
-        data_samples=[DataSample()])
-    return Compressed(root, classifier_cfg(repo_root, data), batch, norm=True)
+
+    def make(**options):
+        root = tmp_path_factory.mktemp('classifier')
+        data = tmp_path_factory.mktemp('data')
+        for name in 'ab':
+            (data / name).symlink_to(images / name)
+        batch = dict(
+            inputs=torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8),
+            data_samples=[DataSample()])
+        return Compressed(root, classifier_cfg(repo_root, data), batch,
+                          **options)
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def classifier(make_classifier):
+    """A compressed classifier with normalisations in the middle."""
+    return make_classifier(norm=True)
 
 
 @pytest.fixture(scope='session')

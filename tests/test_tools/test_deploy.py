@@ -155,15 +155,19 @@ def deploy(repo_root, compressed, images, out, *more, **kwargs):
 def test_deploy(repo_root, workspace, table, compressed, tmp_path):
     images = sorted((workspace / 'images' / 'a').iterdir())[:2]
     out = deploy(repo_root, compressed, images, tmp_path, '--evaluate',
-                 '--int8', '--calib-images', 8, '--merge', 'auto', '--table',
-                 table)
+                 '--precision', 'fp16', 'int8', '--calib-images', 8,
+                 '--merge', 'auto', '--table', table)
     assert 'TensorRT 8.5, end2end.onnx: all operators supported' in out
     assert 'trtexec --onnx=end2end.onnx' in out
     report = json.loads((tmp_path / 'report.json').read_text())
     assert report['comparison']['agrees']
     assert len(report['comparison']['images']) == 2
     assert 'accuracy/top1' in report['metrics']
-    assert 'accuracy/top1' in report['int8']['metrics']
+    for precision, entry in report['precisions'].items():
+        assert (tmp_path / f'end2end-{precision}.onnx').is_file()
+        assert 'accuracy/top1' in entry['metrics']
+        assert entry['comparison']['output']['relative'] < .1
+    assert [*report['precisions']] == ['fp16', 'int8']
     # sixteen channels never gain on a CPU
     assert isinstance(report['merged'], dict)
     assert report['files'][str(tmp_path /
