@@ -101,19 +101,22 @@ def classifier_cfg(repo_root, images, depth=14):
 
 @pytest.fixture(scope='session')
 def make_classifier(repo_root, images, tmp_path_factory):
-    """Function that compresses a classifier."""
+    """Function that compresses a classifier of images of a size, whose config
+    it may change."""
     from mmpretrain.structures import DataSample
 
-    def make(**options):
+    def make(change=None, side=32, norm=False, **planner):
         root = tmp_path_factory.mktemp('classifier')
         data = tmp_path_factory.mktemp('data')
         for name in 'ab':
             (data / name).symlink_to(images / name)
+        cfg = classifier_cfg(repo_root, data)
+        if change is not None:
+            change(cfg.model)
         batch = dict(
-            inputs=torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8),
+            inputs=torch.randint(0, 256, (1, 3, side, side)).byte(),
             data_samples=[DataSample()])
-        return Compressed(root, classifier_cfg(repo_root, data), batch,
-                          **options)
+        return Compressed(root, cfg, batch, norm=norm, **planner)
 
     return make
 
@@ -122,27 +125,6 @@ def make_classifier(repo_root, images, tmp_path_factory):
 def classifier(make_classifier):
     """A compressed classifier with normalisations in the middle."""
     return make_classifier(norm=True)
-
-
-@pytest.fixture(scope='session')
-def make_classifier(repo_root, images, tmp_path_factory):
-    """Function that compresses a classifier, whose config it may change, for
-    images of a size; and such an image."""
-    from mmpretrain.structures import DataSample
-
-    def make(change, side, **planner):
-        root = tmp_path_factory.mktemp('classifier')
-        cfg = classifier_cfg(repo_root, images)
-        change(cfg.model)
-        small = np.random.RandomState(0).randint(0, 256, (5, 5, 3), np.uint8)
-        path = str(root / 'image.png')
-        cv2.imwrite(path, cv2.resize(small, (side, side)))
-        batch = dict(
-            inputs=torch.randint(0, 256, (1, 3, side, side)).byte(),
-            data_samples=[DataSample()])
-        return Compressed(root, cfg, batch, **planner), path
-
-    return make
 
 
 @pytest.fixture(scope='session')
@@ -212,7 +194,7 @@ def _set_threshold(found, batch):
     return threshold
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def deploy_cfg(repo_root):
     """Function that reads a deploy config and completes it, for square
     images."""

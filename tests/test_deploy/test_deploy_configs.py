@@ -372,7 +372,7 @@ def test_what_the_pipeline_cannot_make(deploy, classifier, image_paths,
         with pytest.raises(SystemExit, match=f'^error: .*{text}'):
             deploy('classification_onnxruntime', classifier, image_paths[:1],
                    *args)
-    with pytest.raises(SystemExit, match='--evaluate and --int8 take images'):
+    with pytest.raises(SystemExit, match='--evaluate and int8 take images'):
         deploy('classification_onnxruntime', classifier, image_paths[:1],
                '--batch', 2, '--evaluate')
     # nothing half-written

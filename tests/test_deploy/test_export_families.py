@@ -1,7 +1,9 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Export of families that merge their branches for deployment: the graph holds
 what the plan says, and computes what the compressed model computes."""
+import cv2
 import mmpretrain.models  # noqa: F401
+import numpy as np
 import pytest
 from mmengine.registry import MODELS
 from mmpretrain.models.backbones.levit import LeViT
@@ -11,7 +13,7 @@ from mmbasis.compression.merging import MERGING_METHODS
 from mmbasis.deploy import Deployment, check_weights, compare
 from mmbasis.layers import BasisLayer
 
-CLS = 'classification_onnxruntime_static-32x32'
+CLS = 'classification_onnxruntime'
 
 
 @MODELS.register_module(force=True)
@@ -62,7 +64,7 @@ FAMILIES = dict(
 
 
 @pytest.fixture
-def make_family(make_classifier):
+def make_family(make_classifier, tmp_path):
     """Function that compresses a small model of a family; with it, an
     image."""
 
@@ -77,7 +79,11 @@ def make_family(make_classifier):
             if family in ('TinyViT', 'EdgeNeXt'):  # they pool themselves
                 model.neck = None
 
-        return make_classifier(change, side, type='RatioPlanner', ratio=.6)
+        image = str(tmp_path / 'image.png')
+        small = np.random.RandomState(0).randint(0, 256, (5, 5, 3), np.uint8)
+        cv2.imwrite(image, cv2.resize(small, (side, side)))
+        return make_classifier(
+            change, side, type='RatioPlanner', ratio=.6), image
 
     return make
 

@@ -27,7 +27,7 @@ from mmbasis.models.int8 import (
     measure_scales,
 )
 
-CLS = 'classification_onnxruntime_static-32x32'
+CLS = 'classification_onnxruntime'
 
 
 def run(path, x):
@@ -215,12 +215,10 @@ def test_overflow_is_told(tmp_path):
 
 # --------------------------------------------------------------------- int8
 @pytest.fixture(scope='module')
-def deployment(make_classifier, repo_root):
+def deployment(make_classifier, deploy_cfg):
     """Of a classifier without normalisations in the middle."""
     found = make_classifier()
-    return Deployment(
-        str(repo_root / f'configs/deploy/{CLS}.py'), found.config,
-        found.checkpoint)
+    return Deployment(deploy_cfg(CLS, 32), found.config, found.checkpoint)
 
 
 @pytest.fixture(scope='module')

@@ -9,8 +9,8 @@ from onnx.numpy_helper import from_array, to_array
 from mmbasis.deploy import Deployment, check_weights, compare
 from mmbasis.deploy.compare import difference, find_candidates, is_close
 
-CLS = 'classification_onnxruntime_static-32x32'
-CUT = 'detection_onnxruntime_before-nms_static-320x320'
+CLS = 'classification_onnxruntime'
+CUT = 'detection-before-nms_onnxruntime'
 
 
 class Right:
@@ -41,22 +41,17 @@ class Right:
 
 
 @pytest.fixture(scope='module')
-def right_classifier(classifier, repo_root, image_paths, tmp_path_factory):
-    from mmengine.config import Config
-    cfg = Config.fromfile(str(repo_root / f'configs/deploy/{CLS}.py'))
-    return Right(classifier, cfg, image_paths,
+def right_classifier(classifier, deploy_cfg, image_paths, tmp_path_factory):
+    return Right(classifier, deploy_cfg(CLS, 32), image_paths,
                  tmp_path_factory.mktemp('right'))
 
 
 @pytest.fixture(scope='module')
-def right_detector(make_detector, repo_root, detector_images,
+def right_detector(make_detector, deploy_cfg, detector_images,
                    tmp_path_factory):
-    from mmengine.config import Config
-    cfg = Config.fromfile(str(repo_root / f'configs/deploy/{CUT}.py'))
-    cfg.onnx_config.input_shape = (64, 64)
     found = make_detector('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 64,
                           **{'model.bbox_head.num_classes': 3})
-    return Right(found, cfg, detector_images, tmp_path_factory.mktemp('right'))
+    return Right(found, deploy_cfg(CUT, 64), detector_images, tmp_path_factory.mktemp('right'))
 
 
 def convs(graph):
