@@ -48,7 +48,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
         return dict(parser=[[
             x.node_name(),
             x.node_operator(), f'{x.code().name}: {x.desc()} ({x.func()})'
-        ] for x in errors])
+        ] for x in errors] or [['', '', 'the file cannot be parsed']])
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(
