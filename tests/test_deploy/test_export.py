@@ -11,6 +11,7 @@ from mmbasis.compression import read_checkpoint
 from mmbasis.deploy import (
     Deployment,
     check_tensorrt,
+    check_weights,
     compare,
     evaluate_onnx,
     match_boxes,
@@ -23,6 +24,7 @@ from mmbasis.utils.runner import evaluate
 CLS = 'classification_onnxruntime'
 DET = 'detection_onnxruntime'
 CUT = 'detection-before-nms_onnxruntime'
+PLAIN = 'detection-before-nms_tensorrt'
 
 
 def operators(path):
@@ -156,6 +158,9 @@ def test_tensorrt_with_plugin_is_named(retinanet, deploy_cfg, detector_images,
 
 SLOW = [
     ('mmdet::ssd/ssd300_coco.py', 300),
+    ('mmdet::detr/detr_r50_8xb2-150e_coco.py', 160),
+    ('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 160),
+    ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 160),
     ('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py', 160),
     ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 160),
     ('mmdet::dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py', 160),
@@ -167,13 +172,16 @@ SLOW = [
 def test_other_detectors(make_detector, deploy_cfg, detector_images, tmp_path,
                          config, size, assert_builds):
     found = make_detector(config, size)
-    for name in (DET, CUT):
-        cfg = load_config(found.config)
+    cfg = load_config(found.config)
+    for name in (DET, CUT, PLAIN):
         deployment = Deployment(
             deploy_cfg(name, size, model_cfg=cfg), cfg, found.checkpoint)
         files = deployment.export(detector_images[0], str(tmp_path))
         results = compare(deployment, files, detector_images)
         assert all(x['agrees'] for x in results), results
+        assert not check_weights(deployment, files)['unused']
+        if name == PLAIN:
+            assert {x.domain for x in onnx.load(files[0]).graph.node} == {''}
         for path in files:
             assert_builds(path)
 
