@@ -20,6 +20,7 @@ import warnings
 
 from mmengine.config import Config, DictAction
 from mmengine.utils import mkdir_or_exist
+
 from mmbasis.deploy import (
     PRECISIONS,
     Deployment,
@@ -143,7 +144,8 @@ def complete_cfg(args: argparse.Namespace, cfg: Config) -> Config:
             args.deploy_cfg, cfg, args.images, sizes, args.batch, args.dynamic,
             lowest)
         onnx = deploy_cfg.onnx_config
-        if (args.evaluate or lowest == 'int8') and not onnx.get('dynamic_axes') and (
+        one_by_one = args.evaluate or lowest == 'int8'
+        if one_by_one and not onnx.get('dynamic_axes') and (
                 onnx.get('batch_size', 1) > 1):
             raise ValueError('--evaluate and int8 take images one by one: '
                              'leave out --batch, or add --dynamic')

@@ -49,6 +49,13 @@ def _print_engines(console: Console, report: dict) -> None:
     console.print(table)
 
 
+def _print_precisions(console: Console, report: dict) -> None:
+    """Show the graphs of lower precision."""
+    for precision, entry in report.items():
+        for key, value in entry.items():
+            console.print(f'{precision}, {key}: {value}', soft_wrap=True)
+
+
 def print_report(report: dict) -> None:
     """Show what ``tools/deploy.py`` wrote and found, its report.json."""
     console = Console()
@@ -70,9 +77,7 @@ def print_report(report: dict) -> None:
     for key in ('metrics', 'calibration', 'merged'):
         if key in report:
             console.print(f'{key}: {report[key]}')
-    for precision, entry in report.get('precisions', {}).items():
-        for key, value in entry.items():
-            console.print(f'{precision}, {key}: {value}', soft_wrap=True)
+    _print_precisions(console, report.get('precisions', {}))
     console.print('To build the engine on the device, by its TensorRT (8.5 '
                   'is of JetPack 5):')
     for commands in report['trtexec']:

@@ -1,7 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What TensorRT needs on the device, without TensorRT."""
 import os.path as osp
-from typing import List
+from typing import Dict
 
 from .export import Deployment, precisions
 

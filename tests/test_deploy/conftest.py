@@ -102,7 +102,7 @@ def classifier_cfg(repo_root, images, depth=14):
 @pytest.fixture(scope='session')
 def make_classifier(repo_root, images, tmp_path_factory):
     """Function that compresses a classifier of images of a size, whose config
-    it may change."""
+    it may change; one is ``image``."""
     from mmpretrain.structures import DataSample
 
     def make(change=None, side=32, norm=False, **planner):
@@ -116,7 +116,11 @@ def make_classifier(repo_root, images, tmp_path_factory):
         batch = dict(
             inputs=torch.randint(0, 256, (1, 3, side, side)).byte(),
             data_samples=[DataSample()])
-        return Compressed(root, cfg, batch, norm=norm, **planner)
+        found = Compressed(root, cfg, batch, norm=norm, **planner)
+        found.image = str(root / 'image.png')
+        small = np.random.RandomState(0).randint(0, 256, (5, 5, 3), np.uint8)
+        cv2.imwrite(found.image, cv2.resize(small, (side, side)))
+        return found
 
     return make
 

@@ -8,7 +8,7 @@ from mmbasis.deploy import Deployment, check_tensorrt, compare
 from mmbasis.deploy.export import read_deploy_cfg
 from mmbasis.deploy.graphs import drop_dropout, keep_outputs
 
-CLS = 'classification_onnxruntime_static-32x32'
+CLS = 'classification_onnxruntime'
 FLOAT = onnx.TensorProto.FLOAT
 STAGES = dict(
     layers=[1, 1, 1, 1], embed_dims=[12, 16, 24, 32], mlp_ratios=[2, 2, 2, 2],
@@ -39,8 +39,8 @@ def export(found, image, cfg, folder):
 
 
 def test_dropout_is_evaluated_away(make_classifier, deploy_cfg, tmp_path):
-    found, image = make_classifier(small(VIT, 32, neck=None), 32)
-    path, _ = export(found, image, deploy_cfg(CLS), tmp_path)
+    found = make_classifier(small(VIT, 32, neck=None), 32)
+    path, _ = export(found, found.image, deploy_cfg(CLS, 32), tmp_path)
     kinds = [x.op_type for x in onnx.load(path).graph.node]
     assert kinds.count('Softmax') == 3  # two of attention
     assert 'Dropout' not in kinds
@@ -48,17 +48,17 @@ def test_dropout_is_evaluated_away(make_classifier, deploy_cfg, tmp_path):
 
 def test_group_norm_is_no_plugin(make_classifier, deploy_cfg, tmp_path):
     backbone = dict(type='PoolFormer', arch=STAGES)
-    found, image = make_classifier(small(backbone, 32), 64)
-    name = 'classification_tensorrt_static-32x32'
-    path, _ = export(found, image, deploy_cfg(name, 64), tmp_path)
+    found = make_classifier(small(backbone, 32), 64)
+    name = 'classification_tensorrt'
+    path, _ = export(found, found.image, deploy_cfg(name, 64), tmp_path)
     assert {x.domain for x in onnx.load(path).graph.node} == {''}
     assert check_tensorrt(path)['10'] == []
 
 
 def test_free_axes_are_tried(make_classifier, deploy_cfg, tmp_path):
-    found, image = make_classifier(lambda model: None, 32)
-    name = 'classification_onnxruntime_dynamic'
-    _, result = export(found, image, deploy_cfg(name), tmp_path)
+    found = make_classifier(lambda model: None, 32)
+    _, result = export(found, found.image, deploy_cfg(CLS, dynamic=True),
+                       tmp_path)
     for what in ('head', 'head, two images', 'head, another size'):
         assert result[what]['values'] >= 2
     assert result['head, two images']['values'] == 4
@@ -66,9 +66,9 @@ def test_free_axes_are_tried(make_classifier, deploy_cfg, tmp_path):
 
 def test_axes_that_are_not_free(make_classifier, deploy_cfg, tmp_path):
     """The graph says that any size will do, and holds one size inside."""
-    found, image = make_classifier(lambda model: None, 32)
-    deployment = Deployment(deploy_cfg(CLS), found.config, found.checkpoint)
-    path, = deployment.export(image, str(tmp_path))
+    found = make_classifier(lambda model: None, 32)
+    deployment = Deployment(deploy_cfg(CLS, 32), found.config, found.checkpoint)
+    path, = deployment.export(found.image, str(tmp_path))
     model = onnx.load(path)
     for index, axis in ((0, 'batch'), (2, 'height'), (3, 'width')):
         model.graph.input[0].type.tensor_type.shape.dim[index].dim_param = axis
@@ -82,15 +82,15 @@ def test_axes_that_are_not_free(make_classifier, deploy_cfg, tmp_path):
         'Reshape', ['inside', 'size'], [output]))
     del model.graph.value_info[:]
     onnx.save(model, path)
-    result, = compare(deployment, [path], [image])
+    result, = compare(deployment, [path], [found.image])
     assert not result['agrees']
     assert result['head']['largest'] < 1e-3
 
 
 def test_shapes_are_given_for_all_graphs(deploy_cfg):
-    cfg = deploy_cfg(
-        'detection_tensorrt-fp16_before-nms_two-stage_static-800x1344')
-    cfg.backend_config.model_inputs = [dict(input_shapes=dict())]
+    cfg = deploy_cfg('detection-before-nms_tensorrt', 320)
+    cfg.partition_config.partition_cfg *= 2
+    assert len(cfg.backend_config.model_inputs) == 1
     with pytest.raises(ValueError, match='has 1 entries.*writes 2 graphs'):
         read_deploy_cfg(cfg)
 

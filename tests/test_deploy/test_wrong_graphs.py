@@ -51,7 +51,8 @@ def right_detector(make_detector, deploy_cfg, detector_images,
                    tmp_path_factory):
     found = make_detector('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 64,
                           **{'model.bbox_head.num_classes': 3})
-    return Right(found, deploy_cfg(CUT, 64), detector_images, tmp_path_factory.mktemp('right'))
+    return Right(found, deploy_cfg(CUT, 64), detector_images,
+                 tmp_path_factory.mktemp('right'))
 
 
 def convs(graph):

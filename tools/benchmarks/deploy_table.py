@@ -156,7 +156,10 @@ def batch_of(model: Model, image: str) -> Dict[str, Any]:
         from mmdet.structures import DetDataSample
         size = (model.side, model.side)
         meta = dict(
-            img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1, 1))
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            scale_factor=(1, 1))
         return dict(
             inputs=[pixels], data_samples=[DetDataSample(metainfo=meta)])
     from mmpretrain.structures import DataSample
