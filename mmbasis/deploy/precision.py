@@ -50,7 +50,9 @@ def write_precision(path: str, precision: str, backend: str,
 def compare_precisions(path: str, other: str,
                        images: Sequence[np.ndarray]) -> Dict[str, Any]:
     """Differences of a graph from the fp32 one, on images. ONNX Runtime runs
-    them as they are: its optimizer drops casts and moves roundings.
+    them without its optimizer, which moves roundings. On a CPU it computes
+    fp16 in fp32, so values that overflow on the device do not show:
+    :func:`write_half` looks for them.
 
     Returns:
         dict: For each output the ``largest`` difference and the ``relative``
