@@ -97,9 +97,8 @@ def build_engine(path: str, compute_capability: str = '8.6',
         dict(path=osp.abspath(path), target=target, shapes=dict(shapes or {}),
              sizes=SIZES), seconds)
     if 'wrong_shape' in answer:
-        name, shape, given = answer['wrong_shape']
-        raise ValueError(f'the input {name} has the shape {shape} (-1: '
-                         f'dynamic), to which {given} does not fit')
+        raise ValueError('input {} has the shape {} (-1: dynamic), to which '
+                         '{} does not fit'.format(*answer['wrong_shape']))
     refusals: Tuple[Refusal, ...] = ()
     if 'parser' in answer:
         refusals = tuple(

@@ -31,7 +31,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
     was logged."""
     heard: List[Tuple[Any, str]] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -89,7 +89,7 @@ def variant(operator: str, *inputs: Any, tag: str = '', outputs: int = 1,
             nodes += shape_nodes(name, given)
         elif given is not None:
             shape, kind = given if given and isinstance(
-                given[-1], str) else (given, 'float')
+                given[0], tuple) else (given, 'float')
             values.append(
                 helper.make_tensor_value_info(name, TYPES[kind], shape))
     made = [f'y{i}' for i in range(outputs)]
