@@ -26,6 +26,7 @@ from mmbasis.deploy import (
     Deployment,
     calibration_images,
     check_tensorrt,
+    check_weights,
     compare,
     evaluate_onnx,
     merge_slow_layers,
@@ -135,6 +136,7 @@ def make_report(args: argparse.Namespace) -> dict:
         checkpoint=args.checkpoint,
         opset=deployment.deploy_cfg.onnx_config.opset_version,
         params=sum(p.numel() for p in deployment.model.parameters()),
+        weights=check_weights(deployment, files),
         files={path: osp.getsize(path)
                for path in files},
         comparison=compare_all(deployment, files, args.images),
@@ -157,26 +159,37 @@ def print_comparison(console: Console, comparison: dict) -> None:
     if 'skipped' in comparison:
         console.print(f'Not run here: {comparison["skipped"]}')
         return
-    table = Table('image', 'what', 'largest', 'mean', 'agrees')
+    table = Table('image', 'what', 'compared', 'relative', 'largest', 'agrees')
     for image, result in comparison['images'].items():
-        extra = ''.join(f', {k} {result[k]}'
-                        for k in ('top1', 'compared', 'unmatched')
-                        if k in result)
-        for name, values in result.items():
-            if isinstance(values, dict):
-                table.add_row(
-                    osp.basename(image), name + extra,
-                    f'{values["largest"]:.2e}', f'{values["mean"]:.2e}',
-                    'yes' if result['agrees'] else 'NO')
+        agrees, name = 'yes' if result['agrees'] else 'NO', osp.basename(image)
+        for what, found in result.items():
+            if what == 'boxes':
+                found = dict(
+                    values=found['compared'],
+                    relative=f'{found["unmatched"]} unmatched',
+                    largest=f'{found["pixels"]:.2g} pixels')
+            elif isinstance(found, dict):
+                found = dict(found, **{
+                    k: f'{found[k]:.1e}' for k in ('relative', 'largest')})
+            if isinstance(found, dict):
+                table.add_row(name, what, str(found['values']),
+                              found['relative'], found['largest'], agrees)
     console.print(table)
+    reasons = [x[k] for x in comparison['images'].values()
+               for k in ('reason', 'skipped') if k in x]
+    for text in dict.fromkeys(reasons):
+        console.print(text)
 
 
 def print_report(report: dict) -> None:
     """Show what was written and found."""
     console = Console()
     for path, size in report['files'].items():
-        console.print(f'{path}: {size / 1e6:.3f} MB, {report["params"]:,} '
-                      f'parameters, opset {report["opset"]}')
+        console.print(f'{path}: {size / 1e6:.3f} MB, opset {report["opset"]}')
+    weights = report['weights']
+    console.print(f'Parameters: {report["params"]:,} of the model, '
+                  f'{weights["params"]:,} in the graph, of which '
+                  f'{weights["planned"]:,} are weights of basis layers')
     print_comparison(console, report['comparison'])
     for path, versions in report['tensorrt'].items():
         for version, problems in versions.items():

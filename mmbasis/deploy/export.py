@@ -21,6 +21,7 @@ from ..planning import CompressionPlan, DensePlan, LatencyTable
 from ..quirks import repair
 from ..utils import load_config
 from ..utils.libraries import check_library
+from .graphs import finish, tapped
 
 #: oldest opset of MMDeploy's rewriters, newest that TensorRT 8.5 reads
 MIN_OPSET, MAX_OPSET = 11, 17
@@ -49,6 +50,7 @@ class Deployment:
         from mmdeploy.codebase import get_codebase_class, import_codebase
         from mmdeploy.utils import get_codebase
         repair_static_methods()
+        from . import torch_rewriters  # noqa: F401
         self.deploy_cfg = read_deploy_cfg(deploy_cfg)
         if isinstance(model_cfg, str):
             model_cfg = load_config(model_cfg)
@@ -63,15 +65,19 @@ class Deployment:
             self.model_cfg, self.deploy_cfg, 'cpu')
         #: name of the back end, such as ``'onnxruntime'``
         self.backend: str = self.deploy_cfg.backend_config.type
-        cut = self.deploy_cfg.get('partition_config') or {}
-        #: ``'single_stage'`` or ``'two_stage'`` where the graph ends before
-        #: non-maximum suppression, else None
-        self.partition = cut.get('type') if cut.get('apply_marks') else None
         #: what the export is compared with: nothing folded, nothing rewritten
         self.model = repair(MODELS.build(self.model_cfg.model))
         # MMDeploy ignores missing and unexpected keys
         compression.load_weights(self.model, content, checkpoint)
         self.model.eval()
+        if not _suppresses(self.model):
+            # the whole graph is what others are before suppression
+            self.deploy_cfg.pop('partition_config', None)
+            self.deploy_cfg.codebase_config.model_type = 'end2end'
+        cut = self.deploy_cfg.get('partition_config') or {}
+        #: ``'single_stage'`` or ``'two_stage'`` where the graph ends before
+        #: non-maximum suppression, else None
+        self.partition = cut.get('type') if cut.get('apply_marks') else None
 
     def create_input(self, image: Any) -> tuple:
         """Pass images through the test pipeline: data with ``data_samples``,
@@ -105,14 +111,16 @@ class Deployment:
         options = ('input_names', 'output_names', 'opset_version',
                    'dynamic_axes', 'keep_initializers_as_inputs', 'optimize')
         data, inputs = self.create_input(image)
+        model = self.build_rewritable()
         # as MMDeploy's torch2onnx, which refuses TensorRT without a GPU, too
-        with no_mp():
-            export(self.build_rewritable(), inputs, osp.splitext(whole)[0],
+        with no_mp(), tapped(model):
+            export(model, inputs, osp.splitext(whole)[0],
                    self.backend,
                    dict(data_samples=data['data_samples'], mode='predict'),
                    dict(deploy_cfg=self.deploy_cfg),
                    **{k: config.get(k) for k in options})
         if self.partition is None:
+            finish(whole)
             return [whole]
         cut = self.deploy_cfg.partition_config
         parts = cut.get('partition_cfg') or get_predefined_partition_cfg(
@@ -121,6 +129,7 @@ class Deployment:
         for path, part in zip(files, parts):
             extract_model(whole, part['start'], part['end'], save_file=path,
                           dynamic_axes=part['dynamic_axes'])
+            finish(path)
         # it is full of marks, which no back end runs
         os.remove(whole)
         return files
@@ -182,8 +191,8 @@ def quantize_onnx(path: str, output: str, images: List[np.ndarray]) -> None:
 
 def read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
     """Read and check a deploy config: see :class:`Deployment`."""
-    if isinstance(deploy_cfg, str):
-        deploy_cfg = Config.fromfile(deploy_cfg)
+    deploy_cfg = (Config.fromfile(deploy_cfg) if isinstance(deploy_cfg, str)
+                  else copy.deepcopy(deploy_cfg))
     name = deploy_cfg.filename or 'the deploy config'
     for key in ('onnx_config', 'codebase_config', 'backend_config'):
         if deploy_cfg.get(key) is None:
@@ -196,7 +205,28 @@ def read_deploy_cfg(deploy_cfg: Union[str, Config]) -> Config:
             f'{name}: onnx_config.opset_version is {opset!r}, supported are '
             f"{MIN_OPSET} to {newest} (MMDeploy's rewriters, this torch's "
             'exporter and TensorRT 8.5)')
+    _check_model_inputs(deploy_cfg, name)
     return deploy_cfg
+
+
+def _check_model_inputs(deploy_cfg: Config, name: str) -> None:
+    """Refuse shapes of inputs that are not those of all graphs."""
+    given = deploy_cfg.backend_config.get('model_inputs')
+    cut = deploy_cfg.get('partition_config') or {}
+    parts = cut.get('partition_cfg') or [None]
+    if given and len(given) != len(parts):
+        files = [x and x['save_file'] for x in parts]
+        raise ValueError(
+            f'{name}: backend_config.model_inputs has {len(given)} entries, '
+            f'but the export writes {len(parts)} graphs ({files}): give the '
+            'shapes of the inputs of each graph')
+
+
+def _suppresses(model: nn.Module) -> bool:
+    """Whether a detector has non-maximum suppression: DETR and its kin pick
+    the best of their queries."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return 'DetectionTransformer' not in names
 
 
 def precisions(deploy_cfg: Config) -> List[str]:

@@ -5,6 +5,9 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from mmdeploy.codebase.mmdet.deploy import get_post_processing_params
+from mmdeploy.codebase.mmdet.models.task_modules.prior_generators import (
+    anchor,
+)
 from mmdeploy.core import FUNCTION_REWRITER
 from mmdeploy.mmcv.ops import multiclass_nms
 from mmdeploy.utils import IR, cfg_apply_marks
@@ -13,6 +16,9 @@ from torch import Tensor
 from ..compat import repair_partition
 
 repair_partition()
+# a plugin where the size of the image is free; the first rewriter wins
+FUNCTION_REWRITER._registry.remove_record(
+    anchor.anchorgenerator__single_level_grid_priors__trt)
 
 
 @FUNCTION_REWRITER.register_rewriter(

@@ -40,12 +40,11 @@ class Compressed:
         torch.save(
             dict(state_dict=self.model.state_dict(), meta={}),
             self.dense_checkpoint)
-        planner = dict(
-            dict(
-                type='BudgetPlanner',
-                macs=.6,
-                forms=['output', 'input', 'both', 'spatial'],
-                data_aware=False), **planner)
+        planner = planner or dict(
+            type='BudgetPlanner',
+            macs=.6,
+            forms=['output', 'input', 'both', 'spatial'],
+            data_aware=False)
         self.plan = compress(self.model, planner, [batch], norm=norm)
         for module in self.model.modules():
             _spread(module)
@@ -61,6 +60,8 @@ def _spread(module):
     if isinstance(module, torch.nn.BatchNorm2d):
         torch.nn.init.uniform_(module.running_var, .8, 1.2)
         torch.nn.init.normal_(module.running_mean, std=.1)
+        # zero at the start of a residual branch, which then computes nothing
+        torch.nn.init.uniform_(module.weight, .8, 1.2)
 
 
 @pytest.fixture(scope='session')
@@ -110,6 +111,27 @@ def classifier(repo_root, images, tmp_path_factory):
         inputs=torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8),
         data_samples=[DataSample()])
     return Compressed(root, classifier_cfg(repo_root, data), batch, norm=True)
+
+
+@pytest.fixture(scope='session')
+def make_classifier(repo_root, images, tmp_path_factory):
+    """Function that compresses a classifier, whose config it may change, for
+    images of a size; and such an image."""
+    from mmpretrain.structures import DataSample
+
+    def make(change, side, **planner):
+        root = tmp_path_factory.mktemp('classifier')
+        cfg = classifier_cfg(repo_root, images)
+        change(cfg.model)
+        small = np.random.RandomState(0).randint(0, 256, (5, 5, 3), np.uint8)
+        path = str(root / 'image.png')
+        cv2.imwrite(path, cv2.resize(small, (side, side)))
+        batch = dict(
+            inputs=torch.randint(0, 256, (1, 3, side, side)).byte(),
+            data_samples=[DataSample()])
+        return Compressed(root, cfg, batch, **planner), path
+
+    return make
 
 
 @pytest.fixture(scope='session')

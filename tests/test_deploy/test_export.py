@@ -16,6 +16,7 @@ from mmbasis.deploy import (
     match_boxes,
     open_onnx,
 )
+from mmbasis.deploy.compare import is_close
 from mmbasis.utils import load_config
 from mmbasis.utils.runner import evaluate
 
@@ -44,7 +45,8 @@ def test_classifier_agrees_and_is_folded(exported, classifier, image_paths):
     assert classifier.plan.norm
     for result in compare(deployment, files, image_paths[:3]):
         assert result['agrees'] and result['top1']
-        assert result['scores']['largest'] < 1e-5
+        assert result['head']['values'] == 2
+        assert is_close(result['head']) and is_close(result['scores'])
     assert 'BatchNormalization' not in operators(files[0])
 
 
@@ -105,7 +107,7 @@ def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path):
     files = whole.export(detector_images[0], str(tmp_path))
     results = compare(whole, files, detector_images)
     assert all(x['agrees'] for x in results), results
-    assert sum(x['compared'] for x in results) > 20
+    assert sum(x['boxes']['compared'] for x in results) > 20
 
     cut = Deployment(
         deploy_cfg(CUT, 160), retinanet.config, retinanet.checkpoint)
@@ -113,7 +115,8 @@ def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path):
     assert [os.path.basename(x) for x in files] == ['partition0.onnx']
     assert 'NonMaxSuppression' not in operators(files[0])
     for result in compare(cut, files, detector_images):
-        assert result['agrees'] and result['scores']['largest'] < 1e-3
+        assert result['agrees'] and result['boxes']['compared'] > 10
+        assert result['bbox_head']['largest'] < 1e-4
 
 
 def test_tensorrt_without_plugins(retinanet, deploy_cfg, detector_images,
@@ -136,8 +139,10 @@ def test_tensorrt_with_plugin_is_named(retinanet, deploy_cfg, detector_images,
     files = deployment.export(detector_images[0], str(tmp_path))
     assert any('mmdeploy::TRTBatchedNMS' in x
                for x in check_tensorrt(files[0])['8.5'])
-    with pytest.raises(RuntimeError, match='mmdeploy::TRTBatchedNMS'):
-        compare(deployment, files, detector_images)
+    # ONNX Runtime takes the part in front of it
+    for result in compare(deployment, files, detector_images):
+        assert 'mmdeploy::TRTBatchedNMS' in result['skipped']
+        assert result['agrees'] and result['bbox_head']['values'] > 1000
 
 
 SLOW = [
@@ -179,7 +184,7 @@ def test_trained_detector(shared_data, deploy_cfg, tmp_path):
         files = deployment.export(images[0], str(tmp_path))
         results = compare(deployment, files, images)
         assert all(x['agrees'] for x in results), results
-        assert all(x['compared'] > 100 for x in results)
+        assert all(x['boxes']['compared'] > 10 for x in results)
 
 
 def test_match_boxes_counts_both_directions():
@@ -190,7 +195,7 @@ def test_match_boxes_counts_both_directions():
     result = match_boxes(ours, (shifted, *ours[1:]))
     # the lowest of a list may have been cut off in the other
     assert result['compared'] == 4 and result['unmatched'] == 0
-    assert result['boxes']['largest'] == pytest.approx(.3)
+    assert result['pixels'] == pytest.approx(.3)
     result = match_boxes(ours, (boxes[1:], ours[1][1:], ours[2][1:]))
     assert result['unmatched'] == 1
     labels = np.array([1, 1, 0])
