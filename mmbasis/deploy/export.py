@@ -66,7 +66,8 @@ class Deployment:
         #: name of the back end, such as ``'onnxruntime'``
         self.backend: str = self.deploy_cfg.backend_config.type
         #: what the export is compared with: nothing folded, nothing rewritten
-        self.model = repair(MODELS.build(self.model_cfg.model))
+        # a copy, because DETR's head writes into its config
+        self.model = repair(MODELS.build(copy.deepcopy(self.model_cfg.model)))
         # MMDeploy ignores missing and unexpected keys
         compression.load_weights(self.model, content, checkpoint)
         self.model.eval()
