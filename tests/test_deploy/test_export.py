@@ -11,6 +11,7 @@ from mmbasis.compression import read_checkpoint
 from mmbasis.deploy import (
     Deployment,
     check_tensorrt,
+    check_weights,
     compare,
     evaluate_onnx,
     match_boxes,
@@ -23,6 +24,8 @@ from mmbasis.utils.runner import evaluate
 CLS = 'classification_onnxruntime_static-32x32'
 DET = 'detection_onnxruntime_static-320x320'
 CUT = 'detection_onnxruntime_before-nms_static-320x320'
+PLAIN = 'detection_tensorrt_before-nms_static-320x320'
+TWO = 'detection_onnxruntime_before-nms_two-stage_static-800x1344'
 
 
 def operators(path):
@@ -147,6 +150,9 @@ def test_tensorrt_with_plugin_is_named(retinanet, deploy_cfg, detector_images,
 
 SLOW = [
     ('mmdet::ssd/ssd300_coco.py', 300),
+    ('mmdet::detr/detr_r50_8xb2-150e_coco.py', 160),
+    ('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 160),
+    ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 160),
     ('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py', 160),
     ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 160),
     ('mmdet::dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py', 160),
@@ -158,14 +164,15 @@ SLOW = [
 def test_other_detectors(make_detector, deploy_cfg, detector_images, tmp_path,
                          config, size):
     found = make_detector(config, size)
-    for name in (DET, CUT):
-        if name == CUT and 'rcnn' in config:
-            name = 'detection_onnxruntime_before-nms_two-stage_static-800x1344'
+    for name in (DET, TWO) if 'rcnn' in config else (DET, CUT, PLAIN):
         deployment = Deployment(
             deploy_cfg(name, size), found.config, found.checkpoint)
         files = deployment.export(detector_images[0], str(tmp_path))
         results = compare(deployment, files, detector_images)
         assert all(x['agrees'] for x in results), results
+        assert not check_weights(deployment, files)['unused']
+        if name == PLAIN:
+            assert {x.domain for x in onnx.load(files[0]).graph.node} == {''}
 
 
 @pytest.mark.slow
