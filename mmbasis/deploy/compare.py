@@ -96,10 +96,10 @@ def _on_regions(call: str, module: Any, args: tuple,
     """Outputs of a head by name on what it saw in the graph; none where the
     graph shows only a part of that."""
     count = len([*flat_tensors(args)])
-    seen = [taps.get(f'{call}<{i}') for i in range(count)]
-    if any(x is None for x in seen):
+    names = [f'{call}<{i}' for i in range(count)]
+    if not taps.keys() >= {*names}:
         return {}
-    values = iter(seen)
+    values = iter([taps[x] for x in names])
     outputs = module(*map_tensors(args, lambda _: next(values)))
     return {f'{call}:{i}': x for i, x in enumerate(flat_tensors(outputs))}
 
@@ -302,7 +302,7 @@ def _compare_boxes(deployment: Deployment, outputs: Sequence[Tensor],
     sample, allowed = reference.predictions[0], 0.
     theirs = _instances(sample)
     if deployment.partition == 'two_stage':
-        boxes = _proposals(*outputs[-2:], reference)
+        boxes = _proposals(outputs[-2], outputs[-1], reference)
     elif deployment.partition is not None:
         boxes = find_candidates(outputs[0][0], outputs[1][0], theirs)
     else:

@@ -211,7 +211,8 @@ def _set_shapes(cfg: Config, sizes: List[Size], batch: Optional[int],
         sizes = sizes * 3
     if _is_tensorrt(cfg):
         counts = (1 if dynamic else batch, batch, batch)
-        shapes = [(n, 3, *size) for n, size in zip(counts, sizes)]
+        shapes: List[Sequence[int]] = [
+            (n, 3, *size) for n, size in zip(counts, sizes)]
         cfg.backend_config.model_inputs = _model_inputs(cfg, shapes, model)
 
 

@@ -117,7 +117,7 @@ class _Graph:
         known = (*graph.input, *graph.value_info, *graph.output)
         types = {x.name: x.type.tensor_type.elem_type for x in known}
         for node in graph.node:
-            for name in filter(None, node.output):
+            for name in [x for x in node.output if x]:
                 if not types.get(name):
                     raise ValueError(
                         f'{path}: the type of {name} is not known, as '

@@ -153,7 +153,8 @@ def _fold(node: Any, graph: Graph, opset: int) -> None:
     constants, shape = graph.constants, graph.shapes.get(
         node.input[0]) if node.input else None
     if node.op_type == 'Shape' and shape and None not in shape:
-        feeds = {node.input[0]: np.broadcast_to(np.float32(0), shape)}
+        feeds: Dict[str, Any] = {
+            node.input[0]: np.zeros([x or 0 for x in shape], np.float32)}
     elif constants.keys() >= set(node.input) and (
             any(node.input) or node.op_type == 'Constant'):
         feeds = {x: constants[x] for x in node.input if x}
@@ -228,7 +229,7 @@ def _input(node: Any, version: str, graph: Graph) -> str:
     needed = dict(_CONSTANT.get(kind, {}))
     if version == '8.5':
         needed.update(_CONSTANT_8_5.get(kind, {}))
-    known = graph.constants.keys()
+    known = {*graph.constants}
     if kind == 'Resize':
         known = known | graph.sizes
     for position, what in needed.items():

@@ -7,10 +7,11 @@ import numpy as np
 
 from ..compression import read_checkpoint
 from ..models.int8 import InputScales
-from .compare import evaluate_onnx, open_onnx
+from .compare import evaluate_onnx
 from .export import Deployment, calibration_images
 from .half import write_half
 from .int8 import quantize_onnx
+from .runs import open_onnx
 
 PRECISIONS = 'fp16', 'int8'
 

@@ -102,8 +102,8 @@ def build_engine(path: str, compute_capability: str = '8.6',
     refusals: Tuple[Refusal, ...] = ()
     if 'parser' in answer:
         refusals = tuple(
-            Refusal(*x, own_limit=_is_own(x[1], x[2]))
-            for x in answer['parser'])
+            Refusal(node, operator, message, _is_own(operator, message))
+            for node, operator, message in answer['parser'])
     elif 'builder' in answer:
         refusals = _build_errors(path, answer['builder'])
     return Engine(compute_capability, refusals,

@@ -122,7 +122,7 @@ def run_pytorch(model: Any, inputs: Tensor, samples: list) -> Reference:
             batch_input_shape=size, scale_factor=(1., 1.)))
     found, calls = Reference(), Calls()
 
-    def record(_, args, outputs, name):
+    def record(name: str, args: tuple, outputs: Any) -> None:
         call = calls.next(name)
         if is_of_regions(name):
             found.calls[call] = model.get_submodule(name), args
@@ -134,7 +134,7 @@ def run_pytorch(model: Any, inputs: Tensor, samples: list) -> Reference:
     with ExitStack() as stack:
         for name, module in heads(model).items():
             handle = module.register_forward_hook(
-                lambda *x, name=name: record(*x, name=name))
+                lambda _, *x, name=name: record(name, *x))
             stack.callback(handle.remove)
         found.predictions = model(inputs, samples, mode='predict')
     return found

@@ -144,7 +144,8 @@ class _Rounding:
 
     def begin(self, layer: nn.Module, args: tuple) -> tuple:
         # hides the parameter, which is found in a dict that is asked later
-        vars(layer)['weight'] = _round_weight(layer._parameters['weight'])
+        vars(layer)['weight'] = _round_weight(
+            layer.get_parameter('weight'))
         x = args[0]
         rounded = torch.fake_quantize_per_tensor_affine(
             x.float(), self.step, 0, -128, 127)

@@ -67,7 +67,8 @@ def test_free_axes_are_tried(make_classifier, deploy_cfg, tmp_path):
 def test_axes_that_are_not_free(make_classifier, deploy_cfg, tmp_path):
     """The graph says that any size will do, and holds one size inside."""
     found = make_classifier(lambda model: None, 32)
-    deployment = Deployment(deploy_cfg(CLS, 32), found.config, found.checkpoint)
+    deployment = Deployment(
+        deploy_cfg(CLS, 32), found.config, found.checkpoint)
     path, = deployment.export(found.image, str(tmp_path))
     model = onnx.load(path)
     for index, axis in ((0, 'batch'), (2, 'height'), (3, 'width')):
