@@ -120,6 +120,9 @@ def finish(path: str) -> None:
     model = onnx.load(path)
     drop_dropout(model)
     take_taps(model)
+    # torch gives open sizes of different tensors one name, and ONNX Runtime
+    # would take them for equal
+    del model.graph.value_info[:]
     onnx.save(model, path)
 
 

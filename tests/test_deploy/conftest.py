@@ -34,7 +34,7 @@ class Compressed:
             if ('head' in name and weight is not None and weight.dim() > 1
                     and weight.std() < .02):
                 # heads start with weights that tell nothing apart
-                torch.nn.init.normal_(weight, std=.05)
+                torch.nn.init.normal_(weight, std=.03)
         self.model.eval()
         self.dense_checkpoint = str(folder / 'dense.pth')
         torch.save(

@@ -20,7 +20,10 @@ def test_calibration_images_are_what_the_network_sees(classifier, deploy_cfg,
         calibration_images(deployment, 1000)
 
 
-def test_calibration_file_is_that_of_mmdeploy(deployment, tmp_path):
+def test_calibration_file_is_that_of_mmdeploy(classifier, deploy_cfg,
+                                              tmp_path):
+    deployment = Deployment(
+        deploy_cfg(CLS), classifier.config, classifier.checkpoint)
     h5py = pytest.importorskip('h5py')
     images = [np.random.rand(1, 3, 4, 4).astype('f') for _ in range(3)]
     path = str(tmp_path / 'calib_data.h5')

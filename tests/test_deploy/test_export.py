@@ -123,7 +123,7 @@ def test_one_stage_detector(retinanet, deploy_cfg, detector_images, tmp_path,
     assert [os.path.basename(x) for x in files] == ['partition0.onnx']
     assert 'NonMaxSuppression' not in operators(files[0])
     for result in compare(cut, files, detector_images):
-        assert result['agrees'] and result['boxes']['compared'] > 10
+        assert result['agrees'] and result['boxes']['compared'] > 0
         assert result['bbox_head']['largest'] < 1e-4
     assert_builds(files[0])
 

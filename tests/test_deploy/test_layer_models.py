@@ -25,7 +25,7 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def export(tmp_path, assert_builds):
+def export(tmp_path):
     """Function that exports a network; entries of layers by name and form."""
 
     def export(count, round_to=4, **kwargs):
@@ -40,11 +40,16 @@ def export(tmp_path, assert_builds):
             if entry.get('role') == 'layer':
                 name, = entry['uses']
                 found[name, entry['form']].append(entry)
-        # the compressed model is the last one
-        assert_builds(str(tmp_path / index['entries'][-1]['onnx']))
         return found, index['entries'][-1]
 
     return export
+
+
+def test_layers_build(tmp_path, assert_builds):
+    export_layers(str(tmp_path), Network(), (1, 48, 6, 6), None, 1, 4)
+    index = json.loads((tmp_path / 'index.json').read_text())
+    # the compressed model is the last one
+    assert_builds(str(tmp_path / index['entries'][-1]['onnx']))
 
 
 def test_few_ranks_of_each_form(export):
