@@ -11,7 +11,9 @@ from torch import Tensor
 
 #: where an ONNX file keeps the names of its raw outputs
 _KEY = 'mmbasis.raw_outputs'
-_DOMAIN, _TAP = 'mmbasis', 'Tap'
+# MMDeploy's domain: where a graph cut by MMDeploy has two of other names, it
+# removes the wrong ones
+_DOMAIN, _TAP = 'mmdeploy', 'MMBasisTap'
 
 
 def heads(model: nn.Module) -> Dict[str, nn.Module]:
@@ -138,7 +140,8 @@ def take_taps(model: Any) -> None:
         for other, tensor in found.items():
             found[other] = kept if tensor == gone else tensor
         found[name] = kept
-    for opset in [x for x in model.opset_import if x.domain == _DOMAIN]:
+    used = {'', *(x.domain for x in graph.node)}
+    for opset in [x for x in model.opset_import if x.domain not in used]:
         model.opset_import.remove(opset)
     if found:
         entry = model.metadata_props.add()

@@ -7,6 +7,7 @@ import jetson_helpers as helpers
 import pytest
 from jetson.backends import Options
 from jetson.layers import measure_table, read_index
+from jetson.pace import Pace
 from jetson.util import BenchError
 from jetson_boards import make_board
 
@@ -84,59 +85,77 @@ def test_other_conditions_are_refused(folder, tmp_path):
     assert out.read_text() == before
 
 
-def with_model(folder):
-    """Says that the second file is a whole network."""
-    index = json.loads((folder / 'index.json').read_text())
-    index['entries'][1]['role'] = 'model'
-    (folder / 'index.json').write_text(json.dumps(index))
-
-
-def test_a_whole_network_is_measured_from_start_to_end(folder, tmp_path):
-    with_model(folder)
-    out = tmp_path / 't.json'
-    status, _, err = measure(folder, out)
-    assert status == 0, err
-    told = [x.split()[3] for x in err.splitlines() if ' of 7: ' in x]
-    assert [x for x in told if x != 'conv/128'] == ['conv/4', 'conv/8']
-    assert told[0] == told[-1] == 'conv/128' and told.index('conv/4') < 4
-    table = json.loads(out.read_text())
-    # in the order of the index, once
-    ids = [e['id'] for e in table['entries']]
-    assert ids == ['conv/4', 'conv/128', 'conv/8']
-    network = table['entries'][1]
-    assert network['median_ms'] == sorted(network['visits_ms'])[2]
-    assert network['count'] >= 5 * 3 * 5
-    apart = max(network['visits_ms']) - min(network['visits_ms'])
-    assert network['noise_ms'] >= apart / 2
-    # as if stopped before the last visit
-    network['visits_ms'].pop()
-    out.write_text(json.dumps(dict(table, status='partial')))
-    assert measure(folder, out)[0] == 0
-    again = json.loads(out.read_text())['entries'][1]['visits_ms']
-    assert len(again) == 5 and again[:4] == network['visits_ms']
-
-
-def test_a_network_that_is_not_steady_is_flagged(folder, tmp_path,
-                                                 monkeypatch):
-    with_model(folder)
+@pytest.fixture
+def products(monkeypatch):
+    """Function that says how long the products of a run take, ms; the last
+    one is that of all that follow."""
     import jetson.layers as layers
-    real, factors = layers.measure, iter([1, 1, 1, 1.2, 1, 1, 1])
-    steady = {}
+    monkeypatch.setattr(layers, 'WAIT_SECONDS', 0)
 
-    def measure(session, **protocol):
-        factor = next(factors)
-        found = steady.setdefault('all', real(session, **protocol))
-        return dict(found, median_ms=found['median_ms'] * factor)
+    def follow(*times):
+        left = list(times)
 
-    monkeypatch.setattr(layers, 'measure', measure)
-    table = measure_table(
+        def probe(pace):
+            found = left.pop(0) if len(left) > 1 else left[0]
+            pace.best_ms = min(found, pace.best_ms or found)
+            return found
+
+        monkeypatch.setattr(Pace, 'probe', probe)
+
+    return follow
+
+
+def measure_quickly(folder, tmp_path, told):
+    return measure_table(
         str(folder), str(tmp_path / 't.json'), 'onnxruntime',
-        Options(threads=1), 1, .01, 2)
+        Options(threads=1), 1, .01, 2, listener=told.append)
+
+
+def test_entries_of_a_slow_moment_are_measured_again(folder, tmp_path,
+                                                     products):
+    # while waiting, before and after: the first entry, and then the others
+    products(5, 5, 5, 4)
+    told = []
+    table = measure_quickly(folder, tmp_path, told)
+    assert [x.split()[3] for x in told] == [
+        'conv/4', 'conv/128', 'conv/8', 'conv/4']
+    assert [e['product_ms'] for e in table['entries']] == [4, 4, 4]
+    assert [e['id'] for e in table['entries']] == [
+        'conv/4', 'conv/128', 'conv/8']
+    assert table['flags'] == []
+
+
+def test_entries_that_stay_slow_are_flagged(folder, tmp_path, products):
+    # the machine is at its full speed once, before the first entry
+    products(4, 5)
+    told = []
+    table = measure_quickly(folder, tmp_path, told)
+    assert len(told) == 9  # three times three
     flag, = table['flags']
-    assert flag['code'] == 'unsteady_model'
-    assert flag['text'].startswith('conv/128 took ')
-    visits = table['entries'][1]['visits_ms']
-    assert table['entries'][1]['median_ms'] == min(visits)
+    assert flag['code'] == 'slow_machine'
+    assert flag['text'].startswith('3 of 3 entries, such as conv/4, ')
+    # a second call tries what has not come out well
+    products(4)
+    told.clear()
+    assert measure_quickly(folder, tmp_path, told)['status'] == 'complete'
+    assert len(told) == 3
+
+
+def test_full_speed_is_waited_for(products):
+    products(4, 5, 5, 4.2, 9)
+    pace = Pace()
+    pace.probe()
+    pace.wait(60)
+    assert pace.probe() == 9
+    pace.wait(0)
+    assert pace.best_ms == 4
+
+
+def test_a_real_product_is_timed():
+    pace = Pace()
+    found = pace.probe()
+    assert 0 < pace.best_ms == found and pace.is_full(found)
+    assert not pace.is_full(1.2 * found)
 
 
 CLOCK = 'sys/class/devfreq/17000000.gv11b/'

@@ -33,6 +33,25 @@ def test_files_take_turns(paths):
     assert 0 < max(times['small']) < min(times['large'])
 
 
+def test_turns_of_a_slow_machine_do_not_count(monkeypatch):
+    import onnx_timing
+    turns = iter([(5., 1.), (4., 2.), (5., 3.), (4.2, 4.)])
+
+    def run_turn(paths, shape, threads, best_ms):
+        product, latency = next(turns)
+        return dict(
+            latencies=[latency] * 2,
+            product_ms=product,
+            best_ms=min(product, best_ms or product))
+
+    monkeypatch.setattr(onnx_timing, '_run_turn', run_turn)
+    assert time_together(dict(a='', b=''), SHAPE, 1, 2) == dict(
+        a=[2., 4.], b=[2., 4.])
+    turns = iter([(4., 1.)] + [(5., 2.)] * 5)
+    with pytest.raises(RuntimeError, match='in 1 of 6 turns, and 2 are'):
+        time_together(dict(a=''), SHAPE, 1, 2)
+
+
 def test_a_file_that_does_not_run_is_an_error(paths, tmp_path, capfd):
     paths = dict(paths, missing=str(tmp_path / 'missing.onnx'))
     with pytest.raises(subprocess.CalledProcessError):
@@ -41,7 +60,7 @@ def test_a_file_that_does_not_run_is_an_error(paths, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('code', [
-    'import onnx_timing; onnx_timing.one_turn({path!r}, {shape}, 1)',
+    'import onnx_timing; onnx_timing.time_file({path!r}, {shape}, 1)',
     'from jetson.backends import Options, open_session; '
     'open_session("auto", {path!r}, Options()).infer()',
 ])

@@ -3,23 +3,32 @@
 NumPy and ONNX Runtime and nothing else.
 
 A machine that is shared with others changes its speed for minutes, not by the
-same factor for all files: on two cores of one, half a ResNet-50 took 0.49 of
-the dense one at one minute and 0.57 ten minutes later. So files that are to be
-compared take turns, over a time that is longer than that where it can be.
+same factor for all files: on two cores of one, half a YOLOX-s took 0.49 of the
+dense one at full speed and 0.54 a minute later (docs/results/
+machine_speed.json). So files are timed while it runs at full speed
+(tools/jetson/pace.py); turns in which it did not do not count.
 
 Benchmarks call `time_together`, which runs this file for each turn:
 
-    echo '{"paths": ["a.onnx"], "shape": [1, 3, 224, 224], "threads": 2}' \\
-        | python tools/benchmarks/onnx_timing.py
+    echo '{"paths": ["a.onnx"], "shape": [1, 3, 224, 224], "threads": 2,
+           "best_ms": null}' | python tools/benchmarks/onnx_timing.py
 """
 import json
+import os.path as osp
 import subprocess
 import sys
 import time
-from typing import Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
+
+from jetson.pace import TOLERANCE, Pace  # noqa: E402
 
 #: what a turn lasts at least: runs before the timed ones, runs, seconds
 WARM_UP, RUNS, SECONDS = 5, 10, .3
+#: how long a file waits for full speed, and how many turns there are at most,
+#: as a multiple of those that are to count
+WAIT_SECONDS, MOST = 60, 3
 
 
 def time_together(paths: Mapping[str, str], shape: Sequence[int],
@@ -30,10 +39,9 @@ def time_together(paths: Mapping[str, str], shape: Sequence[int],
         paths (Mapping[str, str]): Files by name.
         shape (Sequence[int]): Of the input.
         threads (int): Of ONNX Runtime.
-        turns (int): How often each file is loaded and timed. Each turn is a
-            process, and the order is reversed from one to the next. One
-            session is alive at a time: beside the waiting threads of others,
-            some files take up to twice as long, as chance has it.
+        turns (int): How many turns at full speed count. In each, all files
+            are loaded and timed, one session alive at a time; the order is
+            reversed from one to the next.
 
     Returns:
         dict[str, list[float]]: The median latency in each turn, ms, by name.
@@ -41,26 +49,37 @@ def time_together(paths: Mapping[str, str], shape: Sequence[int],
     Raises:
         subprocess.CalledProcessError: If a file does not run; its message is
         on stderr.
+        RuntimeError: If the machine hardly ever runs at its full speed.
     """
-    order = list(paths)
-    times: Dict[str, List[float]] = {name: [] for name in order}
-    for _ in range(turns):
-        asked = dict(
-            paths=[paths[name] for name in order],
-            shape=list(shape),
-            threads=threads)
-        done = subprocess.run([sys.executable, __file__],
-                              input=json.dumps(asked),
-                              stdout=subprocess.PIPE,
-                              text=True,
-                              check=True)
-        for name, latency in zip(order, json.loads(done.stdout)):
-            times[name].append(latency)
+    order, best = list(paths), None
+    seen: List[Tuple[float, Dict[str, float]]] = []
+    good: List[Dict[str, float]] = []
+    for _ in range(MOST * turns):
+        turn = _run_turn([paths[x] for x in order], shape, threads, best)
+        best = turn['best_ms']
+        seen.append((turn['product_ms'], dict(zip(order, turn['latencies']))))
+        good = [x for product, x in seen if product <= TOLERANCE * best]
+        if len(good) == turns:
+            return {name: [x[name] for x in good] for name in paths}
         order.reverse()
-    return times
+    raise RuntimeError(
+        f'the machine ran at its full speed in {len(good)} of {len(seen)} '
+        f'turns, and {turns} are needed: something else runs on it')
 
 
-def one_turn(path: str, shape: Sequence[int], threads: int) -> float:
+def _run_turn(paths: List[str], shape: Sequence[int], threads: int,
+              best_ms: Any) -> Dict[str, Any]:
+    asked = dict(
+        paths=paths, shape=list(shape), threads=threads, best_ms=best_ms)
+    done = subprocess.run([sys.executable, __file__],
+                          input=json.dumps(asked),
+                          stdout=subprocess.PIPE,
+                          text=True,
+                          check=True)
+    return json.loads(done.stdout)
+
+
+def time_file(path: str, shape: Sequence[int], threads: int) -> float:
     """The median latency of a file in a session of its own, ms."""
     import numpy as np
     import onnxruntime
@@ -81,13 +100,21 @@ def one_turn(path: str, shape: Sequence[int], threads: int) -> float:
 
 
 def main() -> None:
-    """One turn: read what is asked for from stdin, print the latencies."""
+    """One turn: read what is asked for from stdin, print what was found."""
     asked = json.load(sys.stdin)
+    pace = Pace(asked['best_ms'])
+    latencies: List[float] = []
+    products: List[float] = []
+    for path in asked['paths']:
+        pace.wait(WAIT_SECONDS)
+        latencies.append(time_file(path, asked['shape'], asked['threads']))
+        products.append(pace.probe())
     print(
-        json.dumps([
-            one_turn(path, asked['shape'], asked['threads'])
-            for path in asked['paths']
-        ]))
+        json.dumps(
+            dict(
+                latencies=latencies,
+                product_ms=max(products),
+                best_ms=pace.best_ms)))
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ class OrtSession(Session):
         self._run = session.run
         self._names = [o.name for o in session.get_outputs()]
         self._feeds = feeds
+        self.on_cpu = info['providers'] == ['CPUExecutionProvider']
 
     def infer(self):
         """Runs the model once; outputs are numpy arrays."""

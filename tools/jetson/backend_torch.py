@@ -19,6 +19,7 @@ class TorchSession(Session):
     def __init__(self, module, data, device, info):
         super().__init__({'input': tuple(data.shape)}, info)
         self._module, self._data, self._device = module, data, device
+        self.on_cpu = device == 'cpu'
 
     def infer(self):
         """Copies the input, runs the module, copies the output back."""

@@ -139,8 +139,10 @@ class Session:
         inputs (dict[str, tuple[int]]): shapes.
         info (dict): versions and settings, for the record.
         at_once (int): inferences of one call of ``infer``.
+        on_cpu (bool): whether the CPU does the work.
     """
     at_once = 1
+    on_cpu = False
 
     def __init__(self, inputs, info):
         self.inputs = inputs

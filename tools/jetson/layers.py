@@ -26,16 +26,16 @@ Output, a JSON table::
 of the medians of the rounds: two entries that differ by less are equal. The
 table is written after every entry; a second call does only what is missing.
 
-A plan depends on the entries of whole networks (``role`` ``"model"``) more
-than on all others, and a machine that is shared is faster at one minute than
-at another. So they are measured five times, from the start to the end:
-``visits_ms`` has the medians, ``median_ms`` the median of these, and a flag
-says so where they are more than 5 % apart.
+On a CPU that is shared with others, entries are measured while it runs at its
+full speed (``pace.py``): ``product_ms`` has the time of the matrix product
+beside an entry. Entries for which that was too long are measured again, and a
+flag counts those that stay so.
 """
 import os
 
 from . import device
 from .backends import open_session, speed_settings
+from .pace import Pace
 from .stats import quantile
 from .util import (
     BenchError,
@@ -51,9 +51,10 @@ from .util import (
 SCHEMA = 'mmbasis.latency_table'
 #: of index and table, with what an entry of a layer must have
 VERSIONS = {1: ('rank', ), 2: ('form', 'rank', 'input_rank')}
-#: how often whole networks are measured, and how far apart their medians may
-#: be, as a share
-VISITS, STEADY = 5, .05
+#: how long to wait for full speed before an entry, and how often to measure
+#: those again that did not have it
+WAIT_SECONDS, PASSES = 60, 3
+SLOW = 'slow_machine'
 
 
 def read_index(folder):
@@ -145,7 +146,10 @@ def _resume(path, table):
         done = {(e['id'], e['onnx_sha256']): e
                 for e in old['entries'] if e['median_ms'] and e['noise_ms']
                 is not None}
-        flags = [dict(code=f['code'], text=f['text']) for f in old['flags']]
+        flags = [
+            dict(code=f['code'], text=f['text']) for f in old['flags']
+            if f['code'] != SLOW
+        ]
     except (KeyError, TypeError, AttributeError) as e:
         raise BenchError('{} is damaged ({}: {}): move it away or choose '
                          'another --out'.format(path,
@@ -160,6 +164,7 @@ def _resume(path, table):
         raise BenchError('{} was measured differently: {}. Choose another '
                          '--out'.format(path, '; '.join(other)))
     table['flags'] += flags
+    table['product_ms'] = old.get('product_ms')
     return done
 
 
@@ -196,95 +201,68 @@ def measure_table(folder,
     if not os.path.isdir(os.path.dirname(out) or '.'):
         raise BenchError('--out {}: there is no such folder'.format(out))
     index = read_index(folder)
-    order = _order(index['entries'])
+    entries = index['entries']
     state = device.snapshot(sysroot)
     protocol = dict(rounds=rounds, seconds=seconds, min_count=min_count)
-    table, done, seen = None, {}, []
-    tell = _teller(len(order), listener)
-    for i, (entry, visit) in enumerate(order):
-        path = os.path.join(folder, entry['onnx'])
-        key = (entry['id'], sha256(path))
-        if _visits(done.get(key)) < visit:
-            tell(i, entry['id'])
-            session = _open(entry, path, backend, options)
-            try:
-                if table is None:
-                    table = _new_table(index['version'], sysroot, state,
-                                       session, protocol)
-                    done = _resume(out, table)
-                if session.info['precision'] != table['precision']:
-                    raise BenchError(
-                        'entry {!r} runs in {}, those before in {}: a table '
-                        'has one precision'.format(entry['id'],
-                                                   session.info['precision'],
-                                                   table['precision']))
-                if _visits(done.get(key)) < visit:
-                    found = measure(session, **protocol)
-                    done[key] = dict(
-                        entry,
-                        onnx_sha256=key[1],
-                        **_with_earlier(done.get(key), entry, found))
-            finally:
-                session.close()
-        if key not in seen:
-            seen.append(key)
-        table['entries'] = [done[k] for k in seen]
-        # At once, so that a table that ends here does not hide it.
-        _flag(table, device.changes(state, device.snapshot(sysroot)))
-        _write(out, table, done)
-    in_index = {e['id']: n for n, e in enumerate(index['entries'])}
-    table['entries'].sort(key=lambda e: in_index[e['id']])
-    _flag(table, _unsteady(table['entries']))
+    table, done, pace = None, {}, None
+    for _ in range(PASSES):
+        table_entries = []
+        tell = _teller(len(entries), listener)
+        for i, entry in enumerate(entries):
+            path = os.path.join(folder, entry['onnx'])
+            key = (entry['id'], sha256(path))
+            if not _is_good(done.get(key), pace):
+                tell(i, entry['id'])
+                session = _open(entry, path, backend, options)
+                try:
+                    if table is None:
+                        table = _new_table(index['version'], sysroot, state,
+                                           session, protocol)
+                        done = _resume(out, table)
+                        if session.on_cpu:
+                            pace = Pace(table['product_ms'])
+                    if session.info['precision'] != table['precision']:
+                        raise BenchError(
+                            'entry {!r} runs in {}, those before in {}: a '
+                            'table has one precision'.format(
+                                entry['id'], session.info['precision'],
+                                table['precision']))
+                    if not _is_good(done.get(key), pace):
+                        done[key] = dict(
+                            entry,
+                            onnx_sha256=key[1],
+                            **measure(session, pace=pace, **protocol))
+                        table['product_ms'] = pace and pace.best_ms
+                finally:
+                    session.close()
+            table_entries.append(done[key])
+            table['entries'] = table_entries
+            # At once, so that a table that ends here does not hide it.
+            _flag(table, device.changes(state, device.snapshot(sysroot)))
+            _write(out, table, done)
+    _flag(table, _slow(table['entries'], pace))
     table['status'] = 'complete'
     write_json(out, table)
     return table
 
 
-def _order(entries):
-    """Returns what to measure: entries, and which visit of each it is."""
-    models = [e for e in entries if e.get('role') == 'model']
-    others = [(e, 1) for e in entries if e.get('role') != 'model']
-    order, parts = [], VISITS - 1
-    for visit in range(VISITS):
-        order += [(e, visit + 1) for e in models]
-        order += others[len(others) * visit // parts:len(others) *
-                        (visit + 1) // parts]
-    return order
+def _is_good(entry, pace):
+    """Tells whether an entry need not be measured (again)."""
+    if entry is None or pace is None:
+        return entry is not None
+    return entry.get('product_ms') is not None and pace.is_full(
+        entry['product_ms'])
 
 
-def _visits(entry):
-    """Returns how often an entry of a table was measured."""
-    return len(entry.get('visits_ms', [0])) if entry else 0
-
-
-def _with_earlier(earlier, entry, found):
-    """Adds what a visit found to those before it, for a whole network."""
-    if entry.get('role') != 'model':
-        return found
-    visits = (earlier or {}).get('visits_ms', []) + [found['median_ms']]
-    ordered = sorted(visits)
-    noise = (ordered[-1] - ordered[0]) / 2
-    return dict(
-        found,
-        median_ms=quantile(ordered, .5),
-        noise_ms=max(noise, found['noise_ms']),
-        count=found['count'] + (earlier or {}).get('count', 0),
-        settled=found['settled'] and (earlier or {}).get('settled', True),
-        visits_ms=visits)
-
-
-def _unsteady(entries):
-    """Yields flags of the networks whose visits are too far apart."""
-    for entry in entries:
-        visits = entry.get('visits_ms', [0])
-        if max(visits) - min(visits) > STEADY * entry['median_ms']:
-            yield ('unsteady_model',
-                   '{} took {} ms, from the start to the end: '
-                   'something else ran meanwhile, or the machine is not '
-                   'steady. Measure the table again, or compare the network '
-                   'that you plan with it and refine the table'.format(
-                       entry['id'],
-                       ', '.join('{:.4g}'.format(x) for x in visits)))
+def _slow(entries, pace):
+    """Yields a flag if entries were not measured at full speed."""
+    slow = [e['id'] for e in entries if not _is_good(e, pace)]
+    if slow:
+        yield (SLOW,
+               '{} of {} entries, such as {}, were measured while the machine '
+               'ran below its full speed, although it was waited for: a plan '
+               'by this table may miss its target'.format(
+                   len(slow), len(entries), slow[0]))
 
 
 def _flag(table, flags):
@@ -342,22 +320,28 @@ def _new_table(version, sysroot, state, session, protocol):
         engine=speed_settings(session.info),
         clock_limits=device.limits(state),
         protocol=protocol,
+        product_ms=None,
         flags=[],
         entries=[])
 
 
-def measure(session, rounds, seconds, min_count):
+def measure(session, rounds, seconds, min_count, pace=None):
     """Times a session for a table.
 
     Args:
         session (backends.Session): loaded.
         rounds (int): timed windows.
         seconds (float), min_count (int): least length of each.
+        pace (Pace | None): waits for full speed.
 
     Returns:
         dict: ``median_ms``, ``noise_ms`` (half the range of the rounds'
-        medians), ``count``, ``settled``.
+        medians), ``count``, ``settled``; with a pace ``product_ms``, the
+        longer one of before and after.
     """
+    if pace is not None:
+        pace.wait(WAIT_SECONDS)
+        before = pace.probe()
     warm = session.warm_up(min(seconds, 0.5), 10 * max(seconds, 0.5))
     medians, everything, count = [], [], 0
     for _ in range(rounds):
@@ -369,8 +353,11 @@ def measure(session, rounds, seconds, min_count):
             medians.append(quantile(ordered, .5))
         else:
             medians.append(window['latency_ms']['p50'])
-    return dict(
+    found = dict(
         median_ms=quantile(sorted(everything or medians), .5),
         noise_ms=(max(medians) - min(medians)) / 2,
         count=count,
         settled=warm['settled'])
+    if pace is not None:
+        found['product_ms'] = max(before, pace.probe())
+    return found

@@ -1,0 +1,50 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Whether a shared machine runs at its full speed.
+
+The cores of a virtual machine may be shared with others. They then compute
+slower for seconds or minutes, by a quarter where this was seen, while memory
+is as fast as ever; so models slow down by different factors, and times of two
+such moments do not compare. A matrix product of a few ms shows it.
+"""
+import time
+
+import numpy as np
+
+from .stats import quantile
+from .util import now
+
+#: times the best product so far that counts as full speed
+TOLERANCE = 1.1
+
+
+class Pace:
+    """Times a matrix product.
+
+    Args:
+        best_ms (float | None): the shortest time that is known, ms.
+    """
+
+    def __init__(self, best_ms=None):
+        self._matrix = np.random.RandomState(0).rand(600, 600)
+        self.best_ms = best_ms
+
+    def probe(self):
+        """Returns the median time of five products, ms."""
+        times = []
+        for _ in range(5):
+            start = now()
+            self._matrix.dot(self._matrix)
+            times.append((now() - start) * 1e3)
+        found = quantile(sorted(times), .5)
+        self.best_ms = min(found, self.best_ms or found)
+        return found
+
+    def is_full(self, found_ms):
+        """Tells whether a product that took so long is of full speed."""
+        return found_ms <= TOLERANCE * self.best_ms
+
+    def wait(self, seconds):
+        """Waits for full speed, but not longer than this."""
+        end = now() + seconds
+        while not self.is_full(self.probe()) and now() < end:
+            time.sleep(.2)
