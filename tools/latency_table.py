@@ -90,6 +90,11 @@ def parse_args() -> argparse.Namespace:
     measure.add_argument('--threads', type=int, help='of CPU back ends')
     measure.add_argument('--rounds', type=int, default=3)
     measure.add_argument('--seconds', type=float, default=.3, help='per round')
+    measure.add_argument(
+        '--max-wait',
+        type=float,
+        help='seconds per model for the full speed of a shared CPU; 0 does '
+        'without (default 60)')
     refined = commands.add_parser(
         'refine', help='have it agree with a network planned by it')
     refined.add_argument('table')
@@ -151,9 +156,10 @@ def measure_table(folder: str, out: str, *options: object) -> int:
 def measure(args: argparse.Namespace) -> int:
     """Time the models."""
     options = []
-    for key in ('backend', 'precision', 'threads', 'rounds', 'seconds'):
+    for key in ('backend', 'precision', 'threads', 'rounds', 'seconds',
+                'max_wait'):
         if getattr(args, key) is not None:
-            options += [f'--{key}', getattr(args, key)]
+            options += [f'--{key.replace("_", "-")}', getattr(args, key)]
     return measure_table(args.folder, args.out, *options)
 
 

@@ -83,6 +83,7 @@ def test_numbers_of_run(tmp_path, model, flag, value):
     (['layers', 'X', '--out', 'o', '--rounds', '0'], ['--rounds 0']),
     (['layers', 'X', '--out', 'o', '--seconds', 'nan'], ['--seconds nan']),
     (['layers', 'X', '--out', 'o', '--min-count', '-1'], ['--min-count -1']),
+    (['layers', 'X', '--out', 'o', '--max-wait', '-1'], ['--max-wait -1']),
     (['layers', 'X', '--out', 'no/such/o'], ['no/such/o', 'no such folder']),
     (['layers', 'X', '--out', 'o'], ['X/index.json', 'No such file']),
     (['replay', 'gone.log'], ['gone.log', 'No such file']),

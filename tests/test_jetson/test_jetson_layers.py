@@ -14,7 +14,7 @@ from jetson_boards import make_board
 pytest.importorskip('onnxruntime')
 ARGS = [
     '--backend', 'onnxruntime', '--threads', '1', '--seconds', '0.05',
-    '--min-count', '5'
+    '--min-count', '5', '--max-wait', '0'
 ]
 
 
@@ -89,8 +89,6 @@ def test_other_conditions_are_refused(folder, tmp_path):
 def products(monkeypatch):
     """Function that says how long the products of a run take, ms; the last
     one is that of all that follow."""
-    import jetson.layers as layers
-    monkeypatch.setattr(layers, 'WAIT_SECONDS', 0)
 
     def follow(*times):
         left = list(times)
@@ -108,7 +106,7 @@ def products(monkeypatch):
 def measure_quickly(folder, tmp_path, told):
     return measure_table(
         str(folder), str(tmp_path / 't.json'), 'onnxruntime',
-        Options(threads=1), 1, .01, 2, listener=told.append)
+        Options(threads=1), 1, .01, 2, max_wait=1e-6, listener=told.append)
 
 
 def test_entries_of_a_slow_moment_are_measured_again(folder, tmp_path,
@@ -178,7 +176,8 @@ def test_other_settings_are_refused(folder, tmp_path, path, value, message):
     index['entries'] = index['entries'][:1]
     (folder / 'index.json').write_text(json.dumps(index))
     out = tmp_path / 't.json'
-    args = dict(rounds=1, seconds=.01, min_count=2, sysroot=root)
+    args = dict(
+        rounds=1, seconds=.01, min_count=2, max_wait=0, sysroot=root)
     measure_table(str(folder), str(out), 'onnxruntime', Options(threads=1),
                   **args)
     before = out.read_text()
@@ -214,7 +213,7 @@ def test_what_changes_meanwhile_is_in_a_table_that_is_not_finished(
     with pytest.raises(BenchError, match='the end'):
         measure_table(
             str(folder), str(tmp_path / 't.json'), 'onnxruntime',
-            Options(threads=1), 1, .01, 2, root)
+            Options(threads=1), 1, .01, 2, 0, root)
     table = json.loads((tmp_path / 't.json').read_text())
     assert table['status'] == 'partial'
     assert [f['code'] for f in table['flags']] == ['limits_changed']

@@ -28,7 +28,7 @@ def paths(tmp_path_factory):
 
 
 def test_files_take_turns(paths):
-    times = time_together(paths, SHAPE, threads=1, turns=3)
+    times = time_together(paths, SHAPE, threads=1, turns=3, max_wait=0)
     assert {k: len(v) for k, v in times.items()} == dict(small=3, large=3)
     assert 0 < max(times['small']) < min(times['large'])
 
@@ -37,7 +37,7 @@ def test_turns_of_a_slow_machine_do_not_count(monkeypatch):
     import onnx_timing
     turns = iter([(5., 1.), (4., 2.), (5., 3.), (4.2, 4.)])
 
-    def run_turn(paths, shape, threads, best_ms):
+    def run_turn(paths, shape, threads, best_ms, max_wait):
         product, latency = next(turns)
         return dict(
             latencies=[latency] * 2,
@@ -55,7 +55,7 @@ def test_turns_of_a_slow_machine_do_not_count(monkeypatch):
 def test_a_file_that_does_not_run_is_an_error(paths, tmp_path, capfd):
     paths = dict(paths, missing=str(tmp_path / 'missing.onnx'))
     with pytest.raises(subprocess.CalledProcessError):
-        time_together(paths, SHAPE, threads=1, turns=1)
+        time_together(paths, SHAPE, threads=1, turns=1, max_wait=0)
     assert 'missing.onnx' in capfd.readouterr().err
 
 

@@ -11,7 +11,8 @@ machine_speed.json). So files are timed while it runs at full speed
 Benchmarks call `time_together`, which runs this file for each turn:
 
     echo '{"paths": ["a.onnx"], "shape": [1, 3, 224, 224], "threads": 2,
-           "best_ms": null}' | python tools/benchmarks/onnx_timing.py
+           "best_ms": null, "max_wait": 60}' \\
+        | python tools/benchmarks/onnx_timing.py
 """
 import json
 import os.path as osp
@@ -26,13 +27,13 @@ from jetson.pace import TOLERANCE, Pace  # noqa: E402
 
 #: what a turn lasts at least: runs before the timed ones, runs, seconds
 WARM_UP, RUNS, SECONDS = 5, 10, .3
-#: how long a file waits for full speed, and how many turns there are at most,
-#: as a multiple of those that are to count
-WAIT_SECONDS, MOST = 60, 3
+#: how many turns there are at most, as a multiple of those that are to count
+MOST = 3
 
 
 def time_together(paths: Mapping[str, str], shape: Sequence[int],
-                  threads: int, turns: int) -> Dict[str, List[float]]:
+                  threads: int, turns: int,
+                  max_wait: float = 60) -> Dict[str, List[float]]:
     """Latencies of ONNX files with one input, measured in turns.
 
     Args:
@@ -42,6 +43,8 @@ def time_together(paths: Mapping[str, str], shape: Sequence[int],
         turns (int): How many turns at full speed count. In each, all files
             are loaded and timed, one session alive at a time; the order is
             reversed from one to the next.
+        max_wait (float): Seconds that a file waits for full speed; with 0 all
+            turns count.
 
     Returns:
         dict[str, list[float]]: The median latency in each turn, ms, by name.
@@ -55,10 +58,14 @@ def time_together(paths: Mapping[str, str], shape: Sequence[int],
     seen: List[Tuple[float, Dict[str, float]]] = []
     good: List[Dict[str, float]] = []
     for _ in range(MOST * turns):
-        turn = _run_turn([paths[x] for x in order], shape, threads, best)
+        turn = _run_turn([paths[x] for x in order], shape, threads, best,
+                         max_wait)
         best = turn['best_ms']
         seen.append((turn['product_ms'], dict(zip(order, turn['latencies']))))
-        good = [x for product, x in seen if product <= TOLERANCE * best]
+        good = [
+            x for product, x in seen
+            if not max_wait or product <= TOLERANCE * best
+        ]
         if len(good) == turns:
             return {name: [x[name] for x in good] for name in paths}
         order.reverse()
@@ -68,9 +75,13 @@ def time_together(paths: Mapping[str, str], shape: Sequence[int],
 
 
 def _run_turn(paths: List[str], shape: Sequence[int], threads: int,
-              best_ms: Any) -> Dict[str, Any]:
+              best_ms: Any, max_wait: float) -> Dict[str, Any]:
     asked = dict(
-        paths=paths, shape=list(shape), threads=threads, best_ms=best_ms)
+        paths=paths,
+        shape=list(shape),
+        threads=threads,
+        best_ms=best_ms,
+        max_wait=max_wait)
     done = subprocess.run([sys.executable, __file__],
                           input=json.dumps(asked),
                           stdout=subprocess.PIPE,
@@ -106,7 +117,7 @@ def main() -> None:
     latencies: List[float] = []
     products: List[float] = []
     for path in asked['paths']:
-        pace.wait(WAIT_SECONDS)
+        pace.wait(asked['max_wait'])
         latencies.append(time_file(path, asked['shape'], asked['threads']))
         products.append(pace.probe())
     print(

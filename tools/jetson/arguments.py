@@ -51,6 +51,12 @@ def build_parser():
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--seconds', type=float, default=0.3, help='per round')
     p.add_argument('--min-count', type=int, default=20, help='per round')
+    p.add_argument(
+        '--max-wait',
+        type=float,
+        default=60,
+        help='seconds per model for the full speed of a shared CPU; 0 does '
+        'without (default 60)')
     _engine_arguments(p)
     _settings_arguments(p)
     p.add_argument('--sysroot', default='/', help=argparse.SUPPRESS)

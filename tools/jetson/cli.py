@@ -159,7 +159,8 @@ def layers_command(args):
         _apply_settings(guard, args)
         found = measure_table(args.folder, args.out, args.backend,
                               _options(args), args.rounds, args.seconds,
-                              args.min_count, args.sysroot, to_stderr)
+                              args.min_count, args.max_wait, args.sysroot,
+                              to_stderr)
     rows = [['id', 'median ms', 'noise ms']]
     rows += [[str(e['id']),
               number(e['median_ms']),

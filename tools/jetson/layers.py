@@ -51,9 +51,8 @@ from .util import (
 SCHEMA = 'mmbasis.latency_table'
 #: of index and table, with what an entry of a layer must have
 VERSIONS = {1: ('rank', ), 2: ('form', 'rank', 'input_rank')}
-#: how long to wait for full speed before an entry, and how often to measure
-#: those again that did not have it
-WAIT_SECONDS, PASSES = 60, 3
+#: how often entries are visited that were not measured at full speed
+PASSES = 3
 SLOW = 'slow_machine'
 
 
@@ -175,6 +174,7 @@ def measure_table(folder,
                   rounds=3,
                   seconds=0.3,
                   min_count=20,
+                  max_wait=60,
                   sysroot='/',
                   listener=None):
     """Measures all entries of an index.
@@ -186,6 +186,8 @@ def measure_table(folder,
             shape of an entry comes before ``options.shapes``.
         rounds (int): timed windows per entry.
         seconds (float), min_count (int): least length of each window.
+        max_wait (float): seconds that an entry waits for the full speed of
+            the CPU that runs it; 0 does without.
         sysroot (str), listener (callable): see ``protocol.Run``.
 
     Returns:
@@ -198,6 +200,7 @@ def measure_table(folder,
     check_number('rounds', rounds, 1, 10000, True)
     check_number('seconds', seconds, .001, 86400)
     check_number('min_count', min_count, 1, 1e9, True)
+    check_number('max_wait', max_wait, 0, 86400)
     if not os.path.isdir(os.path.dirname(out) or '.'):
         raise BenchError('--out {}: there is no such folder'.format(out))
     index = read_index(folder)
@@ -219,7 +222,7 @@ def measure_table(folder,
                         table = _new_table(index['version'], sysroot, state,
                                            session, protocol)
                         done = _resume(out, table)
-                        if session.on_cpu:
+                        if session.on_cpu and max_wait:
                             pace = Pace(table['product_ms'])
                     if session.info['precision'] != table['precision']:
                         raise BenchError(
@@ -231,7 +234,11 @@ def measure_table(folder,
                         done[key] = dict(
                             entry,
                             onnx_sha256=key[1],
-                            **measure(session, pace=pace, **protocol))
+                            **measure(
+                                session,
+                                pace=pace,
+                                max_wait=max_wait,
+                                **protocol))
                         table['product_ms'] = pace and pace.best_ms
                 finally:
                     session.close()
@@ -325,14 +332,15 @@ def _new_table(version, sysroot, state, session, protocol):
         entries=[])
 
 
-def measure(session, rounds, seconds, min_count, pace=None):
+def measure(session, rounds, seconds, min_count, pace=None, max_wait=0):
     """Times a session for a table.
 
     Args:
         session (backends.Session): loaded.
         rounds (int): timed windows.
         seconds (float), min_count (int): least length of each.
-        pace (Pace | None): waits for full speed.
+        pace (Pace | None): waits for full speed …
+        max_wait (float): … so many seconds at most.
 
     Returns:
         dict: ``median_ms``, ``noise_ms`` (half the range of the rounds'
@@ -340,7 +348,7 @@ def measure(session, rounds, seconds, min_count, pace=None):
         longer one of before and after.
     """
     if pace is not None:
-        pace.wait(WAIT_SECONDS)
+        pace.wait(max_wait)
         before = pace.probe()
     warm = session.warm_up(min(seconds, 0.5), 10 * max(seconds, 0.5))
     medians, everything, count = [], [], 0
