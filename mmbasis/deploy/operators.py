@@ -255,6 +255,8 @@ def _value(node: Any, graph: Graph) -> str:
             given[2] is not None and given[2].any()):
         return 'only the zero point 0 is supported'
     if kind == 'Resize' and values.get('mode') == 'cubic' and (
-            before and after and before[:-2] != after[:-2]):
+            before and after and any(
+                None not in (a, b) and a != b
+                for a, b in zip(before[:-2], after[:-2]))):
         return "mode='cubic' of more than the last two axes is not supported"
     return ''
