@@ -4,7 +4,7 @@ NumPy and ONNX Runtime and nothing else.
 
 A machine that is shared with others changes its speed for minutes, not by the
 same factor for all files: on two cores of one, half a YOLOX-s took 0.49 of the
-dense one at full speed and 0.54 a minute later (docs/results/
+dense one at full speed and 0.53 at other times (docs/results/
 machine_speed.json). So files are timed while it runs at full speed
 (tools/jetson/pace.py); turns in which it did not do not count.
 
