@@ -111,8 +111,8 @@ def measure_quickly(folder, tmp_path, told):
 
 def test_entries_of_a_slow_moment_are_measured_again(folder, tmp_path,
                                                      products):
-    # while waiting, before and after: the first entry, and then the others
-    products(5, 5, 5, 4)
+    # before and after the first entry, and then those of the others
+    products(5, 5, 4)
     told = []
     table = measure_quickly(folder, tmp_path, told)
     assert [x.split()[3] for x in told] == [
@@ -139,14 +139,27 @@ def test_entries_that_stay_slow_are_flagged(folder, tmp_path, products):
     assert len(told) == 3
 
 
-def test_full_speed_is_waited_for(products):
-    products(4, 5, 5, 4.2, 9)
+def test_a_run_counts_at_full_speed(products):
+    runs = []
+
+    def run():
+        runs.append(None)
+        return len(runs)
+
+    # known; waits; full, but slow after it; full before and after
+    products(4, 6, 5, 4.2, 5, 4.1, 4.3)
     pace = Pace()
     pace.probe()
-    pace.wait(60)
-    assert pace.probe() == 9
-    pace.wait(0)
+    assert pace.at_full_speed(run, 60) == (2, 4.3)
     assert pace.best_ms == 4
+
+
+def test_of_slow_runs_the_least_slow_one_counts(products):
+    products(5, 7, 6, 9)
+    pace = Pace(4)
+    values = iter('abcdef')
+    assert pace.at_full_speed(lambda: next(values), 0) == ('a', 7)
+    assert pace.at_full_speed(lambda: next(values), .05)[1] == 9
 
 
 def test_a_real_product_is_timed():

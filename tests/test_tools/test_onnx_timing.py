@@ -60,7 +60,8 @@ def test_a_file_that_does_not_run_is_an_error(paths, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('code', [
-    'import onnx_timing; onnx_timing.time_file({path!r}, {shape}, 1)',
+    'import onnx_timing as o; '
+    'o.time_file({path!r}, {shape}, 1, o.Pace(), 0)',
     'from jetson.backends import Options, open_session; '
     'open_session("auto", {path!r}, Options()).infer()',
 ])

@@ -26,9 +26,9 @@ Output, a JSON table::
 of the medians of the rounds: two entries that differ by less are equal. The
 table is written after every entry; a second call does only what is missing.
 
-On a CPU that is shared with others, entries are measured while it runs at its
-full speed (``pace.py``): ``product_ms`` has the time of the matrix product
-beside an entry. Entries for which that was too long are measured again, and a
+On a CPU that is shared with others, windows are timed while it runs at its
+full speed (``pace.py``): ``product_ms`` has the longest time of the matrix
+product beside those of an entry. Entries for which that was too long are measured again, and a
 flag counts those that stay so.
 """
 import os
@@ -339,33 +339,41 @@ def measure(session, rounds, seconds, min_count, pace=None, max_wait=0):
         session (backends.Session): loaded.
         rounds (int): timed windows.
         seconds (float), min_count (int): least length of each.
-        pace (Pace | None): waits for full speed …
-        max_wait (float): … so many seconds at most.
+        pace (Pace | None): waits for full speed and repeats a window in which
+            it ended …
+        max_wait (float): … for so many seconds at most, all windows together.
 
     Returns:
         dict: ``median_ms``, ``noise_ms`` (half the range of the rounds'
         medians), ``count``, ``settled``; with a pace ``product_ms``, the
-        longer one of before and after.
+        longest one of those before and after the windows.
     """
-    if pace is not None:
-        pace.wait(max_wait)
-        before = pace.probe()
     warm = session.warm_up(min(seconds, 0.5), 10 * max(seconds, 0.5))
-    medians, everything, count = [], [], 0
+
+    def window():
+        if pace is not None:  # the product has filled the caches
+            session.window(0, 1)
+        return session.window(seconds, min_count)
+
+    medians, everything, products, count = [], [], [], 0
     for _ in range(rounds):
-        window = session.window(seconds, min_count)
-        count += window['count']
-        if window['latencies']:
-            ordered = sorted(s * 1e3 for s in window['latencies'])
+        if pace is None:
+            found = window()
+        else:
+            found, product = pace.at_full_speed(window, max_wait / rounds)
+            products.append(product)
+        count += found['count']
+        if found['latencies']:
+            ordered = sorted(s * 1e3 for s in found['latencies'])
             everything += ordered
             medians.append(quantile(ordered, .5))
         else:
-            medians.append(window['latency_ms']['p50'])
-    found = dict(
+            medians.append(found['latency_ms']['p50'])
+    result = dict(
         median_ms=quantile(sorted(everything or medians), .5),
         noise_ms=(max(medians) - min(medians)) / 2,
         count=count,
         settled=warm['settled'])
-    if pace is not None:
-        found['product_ms'] = max(before, pace.probe())
-    return found
+    if products:
+        result['product_ms'] = max(products)
+    return result
