@@ -75,11 +75,13 @@ class Engine:
         refusals (tuple[Refusal]): None where it was built.
         kernels (tuple[Kernel]): In the order in which they run.
         size (int): Bytes of the engine.
+        version (str): Of TensorRT for RTX; empty where it gave no answer.
     """
     compute_capability: str
     refusals: Tuple[Refusal, ...] = ()
     kernels: Tuple[Kernel, ...] = ()
     size: int = 0
+    version: str = ''
 
     @property
     def refused(self) -> bool:
@@ -94,6 +96,7 @@ class Engine:
     def summary(self) -> Dict[str, Any]:
         """What a report keeps of it."""
         return dict(
+            builder=f'TensorRT for RTX {self.version}'.rstrip(),
             compute_capability=self.compute_capability,
             built=not self.refusals,
             refused=self.refused,

@@ -107,7 +107,8 @@ def build_engine(path: str, compute_capability: str = '8.6',
     elif 'builder' in answer:
         refusals = _build_errors(path, answer['builder'])
     return Engine(compute_capability, refusals,
-                  read_kernels(answer.get('log', '')), answer.get('size', 0))
+                  read_kernels(answer.get('log', '')), answer.get('size', 0),
+                  answer.get('version', ''))
 
 
 def _ask(request: Dict[str, Any], seconds: float) -> Dict[str, Any]:

@@ -88,5 +88,12 @@ def add_profile(builder: Any, network: Any, config: Any,
     return []
 
 
+def main() -> None:
+    """Answer one request."""
+    trt = load_bindings()
+    answer = dict(build(trt, json.load(sys.stdin)), version=trt.__version__)
+    json.dump(answer, sys.stdout)
+
+
 if __name__ == '__main__':
-    json.dump(build(load_bindings(), json.load(sys.stdin)), sys.stdout)
+    main()

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """NVIDIA's parser and builder, and the kernels of its engines."""
 import json
+import re
 
 import numpy as np
 import onnx
@@ -58,6 +59,7 @@ def test_kernels_and_what_they_fuse(tmp_path):
     assert not any(x.copies for x in convolutions)
     # from the layout of the input to that of convolutions
     assert 0 < len(engine.copies) == len(engine.kernels) - 2
+    assert re.match(r'TensorRT for RTX \d+\.\d+', engine.summary()['builder'])
     assert json.loads(json.dumps(engine.summary()))['kernels'] == len(
         engine.kernels)
 

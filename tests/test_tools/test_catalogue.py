@@ -221,6 +221,8 @@ def test_masked_convolution():
     assert outputs.count_nonzero() == 3
 
 
+# minutes each; their stand-ins are tested above in every run
+@pytest.mark.catalogue
 @pytest.mark.parametrize('name, operator', [
     ('carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py', 'CARAFEPack'),
     ('guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco.py', 'MaskedConv2d')

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, Dict, Iterator, List
 
 import onnx
@@ -104,11 +103,10 @@ def markdown(report: Dict[str, Any], outcomes: Dict[str, str]) -> str:
 
 
 def write(rows: Dict[str, Dict[str, str]], outcomes: Dict[str, str],
-          folder: str) -> None:
+          version: str, folder: str) -> None:
     """Write both files."""
     report = dict(
-        builder='TensorRT for RTX '
-        f'{version("tensorrt-rtx-cu13-bindings")}, compute capability 8.6',
+        builder=f'TensorRT for RTX {version}, compute capability 8.6',
         date=time.strftime('%Y-%m-%d'), command=command(),
         onnx=onnx.__version__, variants=rows)
     for name, text in (('json', json.dumps(report, indent=1) + '\n'),
@@ -132,7 +130,9 @@ def main() -> None:
         name: outcome(rows[name]['builder'], check(model))
         for name, model in graphs.items()
     }
-    write(rows, outcomes, args.out)
+    with saved(graphs['Abs']) as path:
+        version = build_engine(path).version
+    write(rows, outcomes, version, args.out)
 
 
 if __name__ == '__main__':
