@@ -12,7 +12,7 @@ from .stats import quantile
 from .util import now
 
 #: times the best product so far that counts as full speed
-TOLERANCE = 1.15
+TOLERANCE = 1.2
 
 
 class Pace:
