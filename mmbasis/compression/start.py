@@ -11,7 +11,7 @@ import torch.nn as nn
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..planning import BasePlanner, CompressionPlan
-from ..utils import find_weights
+from ..utils import NotDataError, find_weights
 from ..utils.io import whole_file
 from .recipe import Recipe
 
@@ -31,11 +31,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds no weights.
+        ValueError: If the file is damaged, holds more than data, or no
+            weights.
     """
     file = find_weights(path)
     try:
         found = mmengine_checkpoint._load_checkpoint(file, map_location='cpu')
+    except NotDataError:
+        raise
     except Exception as error:
         raise ValueError(f'checkpoint {file} cannot be read, it may be '
                          f'truncated: {error}') from error

@@ -173,7 +173,11 @@ def _explain(name: str, path: Optional[str], tried: List[str]) -> str:
     ])
 
 
-def read_as_data(filename: str, map_location: Any = None) -> Any:
+class NotDataError(ValueError):
+    """A checkpoint holds more than data."""
+
+
+def load_from_file(filename: str, map_location: Any = None) -> Any:
     """Read a local checkpoint as data: nothing that it names is imported or
     called. MMEngine reads local files by this.
 
@@ -186,14 +190,14 @@ def read_as_data(filename: str, map_location: Any = None) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds a program, or objects that this torch does not
-            know to be harmless.
+        NotDataError: If it is a program, damaged, or holds objects that this
+            torch does not know to be harmless.
     """
     filename = osp.expanduser(filename)
     if not osp.isfile(filename):
         raise FileNotFoundError(f'{filename} can not be found.')
     if _is_program(filename):
-        raise ValueError(
+        raise NotDataError(
             f'{filename} is a TorchScript program or an archive of a very old '
             'PyTorch, which is not read: give a checkpoint, which is data')
     allow_mmengine_checkpoints()
@@ -201,11 +205,11 @@ def read_as_data(filename: str, map_location: Any = None) -> Any:
         found = torch.load(
             filename, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f'{filename} holds more than data: {_reason(error)}. It is not '
-            'read, because reading such a file can run any code. If you trust '
-            'who made it, convert it once: python tools/convert_checkpoint.py '
-            f'{filename} NEW_FILE') from None
+        raise NotDataError(
+            f'{filename} cannot be read as data: {_reason(error)}. Either it '
+            'is damaged, or it holds objects, and reading these can run any '
+            'code. If you trust who made it, convert it once: python '
+            f'tools/convert_checkpoint.py {filename} NEW_FILE') from None
     return _disarm(found)
 
 
@@ -226,8 +230,9 @@ def _is_program(filename: str) -> bool:
 def _reason(error: Exception) -> str:
     """What an error of :func:`torch.load` found, without its advice, which is
     to run the file."""
-    text = str(error).partition('WeightsUnpickler error: ')[2] or str(error)
-    return re.split(r'\n|\. ', text.strip())[0]
+    found = re.search(
+        r'(Unsupported|Trying to|Can only)(.(?!\. ))*', str(error))
+    return (found[0] if found else str(error).partition('\n')[0]).strip()
 
 
 def _disarm(checkpoint: Any) -> Any:
@@ -248,7 +253,7 @@ def _disarm(checkpoint: Any) -> Any:
 def _load(filename: str, map_location: Any = None) -> dict:
     """Reads what a URL of a model zoo names, whoever asks MMEngine for it:
     ``load_from``, or the ``init_cfg`` of a backbone."""
-    return read_as_data(find_weights(filename), map_location)
+    return load_from_file(find_weights(filename), map_location)
 
 
 def _as_data(load: Callable) -> Callable:
@@ -277,7 +282,7 @@ def register_loader() -> None:
         if prefix and not hasattr(load, 'reads_data'):
             CheckpointLoader.register_scheme(
                 prefix, _as_data(load), force=True)
-    CheckpointLoader.register_scheme('', read_as_data, force=True)
+    CheckpointLoader.register_scheme('', load_from_file, force=True)
     CheckpointLoader.register_scheme(HOSTS, _load, force=True)
 
 
