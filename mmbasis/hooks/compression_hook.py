@@ -9,6 +9,7 @@ from .. import compression
 from ..compression import Action, Recipe, Run, get_plan, resolve
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
+from ..models.builder import pretrained_configs
 from ..optim import (
     bare_model,
     replaced_parameters,
@@ -143,27 +144,30 @@ class BasisCompressionHook(Hook):
             checkpoint['meta'][compression.META_KEY] = plan.to_dict()
         distillation = getattr(model, 'distillation', None)
         if distillation is not None and distillation.source:
-            checkpoint['meta'][compression.TEACHER_KEY] = distillation.source
+            checkpoint['meta'].update(distillation.source.to_meta())
 
     def _find_teacher(self, runner: Runner, model: BasisModel) -> None:
         """Load the teacher of a model that was compressed earlier from the
-        file that its checkpoint names. Runs that asked for a teacher, now or
-        when they began, do not go on without."""
+        file that its checkpoint names, if it still is that file. Runs that
+        asked for a teacher, now or when they began, do not go on without."""
         distillation = model.distillation
         if distillation is None or distillation.teacher is not None:
             return
-        path = self._source.teacher if self._source else distillation.source
-        found = 'the checkpoint names none'
-        if path is not None:
+        source = self._source.teacher if self._source else distillation.source
+        found: Optional[str] = 'the checkpoint names none'
+        if source is not None:
+            # what the config names, too, is not read on a file's word
+            named = [x['checkpoint']
+                     for x in pretrained_configs(model.architecture)]
+            found = None if source.path in named else source.problem
+        if source is not None and found is None:
             try:
-                distillation.load(model.architecture, path)
-                runner.logger.info('The teacher is %s', path)
+                distillation.load(model.architecture, source.path)
+                runner.logger.info('The teacher is %s', source.path)
                 return
-            except FileNotFoundError:
-                found = f'{path} of the checkpoint does not exist'
             except RuntimeError as error:
                 found = f'it is of another model: {error}'
-        resumed = self._run is Run.RESUME and path is not None
+        resumed = self._run is Run.RESUME and source is not None
         if self.recipe.asks_for_teacher or resumed:
             raise RuntimeError(
                 f'distillation needs the dense weights, but {found}: give '

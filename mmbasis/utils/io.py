@@ -7,7 +7,7 @@ import os.path as osp
 from contextlib import contextmanager, suppress
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Union
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ def whole_file(path: str) -> Iterator[str]:
         os.replace(temporary, path)
         _write_through(osp.dirname(path) or '.')
     except OSError as error:
-        error.filename = error.filename or path
+        if error.errno is not None and error.filename in (None, temporary):
+            error.filename = path
         raise
     finally:
         with suppress(FileNotFoundError):
@@ -40,7 +41,13 @@ def whole_set(folder: str) -> Iterator[str]:
     files of two sets."""
     with TemporaryDirectory(prefix='.new', dir=folder) as new:
         with TemporaryDirectory(prefix='.old', dir=folder) as old:
-            yield new
+            try:
+                yield new
+            except OSError as error:  # it shall name where files go
+                path = str(error.filename or '')
+                if osp.dirname(path) == new:
+                    error.filename = osp.join(folder, osp.basename(path))
+                raise
             names = os.listdir(new)
             for name in names:
                 _write_through(osp.join(new, name))
@@ -84,11 +91,12 @@ def sha256_of(file: str) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with whole_file(path) as temporary, open(
-            temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
+def write_atomically(path: str, content: Union[str, memoryview]) -> None:
+    """Write a file, whole or not at all; text in UTF-8."""
+    if isinstance(content, str):
+        content = memoryview(content.encode())
+    with whole_file(path) as temporary, open(temporary, 'wb') as file:
+        file.write(content)
 
 
 def to_plain(value: Any) -> Any:
