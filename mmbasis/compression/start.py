@@ -109,13 +109,13 @@ class TeacherFile:
         checkpoint must not have anything fetched, nor another file read than
         that of its run."""
         if not isinstance(self.path, str) or '://' in self.path:
-            return (f'the checkpoint names {self.path!r}, which is not fetched '
-                    'because a file says so')
+            return (f'the checkpoint names {self.path!r}, which is not '
+                    'fetched because a file says so')
         if not osp.isfile(self.path):
             return f'{self.path} of the checkpoint does not exist'
         if self.sha256 is None:
-            return (f'the checkpoint names {self.path} without its SHA-256, as '
-                    'earlier versions of mmbasis did')
+            return (f'the checkpoint names {self.path} without its SHA-256, '
+                    'as earlier versions of mmbasis did')
         if sha256_of(self.path) != self.sha256:
             return (f'{self.path} is not the file that it was when the run of '
                     'the checkpoint began (its SHA-256 differs)')

@@ -62,23 +62,23 @@ class _LateRemoval:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self._removed: Dict[str, Callable] = {}
+        self._removed: List[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
     def remove(self, path: Any) -> None:
-        self._removed[str(path)] = self._backend.remove
+        self._removed.append(str(path))
 
-    def rmtree(self, path: Any) -> None:
-        self._removed[str(path)] = self._backend.rmtree
+    rmtree = remove  # DeepSpeed saves folders
 
     def finish(self, kept: List[Optional[str]]) -> None:
         """Remove what was to be, except what was written again."""
-        for path, remove in self._removed.items():
-            if path not in kept:
-                with suppress(FileNotFoundError):
-                    remove(path)
+        for path in set(self._removed) - set(kept):
+            is_folder = self._backend.isdir(path)
+            with suppress(FileNotFoundError):
+                (self._backend.rmtree if is_folder else
+                 self._backend.remove)(path)
 
 
 def _removing_last(save: Callable) -> Callable:
@@ -142,8 +142,9 @@ def _before_train(before_train: Callable) -> Callable:
         hub = runner.message_hub
         for key, value in list(hub.runtime_info.items()):
             if key == 'keep_ckpt_ids':
-                hub.update_info(key, [x for x in value if type(x) is int])
-            elif re.fullmatch('best_ckpt(_.*)?', key) and not _is_own(
+                steps = value if isinstance(value, list) else []
+                hub.update_info(key, [x for x in steps if type(x) is int])
+            elif str(key).startswith('best_ckpt') and not _is_own(
                     value, self.out_dir or runner.work_dir, runner.work_dir):
                 hub.pop_info(key)
         before_train(self, runner)
@@ -303,7 +304,7 @@ def _problem_of(file: str) -> Optional[str]:
         return None if {'epoch', 'iter'} <= set(meta) else (
             'it is not a checkpoint of a run')
     except Exception as error:
-        return f'{type(error).__name__}: {error}'
+        return f'{type(error).__name__}: {error}'.partition('\n')[0]
 
 
 def _complete_mmengine() -> None:

@@ -205,11 +205,7 @@ def load_from_file(filename: str, map_location: Any = None) -> Any:
         found = torch.load(
             filename, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise NotDataError(
-            f'{filename} cannot be read as data: {_reason(error)}. Either it '
-            'is damaged, or it holds objects, and reading these can run any '
-            'code. If you trust who made it, convert it once: python '
-            f'tools/convert_checkpoint.py {filename} NEW_FILE') from None
+        raise _not_data(filename, error) from None
     return _disarm(found)
 
 
@@ -227,12 +223,17 @@ def _is_program(filename: str) -> bool:
     return 'constants.pkl' in reader.get_all_records()
 
 
-def _reason(error: Exception) -> str:
+def _not_data(file: str, error: Exception) -> NotDataError:
     """What an error of :func:`torch.load` found, without its advice, which is
     to run the file."""
     found = re.search(
         r'(Unsupported|Trying to|Can only)(.(?!\. ))*', str(error))
-    return (found[0] if found else str(error).partition('\n')[0]).strip()
+    reason = found[0] if found else str(error).partition('\n')[0]
+    return NotDataError(
+        f'{file} cannot be read as data: {reason.strip()}. Either it is '
+        'damaged, or it holds objects, and reading these can run any code. If '
+        'you trust who made it, convert it once: python '
+        f'tools/convert_checkpoint.py {file} NEW_FILE')
 
 
 def _disarm(checkpoint: Any) -> Any:
@@ -260,12 +261,14 @@ def _as_data(load: Callable) -> Callable:
     """Have one of MMEngine's loaders read as data what it downloads."""
 
     @functools.wraps(load)
-    def loader(*args: Any, **kwargs: Any) -> Any:
+    def loader(filename: str, *args: Any, **kwargs: Any) -> Any:
         allow_mmengine_checkpoints()
         before = os.environ.get(_FORCE)
         os.environ[_FORCE] = '1'  # over whatever the loader asks for
         try:
-            return _disarm(load(*args, **kwargs))
+            return _disarm(load(filename, *args, **kwargs))
+        except pickle.UnpicklingError as error:
+            raise _not_data(filename, error) from None
         finally:
             del os.environ[_FORCE]
             if before is not None:
@@ -279,7 +282,8 @@ def register_loader() -> None:
     """Have MMEngine read checkpoints as data, from wherever; and URLs of
     :data:`HOSTS` by :func:`find_weights`."""
     for prefix, load in list(CheckpointLoader._schemes.items()):
-        if prefix and not hasattr(load, 'reads_data'):
+        if load not in (load_from_file, _load) and not hasattr(
+                load, 'reads_data'):
             CheckpointLoader.register_scheme(
                 prefix, _as_data(load), force=True)
     CheckpointLoader.register_scheme('', load_from_file, force=True)
