@@ -26,6 +26,8 @@ from .weights import load_from_file
 
 #: where gradients stand in a checkpoint that were not used yet
 ACCUMULATED_KEY = 'mmbasis_accumulated'
+_ADVICE = ('Checkpoints at multiples of accumulative_counts iterations avoid '
+           'that')
 _NUMBERED = re.compile(r'(.*)_(\d+)\.pth')
 _TEMPORARY = re.compile(r'(.*\.pth|last_checkpoint)\.tmp\d+')
 
@@ -164,13 +166,17 @@ def _is_own(best: Any, out_dir: str, work_dir: str) -> bool:
 
 
 def _before_save(self: Any, runner: Any, checkpoint: dict) -> None:
-    """Add the gradients of an accumulation that is under way, and put
-    everything into plain types, which are read as data."""
+    """Add the gradients of a run that accumulates them in one process, none at
+    the end of an accumulation; and put everything into plain types, which are
+    read as data."""
     if 'optimizer' in checkpoint:
         wrappers = _wrappers(runner)
-        if any(map(_is_within, wrappers)):
+        if any(map(_is_within, wrappers)) and get_world_size() > 1:
+            runner.logger.warning(
+                'Gradients are being accumulated, in each process its own: '
+                'the run cannot be resumed from this checkpoint. %s', _ADVICE)
+        elif any(x._accumulative_counts > 1 for x in wrappers):
             checkpoint[ACCUMULATED_KEY] = dict(
-                processes=get_world_size(),
                 counts=[x.inner_count for x in wrappers],
                 gradients={
                     name: parameter.grad.detach().cpu().clone()
@@ -186,23 +192,21 @@ def _after_load(self: Any, runner: Any, checkpoint: dict) -> None:
 
 
 def _go_on_accumulating(runner: Any, found: Optional[dict]) -> None:
-    """Give the parameters the gradients that a checkpoint holds. Where it
-    holds none, or those of one process of several, a RuntimeError is raised:
-    the run would not be the one that was interrupted."""
+    """Give the parameters the gradients that a checkpoint holds. Where it does
+    not, or there are several processes, a RuntimeError is raised: the run
+    would not be the one that was interrupted."""
     wrappers = _wrappers(runner)
     if not runner._resume or not (found or any(map(_is_within, wrappers))):
         return
-    counts = [x._accumulative_counts for x in wrappers]
-    if found is None or max(found['processes'], get_world_size()) > 1:
-        why = 'it holds no gradients' if found is None else (
-            'each process had gradients of its own')
+    if found is None or get_world_size() > 1:
+        why = 'it does not hold the gradients' if found is None else (
+            'its gradients are those of one process, now there are several')
         raise RuntimeError(
             f'this checkpoint, of iteration {runner.iter}, was saved amid an '
-            f'accumulation over accumulative_counts={counts[0]} iterations, '
-            f'and {why}: it cannot be resumed exactly. Resume another one, '
-            'whose iterations are a multiple of that, or start from it anew '
-            'by load_from without resume. A number of iterations per epoch '
-            'that is a multiple avoids this')
+            'accumulation of gradients (accumulative_counts='
+            f'{wrappers[0]._accumulative_counts}), and {why}: it cannot be '
+            'resumed exactly. Resume one whose iterations are a multiple, or '
+            f'start from this one by load_from without resume. {_ADVICE}')
     for wrapper, count in zip(wrappers, found['counts']):
         wrapper._inner_count = count
     for name, parameter in _bare(runner).named_parameters():
