@@ -38,17 +38,17 @@ def main() -> None:
     if isinstance(content, dict):  # weights carry their versions
         content = {k: x if k.endswith('state_dict') else to_plain(x)
                    for k, x in content.items()}
-    with io.BytesIO() as buffer:
-        torch.save(content, buffer)
-        buffer.seek(0)
-        allow_mmengine_checkpoints()
-        try:  # in MMEngine's objects there may be others
-            torch.load(buffer, weights_only=True)
-        except Exception as error:
-            raise SystemExit(
-                f'{args.source} holds objects that are no data, nothing is '
-                f'written: {error}') from None
-        write_atomically(args.target, buffer.getbuffer())
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    allow_mmengine_checkpoints()
+    try:  # beside what is known there may be other objects
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise SystemExit(
+            f'{args.source} holds objects that are no data, nothing is '
+            f'written: {error}') from None
+    write_atomically(args.target, buffer.getbuffer())
     print(f'Written to {args.target}')
 
 

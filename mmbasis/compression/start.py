@@ -69,9 +69,9 @@ def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
     weights = mmengine_checkpoint.get_state_dict(model)
     content = dict(meta={**meta, META_KEY: plan.to_dict()},
                    state_dict=mmengine_checkpoint.weights_to_cpu(weights))
-    with io.BytesIO() as buffer:
-        torch.save(content, buffer)  # says nothing of a full disk by itself
-        write_atomically(path, buffer.getbuffer())
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # by itself it says nothing of a full disk
+    write_atomically(path, buffer.getbuffer())
 
 
 class Run(enum.Enum):
