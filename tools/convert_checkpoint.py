@@ -35,8 +35,9 @@ def main() -> None:
     args = parse_args()
     print(f'Running what {args.source} contains')
     content = torch.load(args.source, map_location='cpu', weights_only=False)
-    if isinstance(content, dict):  # weights carry their versions
-        content = {k: x if k.endswith('state_dict') else to_plain(x)
+    if isinstance(content, dict) and 'state_dict' in content:
+        # weights stay as they are: they carry their versions
+        content = {k: x if str(k).endswith('state_dict') else to_plain(x)
                    for k, x in content.items()}
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -74,7 +74,8 @@ class Distillation:
         # its outputs must be those of the student in training
         train_deterministically(self.teacher)
         self._adapted, self._full = None, []
-        self.source = source and compression.TeacherFile.of(source)
+        self.source = (
+            None if source is None else compression.TeacherFile.of(source))
 
     def load(self, architecture: nn.Module, path: str) -> None:
         """Build the teacher from a model, dense or compressed, and a file; a
