@@ -24,9 +24,11 @@ def _history_attribute(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def _allow_mmengine_checkpoints() -> None:
+def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)``, the default since torch 2.6, read
-    histories, arrays and numbers, which MMEngine saves for resuming."""
+    histories, arrays and numbers, which MMEngine saves for resuming. The
+    forks' MMEngine takes them off the list behind each of its loads. Before
+    torch 2.4 there is no such list."""
     if not hasattr(torch.serialization, 'add_safe_globals'):
         return
     scalar = np.float64(0).__reduce__()[0]
@@ -124,7 +126,7 @@ def _inherit_own_configs_without_scope() -> None:
     Config._get_cfg_path = staticmethod(find_without_scope)
 
 
-_allow_mmengine_checkpoints()
+allow_mmengine_checkpoints()
 _find_configs_by_import_name()
 _inherit_own_configs_without_scope()
 _keep_tracing_exporter()

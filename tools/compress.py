@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmbasis.compression import (
-    TEACHER_KEY,
     Recipe,
+    TeacherFile,
     load_weights,
     read_checkpoint,
     run_recipe,
@@ -32,7 +32,7 @@ from mmbasis.models import build_dense, standalone_config
 from mmbasis.planning.layers import FORMS
 from mmbasis.running import model_complexity
 from mmbasis.utils import find_weights, load_config
-from mmbasis.utils.io import write_atomically
+from mmbasis.utils.io import whole_set, write_atomically
 from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
 from mmbasis.visualization import plot_ranks, plot_spectra
@@ -159,6 +159,7 @@ def main() -> None:
     if args.evaluate:
         check_evaluation(cfg, 'test')
     checkpoint = find_weights(args.checkpoint)
+    teacher = TeacherFile.of(checkpoint)  # of further training
     mkdir_or_exist(cfg.work_dir)
     MMLogger.get_instance('mmbasis', logger_name='mmbasis')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -192,23 +193,22 @@ def main() -> None:
         metrics['after'] = evaluate(cfg, model)
         report['metrics'] = metrics
 
-    def path(name):
-        return osp.abspath(osp.join(cfg.work_dir, name))
+    with whole_set(cfg.work_dir) as folder:
 
-    plan.save(path('plan.json'))
-    save_checkpoint(
-        model,
-        plan,
-        path('compressed.pth'),
-        {
-            'dataset_meta': dataset_meta(loader),
-            # of further training
-            TEACHER_KEY: osp.abspath(checkpoint)
-        })
-    standalone = standalone_config(cfg, plan, path('compressed.pth'))
-    write_atomically(path('compressed.py'), standalone.pretty_text)
-    pictures = draw(analysis, plan, path)
-    write_atomically(path('report.json'), json.dumps(report, indent=2))
+        def path(name):
+            return osp.join(folder, name)
+
+        target = osp.abspath(osp.join(cfg.work_dir, 'compressed.pth'))
+        plan.save(path('plan.json'))
+        save_checkpoint(
+            model,
+            plan,
+            path('compressed.pth'),
+            dict(teacher.to_meta(), dataset_meta=dataset_meta(loader)))
+        standalone = standalone_config(cfg, plan, target)
+        write_atomically(path('compressed.py'), standalone.pretty_text)
+        pictures = draw(analysis, plan, path)
+        write_atomically(path('report.json'), json.dumps(report, indent=2))
     print_report(report)
     Console().print(f'Written to {cfg.work_dir}: plan.json, report.json, '
                     f'compressed.pth, compressed.py, {pictures}')

@@ -5,10 +5,15 @@ import os
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmbasis.quirks import repair
-from mmbasis.utils import check_load_from, init_cpu_dist, load_config
+from mmbasis.utils import (
+    check_load_from,
+    find_resumable,
+    init_cpu_dist,
+    load_config,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,7 +26,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         help='checkpoint to resume from; without a path, the latest one of '
-        'the work directory')
+        'the work directory that can be read')
     parser.add_argument(
         '--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
@@ -67,7 +72,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if args.resume is not None:
         latest = args.resume
         if args.resume == 'auto':
-            latest = find_latest_checkpoint(cfg.work_dir)
+            latest = find_resumable(cfg.work_dir)
         # a first start stays one, from the weights that the config names
         if latest is not None:
             cfg.resume, cfg.load_from = True, latest

@@ -10,10 +10,10 @@ from .recalibration import (
 from .recipe import PlanLike, Recipe, Teaching, Term, as_plan
 from .start import (
     META_KEY,
-    TEACHER_KEY,
     Action,
     Run,
     Source,
+    TeacherFile,
     plan_of,
     read_checkpoint,
     resolve,
@@ -22,10 +22,10 @@ from .start import (
 from .surgery import apply_plan, basis_layers, get_plan, load_weights
 
 __all__ = [
-    'META_KEY', 'TEACHER_KEY', 'Action', 'PlanLike', 'Recipe', 'Run', 'Source',
-    'Teaching', 'Term', 'analyze', 'apply_plan', 'as_plan', 'basis_layers',
-    'compress', 'get_plan', 'load_weights', 'make_plan', 'output_error',
-    'output_errors', 'plan_of', 'read_checkpoint', 'recalibrate',
-    'recalibrate_if_better', 'resolve', 'run_recipe', 'save_checkpoint',
-    'take_batches'
+    'META_KEY', 'Action', 'PlanLike', 'Recipe', 'Run', 'Source', 'TeacherFile',
+    'Teaching', 'Term', 'analyze', 'apply_plan', 'as_plan',
+    'basis_layers', 'compress', 'get_plan', 'load_weights', 'make_plan',
+    'output_error', 'output_errors', 'plan_of', 'read_checkpoint',
+    'recalibrate', 'recalibrate_if_better', 'resolve', 'run_recipe',
+    'save_checkpoint', 'take_batches'
 ]

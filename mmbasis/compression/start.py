@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import io
+import os.path as osp
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +13,16 @@ import torch.nn as nn
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..planning import BasePlanner, CompressionPlan
-from ..utils import find_weights
-from ..utils.io import whole_file
+from ..utils import NotDataError, find_weights
+from ..utils.io import sha256_of, write_atomically
 from .recipe import Recipe
 
 #: where the plan stands in ``checkpoint['meta']``
 META_KEY = 'mmbasis'
 #: where the file of the dense weights is named
 TEACHER_KEY = 'mmbasis_teacher'
+#: the SHA-256 of that file when the run began
+TEACHER_HASH_KEY = 'mmbasis_teacher_sha256'
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -31,11 +35,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds no weights.
+        ValueError: If the file is damaged, holds more than data, or no
+            weights.
     """
     file = find_weights(path)
     try:
         found = mmengine_checkpoint._load_checkpoint(file, map_location='cpu')
+    except NotDataError:
+        raise
     except Exception as error:
         raise ValueError(f'checkpoint {file} cannot be read, it may be '
                          f'truncated: {error}') from error
@@ -62,8 +69,9 @@ def save_checkpoint(model: nn.Module, plan: CompressionPlan, path: str,
     weights = mmengine_checkpoint.get_state_dict(model)
     content = dict(meta={**meta, META_KEY: plan.to_dict()},
                    state_dict=mmengine_checkpoint.weights_to_cpu(weights))
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # by itself it says nothing of a full disk
+    write_atomically(path, buffer.getbuffer())
 
 
 class Run(enum.Enum):
@@ -82,17 +90,57 @@ class Action(enum.Enum):
 
 
 @dataclass(frozen=True)
+class TeacherFile:
+    """The file of the dense weights, and its SHA-256 when the run began; None
+    if it was no local file."""
+    path: str
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: str) -> TeacherFile:
+        """Of what the user named: a file, or a URL."""
+        if not osp.isfile(path):
+            return cls(path)
+        return cls(osp.abspath(path), sha256_of(path))
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not read because a checkpoint names it, None if it is: a
+        checkpoint must not have anything fetched, nor another file read than
+        that of its run."""
+        if not isinstance(self.path, str) or '://' in self.path:
+            return (f'the checkpoint names {self.path!r}, which is not '
+                    'fetched because a file says so')
+        if not osp.isfile(self.path):
+            return f'{self.path} of the checkpoint does not exist'
+        if self.sha256 is None:
+            return (f'the checkpoint names {self.path} without its SHA-256, '
+                    'as earlier versions of mmbasis did')
+        if sha256_of(self.path) != self.sha256:
+            return (f'{self.path} is not the file that it was when the run of '
+                    'the checkpoint began (its SHA-256 differs)')
+        return None
+
+    def to_meta(self) -> dict[str, Any]:
+        """How a checkpoint names it in ``meta``."""
+        return {TEACHER_KEY: self.path, TEACHER_HASH_KEY: self.sha256}
+
+
+@dataclass(frozen=True)
 class Source:
     """What a checkpoint is: its plan, None if it is dense, and the file of the
     dense weights, if it names one."""
     plan: CompressionPlan | None = None
-    teacher: str | None = None
+    teacher: TeacherFile | None = None
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> Source:
         """Of a checkpoint that was read; see :func:`plan_of` for errors."""
         meta = checkpoint.get('meta') or {}
-        return cls(plan_of(checkpoint), meta.get(TEACHER_KEY))
+        path = meta.get(TEACHER_KEY)
+        teacher = None if path is None else TeacherFile(
+            path, meta.get(TEACHER_HASH_KEY))
+        return cls(plan_of(checkpoint), teacher)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from typing import Any, Dict, Optional, Sequence
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
-from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from .. import compression
 from ..compression import Action, Recipe, Run, get_plan, resolve
 from ..datasets import calibration_dataloader
 from ..models import BasisModel, unwrap
+from ..models.builder import pretrained_configs
 from ..optim import (
     bare_model,
     replaced_parameters,
@@ -17,7 +17,8 @@ from ..optim import (
     strategy_of,
 )
 from ..registry import HOOKS
-from ..utils.io import from_plain, to_plain
+from ..utils import find_resumable
+from ..utils.io import to_plain
 from ..utils.strategy import check_strategy
 
 
@@ -73,8 +74,9 @@ class BasisCompressionHook(Hook):
         # MMEngine builds the loop of what it is about to do
         if not isinstance(runner._train_loop, BaseLoop):
             return
-        resumes = runner._resume and (
-            runner._load_from or find_latest_checkpoint(runner.work_dir))
+        if runner._resume and runner._load_from is None:
+            runner._load_from = find_resumable(runner.work_dir)
+        resumes = runner._resume and runner._load_from is not None
         self._run = Run.RESUME if resumes else Run.TRAIN
         if not isinstance(model, BasisModel):
             model = BasisModel(model, **self.recipe.config)
@@ -82,7 +84,7 @@ class BasisCompressionHook(Hook):
             set_model(runner, model)
             if strategy_of(runner) is not None:  # it initialises before
                 model.note_pretrained()
-        if runner._load_from is not None or resumes:
+        if runner._load_from is not None:
             model.has_weights = True
             model.source = runner._load_from
 
@@ -92,8 +94,6 @@ class BasisCompressionHook(Hook):
         if strategy_of(runner) is not None:
             _check_flexible(runner)
             self._begin(runner)
-        if 'message_hub' in checkpoint:
-            checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
         model = unwrap(bare_model(runner))
         self._source = compression.Source.of(checkpoint)
         start = resolve(self.recipe, self._source, self._run, get_plan(model))
@@ -132,7 +132,7 @@ class BasisCompressionHook(Hook):
     before_val = before_test
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Put the plan into ``meta`` and everything into plain types."""
+        """Put the plan into ``meta``, and where the teacher is."""
         model = bare_model(runner)
         if strategy_of(runner) and is_model_wrapper(runner.model):
             # it saves the wrapper's names, which only it can load
@@ -144,30 +144,30 @@ class BasisCompressionHook(Hook):
             checkpoint['meta'][compression.META_KEY] = plan.to_dict()
         distillation = getattr(model, 'distillation', None)
         if distillation is not None and distillation.source:
-            checkpoint['meta'][compression.TEACHER_KEY] = distillation.source
-        for key in ('meta', 'message_hub', 'param_schedulers'):
-            if key in checkpoint:
-                checkpoint[key] = to_plain(checkpoint[key])
+            checkpoint['meta'].update(distillation.source.to_meta())
 
     def _find_teacher(self, runner: Runner, model: BasisModel) -> None:
         """Load the teacher of a model that was compressed earlier from the
-        file that its checkpoint names. Runs that asked for a teacher, now or
-        when they began, do not go on without."""
+        file that its checkpoint names, if it still is that file. Runs that
+        asked for a teacher, now or when they began, do not go on without."""
         distillation = model.distillation
         if distillation is None or distillation.teacher is not None:
             return
-        path = self._source.teacher if self._source else distillation.source
-        found = 'the checkpoint names none'
-        if path is not None:
+        source = self._source.teacher if self._source else distillation.source
+        found: Optional[str] = 'the checkpoint names none'
+        if source is not None:
+            # what the config names, too, is not read on a file's word
+            named = [x['checkpoint']
+                     for x in pretrained_configs(model.architecture)]
+            found = None if source.path in named else source.problem
+        if source is not None and found is None:
             try:
-                distillation.load(model.architecture, path)
-                runner.logger.info('The teacher is %s', path)
+                distillation.load(model.architecture, source.path)
+                runner.logger.info('The teacher is %s', source.path)
                 return
-            except FileNotFoundError:
-                found = f'{path} of the checkpoint does not exist'
             except RuntimeError as error:
                 found = f'it is of another model: {error}'
-        resumed = self._run is Run.RESUME and path is not None
+        resumed = self._run is Run.RESUME and source is not None
         if self.recipe.asks_for_teacher or resumed:
             raise RuntimeError(
                 f'distillation needs the dense weights, but {found}: give '

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import os.path as osp
 import re
 from collections import Counter
 from functools import partial, reduce
@@ -22,6 +21,7 @@ from ..compression.recalibration import kl_divergence, normalized_mse
 from ..layers import BasisLayer, copy_module, kind_of
 from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
+from ..utils import find_weights
 
 
 class Distillation:
@@ -59,7 +59,7 @@ class Distillation:
         #: the dense model, None until it is known
         self.teacher: nn.Module | None = None
         #: the file that its weights are in, for resuming
-        self.source: str | None = None
+        self.source: compression.TeacherFile | None = None
         #: how it is run, see :meth:`_adapt`
         self._adapted: tuple[torch.device, torch.dtype | None] | None = None
         self._full: list[tuple[nn.Parameter, Tensor]] = []
@@ -74,9 +74,8 @@ class Distillation:
         # its outputs must be those of the student in training
         train_deterministically(self.teacher)
         self._adapted, self._full = None, []
-        if source is not None and osp.isfile(source):
-            source = osp.abspath(source)
-        self.source = source
+        self.source = (
+            None if source is None else compression.TeacherFile.of(source))
 
     def load(self, architecture: nn.Module, path: str) -> None:
         """Build the teacher from a model, dense or compressed, and a file; a
@@ -90,7 +89,7 @@ class Distillation:
                     and f'{name}.weight' in checkpoint['state_dict']):
                 module.bias = None
         compression.load_weights(teacher, checkpoint, path)
-        self.take(teacher, path)
+        self.take(teacher, find_weights(path))
 
     def __deepcopy__(self, memo: dict) -> Distillation:
         """Averaged copies of the model need no teacher of their own."""

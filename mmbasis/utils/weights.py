@@ -1,27 +1,33 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Trained weights by more than one road: the user's folders, the caches, and
 the hosts of the model zoos."""
+import functools
 import hashlib
 import os
 import os.path as osp
+import pickle
 import re
+import tarfile
 import urllib.request
 from functools import partial
 from http.client import HTTPException
-from typing import Any, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.logging import MMLogger
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+from mmengine.runner.checkpoint import CheckpointLoader
 
-from .io import whole_file
+from ..compat import allow_mmengine_checkpoints
+from .io import from_plain, sha256_of, whole_file
 
 #: OpenMMLab's host and the forks', with the same files under the same paths
 HOSTS = ['https://download.openmmlab.com/', 'https://mmassets.onedl.ai/']
 #: seconds that a host may be silent
 TIMEOUT = 20
 _BLOCK = 1 << 20
+# makes torch.load read weights only
+_FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _HASH = re.compile(r'-([0-9a-f]{8})\.pth(?:\.tar)?$')
 
 
@@ -114,14 +120,11 @@ def _problem_of(file: str) -> Optional[str]:
     """Why a local file cannot be taken."""
     if not osp.isfile(file):
         return 'no such file'
-    digest = hashlib.sha256()
     try:
-        with open(file, 'rb') as stream:
-            for block in iter(partial(stream.read, _BLOCK), b''):
-                digest.update(block)
+        digest = sha256_of(file)
     except OSError as error:
         return str(error)
-    return _mismatch(file, digest.hexdigest())
+    return _mismatch(file, digest)
 
 
 def _mismatch(file: str, digest: str) -> Optional[str]:
@@ -170,14 +173,120 @@ def _explain(name: str, path: Optional[str], tried: List[str]) -> str:
     ])
 
 
+class NotDataError(ValueError):
+    """A checkpoint holds more than data."""
+
+
+def load_from_file(filename: str, map_location: Any = None) -> Any:
+    """Read a local checkpoint as data: nothing that it names is imported or
+    called. MMEngine reads local files by this.
+
+    Args:
+        filename (str): The file.
+        map_location (Any): See :func:`torch.load`. Defaults to None.
+
+    Returns:
+        Any: What it holds, usually a dict.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        NotDataError: If it is a program, damaged, or holds objects that this
+            torch does not know to be harmless.
+    """
+    filename = osp.expanduser(filename)
+    if not osp.isfile(filename):
+        raise FileNotFoundError(f'{filename} can not be found.')
+    if _is_program(filename):
+        raise NotDataError(
+            f'{filename} is a TorchScript program or an archive of a very old '
+            'PyTorch, which is not read: give a checkpoint, which is data')
+    allow_mmengine_checkpoints()
+    try:
+        found = torch.load(
+            filename, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _not_data(filename, error) from None
+    return _disarm(found)
+
+
+def _is_program(filename: str) -> bool:
+    """Whether torch would run a file instead of reading it, whatever it is
+    told: a TorchScript archive, or one of the time before PyTorch 0.1.10."""
+    with open(filename, 'rb') as file:
+        start = file.read(4)
+    if start != b'PK\x03\x04':
+        return bool(start) and tarfile.is_tarfile(filename)
+    try:  # with torch's eyes, as other readers of archives see others
+        reader = torch._C.PyTorchFileReader(filename)
+    except RuntimeError:  # it is truncated, which torch.load says
+        return False
+    return 'constants.pkl' in reader.get_all_records()
+
+
+def _not_data(file: str, error: Exception) -> NotDataError:
+    """What an error of :func:`torch.load` found, without its advice, which is
+    to run the file."""
+    found = re.search(
+        r'(Unsupported|Trying to|Can only)(.(?!\. ))*', str(error))
+    reason = found[0] if found else str(error).partition('\n')[0]
+    return NotDataError(
+        f'{file} cannot be read as data: {reason.strip()}. Either it is '
+        'damaged, or it holds objects, and reading these can run any code. If '
+        'you trust who made it, convert it once: python '
+        f'tools/convert_checkpoint.py {file} NEW_FILE')
+
+
+def _disarm(checkpoint: Any) -> Any:
+    """Take out of a checkpoint what MMEngine would run; log histories as
+    plain types become MMEngine's again."""
+    if not isinstance(checkpoint, dict):
+        return checkpoint
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict) and meta.pop('config', None) is not None:
+        MMLogger.get_current_instance().warning(
+            'meta.config of the checkpoint is ignored: MMEngine would run it '
+            'as Python when it resumes')
+    if 'message_hub' in checkpoint:
+        checkpoint['message_hub'] = from_plain(checkpoint['message_hub'])
+    return checkpoint
+
+
 def _load(filename: str, map_location: Any = None) -> dict:
     """Reads what a URL of a model zoo names, whoever asks MMEngine for it:
     ``load_from``, or the ``init_cfg`` of a backbone."""
-    return load_from_local(find_weights(filename), map_location)
+    return load_from_file(find_weights(filename), map_location)
+
+
+def _as_data(load: Callable) -> Callable:
+    """Have one of MMEngine's loaders read as data what it downloads."""
+
+    @functools.wraps(load)
+    def loader(filename: str, *args: Any, **kwargs: Any) -> Any:
+        allow_mmengine_checkpoints()
+        before = os.environ.get(_FORCE)
+        os.environ[_FORCE] = '1'  # over whatever the loader asks for
+        try:
+            return _disarm(load(filename, *args, **kwargs))
+        except pickle.UnpicklingError as error:
+            raise _not_data(filename, error) from None
+        finally:
+            del os.environ[_FORCE]
+            if before is not None:
+                os.environ[_FORCE] = before
+
+    loader.reads_data = True  # type: ignore[attr-defined]
+    return loader
 
 
 def register_loader() -> None:
-    """Have MMEngine read URLs of :data:`HOSTS` by :func:`find_weights`."""
+    """Have MMEngine read checkpoints as data, from wherever; and URLs of
+    :data:`HOSTS` by :func:`find_weights`."""
+    for prefix, load in list(CheckpointLoader._schemes.items()):
+        if load not in (load_from_file, _load) and not hasattr(
+                load, 'reads_data'):
+            CheckpointLoader.register_scheme(
+                prefix, _as_data(load), force=True)
+    CheckpointLoader.register_scheme('', load_from_file, force=True)
     CheckpointLoader.register_scheme(HOSTS, _load, force=True)
 
 

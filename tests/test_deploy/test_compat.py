@@ -16,7 +16,7 @@ def test_checkpoints_of_mmengine_load_safely():
         pytest.skip('this torch loads them without a list of safe classes')
     # the forks' MMEngine takes them from the list behind each of its loads,
     # which have a list of their own
-    compat._allow_mmengine_checkpoints()
+    compat.allow_mmengine_checkpoints()
     hub = MessageHub.get_instance('test_compat')
     hub.update_scalar('train/loss', torch.tensor(1.5))
     hub.update_info('best', np.float64(3))
