@@ -17,6 +17,7 @@ from ..optim import (
     strategy_of,
 )
 from ..registry import HOOKS
+from ..utils.collectives import shared_errors
 from ..utils.io import from_plain, to_plain
 from ..utils.strategy import check_strategy
 
@@ -113,7 +114,8 @@ class BasisCompressionHook(Hook):
                 runner.logger.warning(
                     'The model to be compressed has random weights: give the '
                     'trained ones as load_from')
-            with replaced_parameters(runner):
+            # the wrapper is built when all have compressed
+            with replaced_parameters(runner), shared_errors('compression'):
                 model.compress(
                     _calibration_batches(runner, self.recipe), self.recipe)
             if is_model_wrapper(runner.model) and not strategy_of(runner):
@@ -248,5 +250,7 @@ class ProgressiveTruncationHook(Hook):
             model = bare_model(runner)
             recipe = Recipe.of(
                 **dict(model.recipe.config, plan=None, planner=planner))
-            with replaced_parameters(runner, before=model.architecture):
+            with replaced_parameters(
+                    runner, before=model.architecture), shared_errors(
+                        'progressive truncation'):
                 model.truncate(_calibration_batches(runner, recipe), recipe)
