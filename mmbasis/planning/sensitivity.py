@@ -204,23 +204,29 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
             x.attach(stack)
         for y in importance:
             stack.callback(observe(y.layer.module, y.watch).remove)
-        unknown = None
-        try:
-            for data in _backward(adapter, batches, classifies):
-                for y in importance:
-                    y.end_batch(adapter.count_images(data))
-        except running.UnknownLossError as error:
-            unknown = error
-    # all processes go on with a loss, or none
-    for text in together('sensitivity', unknown and str(unknown)):
-        if text is not None:
-            raise running.UnknownLossError(text) from unknown
+        _look(adapter, batches, classifies, importance)
     found = {x.layer.name: x.finish() for x in gradients}
     _warn_of_unknown(found)
     statistics = {**analysis.statistics, **found}
     statistics.update((y.layer.name, y.finish(statistics[y.layer.name]))
                       for y in importance)
     return replace(analysis, statistics=statistics)
+
+
+def _look(adapter: running.Adapter, batches: Sequence[Any], classifies: bool,
+          importance: Sequence[_Importance]) -> None:
+    """Take all gradients. The loss is unknown to all processes if it is to
+    one of them."""
+    unknown = None
+    try:
+        for data in _backward(adapter, batches, classifies):
+            for x in importance:
+                x.end_batch(adapter.count_images(data))
+    except running.UnknownLossError as error:
+        unknown = str(error)
+    for text in together('sensitivity', unknown):
+        if text is not None:
+            raise running.UnknownLossError(text)
 
 
 def _warn_of_unknown(found: Mapping[str, LayerStatistics]) -> None:
