@@ -17,7 +17,7 @@ from ..optim import (
     strategy_of,
 )
 from ..registry import HOOKS
-from ..utils.collectives import shared_errors
+from ..utils.collectives import shared_errors, together
 from ..utils.io import from_plain, to_plain
 from ..utils.strategy import check_strategy
 
@@ -122,7 +122,9 @@ class BasisCompressionHook(Hook):
                 runner._maybe_compile('train_step')
         else:
             compression.pipeline.log_plan(model.plan)
-            self._find_teacher(runner, model)
+            with shared_errors('search for the teacher'):
+                self._find_teacher(runner, model)
+                _check_teachers(model)
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME
 
@@ -177,6 +179,17 @@ class BasisCompressionHook(Hook):
                 'distillation=False')
         runner.logger.warning('Training without a teacher: %s', found)
         model.distillation = None
+
+
+def _check_teachers(model: BasisModel) -> None:
+    """Refuse a teacher that only some of the processes have."""
+    found = together('search for the teacher', getattr(
+        model.distillation, 'teacher', None) is not None)
+    if len({*found}) > 1:
+        without = [rank for rank, has in enumerate(found) if not has]
+        raise RuntimeError(
+            f'the processes of rank {without} do not find the teacher that '
+            'others have: put its file where all of them can read it')
 
 
 def _check_flexible(runner: Any) -> None:

@@ -7,13 +7,18 @@ import re
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 import mmbasis
+from mmbasis.hooks.compression_hook import _check_teachers
+from mmbasis.models import BasisModel
 from mmbasis.utils import collectives
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
@@ -364,3 +369,51 @@ def test_training_with_uneven_calibration_images(tmp_path):
     for key, value in first.items():
         if 'running' not in key and 'num_batches' not in key:
             torch.testing.assert_close(value, second[key], msg=key)
+
+
+@HOOKS.register_module(force=True)
+class Die(Hook):
+    """Kills a process in the middle of training."""
+
+    def __init__(self, rank, iteration):
+        self.place = rank, iteration
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if (dist.get_rank(), runner.iter) == self.place:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize('world, where', [
+    (2, 1),
+    pytest.param(4, 0, marks=pytest.mark.attack),
+    pytest.param(4, 3, marks=pytest.mark.attack),
+])
+def test_a_process_that_dies_in_training(tmp_path, world, where):
+    dense = dense_checkpoint(tmp_path / 'dense.pth')
+    cfg = toy_cfg(tmp_path / 'work', dense, launcher='pytorch')
+    cfg.train_dataloader.batch_size = 4
+    cfg.custom_hooks.append(dict(type='Die', rank=where, iteration=1))
+    found = outcome(tmp_path, world, train, cfg, limit=1000.)
+    assert found.pop(where) == -signal.SIGKILL
+    for text in found:
+        assert isinstance(text, str) and re.search(
+            'onnection|reset|closed', text), text
+
+
+def teachers(rank):
+    model = BasisModel(ToyNet(), planner=PLANNER)
+    errors = []
+    for has in ([False, False], [True, True], [True, False]):
+        model.distillation = SimpleNamespace(
+            teacher=ToyNet() if has[rank] else None)
+        try:
+            with collectives.shared_errors('search for the teacher'):
+                _check_teachers(model)
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_teacher_that_one_process_does_not_find(tmp_path):
+    for errors in outcome(tmp_path, 2, teachers):
+        assert len(errors) == 1 and 'rank [1] do not find' in errors[0]
