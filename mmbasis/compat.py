@@ -62,6 +62,16 @@ def repair_partition() -> None:
         setattr(extractor, f'{name}_fast', own)
 
 
+def repair_roi_align() -> None:
+    """Let MMDeploy export RoIAlign for ONNX Runtime with torch >= 2.9, which
+    dropped a function that its symbolic calls."""
+    from torch.onnx import symbolic_opset9
+    name = '_cast_Long'
+    if not hasattr(symbolic_opset9, name):
+        setattr(symbolic_opset9, name, lambda g, x, _: g.op(
+            'Cast', x, to_i=torch.onnx.TensorProtoDataType.INT64))
+
+
 @functools.lru_cache(maxsize=None)
 def repair_static_methods() -> None:
     """Make MMDeploy restore static methods as such: as plain functions, Swin

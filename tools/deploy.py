@@ -2,10 +2,10 @@
 """Export a model through MMDeploy, check the graph, compare it with PyTorch.
 
 Writes into the work directory the ONNX files, report.json and deploy.py, the
-complete deploy config; exits with 1 when ONNX Runtime and PyTorch differ
-beyond tolerance, or NVIDIA's builder refuses a graph that TensorRT would
-refuse, too. The model is the stand-alone config that tools/compress.py wrote
-(or a dense one).
+complete deploy config; exits with 1 when ONNX Runtime and PyTorch, or fp32 and
+a lower precision, differ beyond tolerance, or NVIDIA's builder refuses a graph
+that TensorRT would refuse, too. The model is the stand-alone config that
+tools/compress.py wrote (or a dense one).
 
     python tools/deploy.py configs/deploy/classification_onnxruntime.py \\
         work_dirs/c/compressed.py work_dirs/c/compressed.pth \\
@@ -27,6 +27,7 @@ from mmbasis.deploy import (
     add_precisions,
     calibration_images,
     check_capability,
+    check_precisions,
     check_tensorrt,
     check_weights,
     compare,
@@ -165,6 +166,10 @@ def make_report(args: argparse.Namespace) -> dict:
         cfg, checkpoint, merged = merge_slow_layers(
             deploy_cfg, cfg, checkpoint, args.table, args.work_dir)
     deployment = Deployment(deploy_cfg, cfg, checkpoint)
+    try:
+        check_precisions(deployment, args.precision)
+    except ValueError as error:
+        raise SystemExit(f'error: --precision {error}') from error
     files = deployment.export(args.images[0], args.work_dir)
     write_atomically(
         osp.join(args.work_dir, 'deploy.py'),
@@ -202,8 +207,8 @@ def make_report(args: argparse.Namespace) -> dict:
 
 
 def main() -> int:
-    """Export and report; 1 where the graph differs from the model, or
-    TensorRT would refuse it."""
+    """Export and report; 1 where a graph differs from the model, or TensorRT
+    would refuse it."""
     args = parse_args()
     # MMDeploy traces with many warnings that are of no concern here
     warnings.filterwarnings('ignore')
@@ -215,7 +220,9 @@ def main() -> int:
     print_report(report)
     engines = report.get('engine', dict(files={}))['files'].values()
     refused = any(x['refused'] for x in engines)
-    agrees = report['comparison'].get('agrees', True)
+    compared = [report['comparison'],
+                *report.get('precisions', {}).values()]
+    agrees = all(x.get('agrees', True) for x in compared)
     return 0 if agrees and not refused else 1
 
 

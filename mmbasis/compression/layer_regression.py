@@ -8,7 +8,6 @@ from typing import Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce
 from torch import Tensor
 
 from ..factorization import (
@@ -20,6 +19,7 @@ from ..layers import BasisLayer
 from ..planning import Layer, LayerStatistics
 from ..planning import samples as sampling
 from ..planning.statistics import weight_matrix
+from ..utils.collectives import sum_over_processes
 
 #: Where less than this share of the dense network's output can be had from the
 #: compressed network's, the layer is not fitted: the two passes see different
@@ -88,7 +88,7 @@ class LayerRegression:
     def _sees_all(layer: Layer, targets: Sequence[Tensor]) -> bool:
         """Whether all weights of a layer are fitted."""
         total = torch.tensor(float(sum(y.shape[-1] for y in targets)))
-        all_reduce(total)
+        sum_over_processes(f'reconstruction of {layer.name}', total)
         return sampling.is_expansion(layer) or (
             layer.known_kind.sees_patches(layer.module)
             and bool(total >= SAMPLES_PER_WEIGHT * layer.matrix_shape[2]))
@@ -153,8 +153,8 @@ class LayerRegression:
         coefficients as in :func:`mmbasis.factorization.merge`, and the bias
         ``(P, )``; None where the regressors do not vary, or say too little of
         the target."""
-        all_reduce(self.joint)
-        all_reduce(self.sums)
+        sum_over_processes(f'reconstruction of {self.layer.name}', self.joint,
+                           self.sums)
         moments = self._moments(centred)
         if moments is None:
             return None

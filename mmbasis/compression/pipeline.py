@@ -6,7 +6,6 @@ import itertools
 from typing import Any, Iterable, Sequence
 
 import torch.nn as nn
-from mmengine.dist import broadcast_object_list
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -14,12 +13,14 @@ from .. import planning, running
 from ..layers import copy_module
 from ..planning import Analysis, CompressionPlan, Layer, Selection
 from ..quirks import two_copies
+from ..utils.collectives import shared_errors, together
 from .recalibration import output_errors, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
 
 
+@shared_errors('compression')
 def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
              dataloader: Iterable, num_batches: int | None = None,
              **recipe: Any) -> CompressionPlan:
@@ -142,9 +143,7 @@ def find_targets(adapter: running.Adapter, layers: Sequence[Layer],
             'dense as a prediction layer: does it run without gradients? '
             'Name its prediction layers in exclude',
             type(model).__name__)
-    shared = [found]
-    broadcast_object_list(shared)
-    return shared[0]
+    return together('search for prediction layers', found)[0]
 
 
 def _outputs(adapter: running.Adapter, data: Any) -> Sequence[Tensor]:
@@ -170,6 +169,7 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
         for x in selection.layers if x.name not in chosen})
 
 
+@shared_errors('compression')
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
                held_out: Sequence[Any]) -> tuple[CompressionPlan, Analysis]:
     """Compress a model in place, as a recipe says.
@@ -178,7 +178,8 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         model (nn.Module): The dense model; as before if an error is raised.
         recipe (Recipe): With a planner or a plan.
         batches (Sequence): Calibration batches as the model takes them.
-        held_out (Sequence): Others, for choices; may be empty.
+        held_out (Sequence): Others, for choices; may be empty, and in a
+            distributed run on some of the processes alone.
 
     Returns:
         tuple[CompressionPlan, Analysis]: The plan that the model follows now,
@@ -186,7 +187,8 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
     """
     analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
-    choose = recipe.recalibration == 'auto' and recipe.data_aware and held_out
+    choose = recipe.recalibration == 'auto' and recipe.data_aware and any(
+        together('choice of held-out images', bool(held_out)))
     reference = model
     if recipe.is_sequential or choose:
         reference = copy_module(model)

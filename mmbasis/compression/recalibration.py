@@ -9,7 +9,6 @@ from typing import Any, Callable, Iterator, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +17,7 @@ from torch.utils.benchmark import Timer
 from ..layers import BasisLayer, copy_module
 from ..planning import Analysis
 from ..running import adapter_of, evaluation
+from ..utils.collectives import sum_over_processes
 from .surgery import replace_modules
 
 
@@ -37,8 +37,8 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
             adapter.predict(data)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
-        for statistic in (norm.running_mean, norm.running_var):
-            all_reduce(statistic, 'mean')
+        sum_over_processes('recalibration', norm.running_mean,
+                           norm.running_var, op='mean')
 
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
@@ -81,7 +81,7 @@ def _change(before: Tensor, after: Tensor) -> tuple[float, float]:
     rise = (after - before).double()
     sums = torch.tensor(
         [len(rise), rise.sum(), rise.square().sum()], dtype=torch.float64)
-    all_reduce(sums)
+    sum_over_processes('errors on held-out images', sums)
     count = max(float(sums[0]), 1.)
     mean, square = (sums[1:] / count).tolist()
     variance = max(square - mean**2, 0.) / max(count - 1, 1.)
@@ -97,7 +97,7 @@ def output_errors(model: nn.Module, reference: nn.Module,
     Args:
         model (nn.Module): The compressed model.
         reference (nn.Module): The dense model.
-        batches (Sequence): Batches as both take them, at least one.
+        batches (Sequence): Batches as both take them; may be empty.
 
     Returns:
         Tensor: The error of each image of this process, ``(N, )``; of each
@@ -124,7 +124,7 @@ def output_error(model: nn.Module, reference: nn.Module,
     """The mean of :func:`output_errors` over all processes."""
     errors = output_errors(model, reference, batches)
     total = torch.tensor([float(errors.sum()), len(errors)])
-    all_reduce(total)
+    sum_over_processes('errors on held-out images', total)
     return float(total[0] / total[1].clamp_min(1))
 
 

@@ -11,7 +11,6 @@ from typing import Any, Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_gather_object, all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ..layers import BasisLayer, observe
 from ..planning import Analysis, Layer
 from ..planning.samples import output_samples
 from ..running import Pass, SumWatch, adapter_of, current_pass, evaluation
+from ..utils.collectives import together
 from .layer_regression import LayerRegression
 
 #: Images that layers which run several times in a pass are fitted to: each
@@ -61,7 +61,8 @@ class Reconstruction:
             modules = {x: self.reference.get_submodule(x) for x in self.todo}
             self.watch.probe(self.teacher, modules, batches[0])
             self.student = self.teacher.twin(self.model)
-            found = all_gather_object((self.watch.order, self.watch.residual))
+            found = together('reconstruction, first batch',
+                             (self.watch.order, self.watch.residual))
             order = [*dict.fromkeys(x for names, _ in found for x in names)]
             self.watch.order = order
             self.watch.residual = set().union(*[names for _, names in found])
@@ -100,7 +101,8 @@ class Reconstruction:
                 for one in itertools.chain(*passes):
                     if one.name == name:
                         one.advance()
-                standing = all_gather_object(
+                standing = together(
+                    'reconstruction, next layer',
                     [s.name for _, s in passes if s.name])
                 name = next(itertools.chain(*standing), None)
                 if name is None:
@@ -161,9 +163,8 @@ class Reconstruction:
         known = self.statistics[layer.name].importance
         fits = len(known) >= len(targets) and all(
             len(x) == y.shape[-1] for x, y in zip(known, targets))
-        agreed = torch.tensor(float(fits))
-        all_reduce(agreed, 'min')
-        return known[:len(targets)] if agreed else [None] * len(targets)
+        agreed = together(f'importance of {layer.name}', fits)
+        return known[:len(targets)] if all(agreed) else [None] * len(targets)
 
     def _regression(self, layer: Layer, targets: Sequence[Tensor],
                     scale: Tensor | None = None) -> LayerRegression:
@@ -176,7 +177,8 @@ class Reconstruction:
         is what it is in the dense model."""
         target = self.model.get_submodule(layer.name)
         groups, rows, _ = layer.matrix_shape
-        scales = all_gather_object([t.sum.scale.cpu() for t, _ in pairs[:1]])
+        scales = together(f'reconstruction of {layer.name}',
+                          [t.sum.scale.cpu() for t, _ in pairs[:1]])
         one = next(itertools.chain(*scales), None)
         if one is None:
             return False

@@ -15,6 +15,7 @@ from .operators import check_tensorrt
 from .precision import (
     PRECISIONS,
     add_precisions,
+    check_precisions,
     compare_precisions,
     write_precision,
 )
@@ -32,9 +33,9 @@ from .weights import check_weights
 __all__ = [
     'compare', 'match_boxes', 'open_onnx', 'evaluate_onnx', 'check_weights',
     'Deployment', 'merge_slow_layers', 'calibration_images', 'PRECISIONS',
-    'add_precisions', 'compare_precisions', 'write_precision', 'write_half',
-    'quantize_onnx', 'write_calibration', 'check_tensorrt',
-    'trtexec_commands', 'complete', 'complete_for_images', 'parse_size',
-    'build_engine', 'builder_at_hand', 'check_capability', 'compare_engines',
-    'print_report'
+    'add_precisions', 'check_precisions', 'compare_precisions',
+    'write_precision', 'write_half', 'quantize_onnx', 'write_calibration',
+    'check_tensorrt', 'trtexec_commands', 'complete', 'complete_for_images',
+    'parse_size', 'build_engine', 'builder_at_hand', 'check_capability',
+    'compare_engines', 'print_report'
 ]

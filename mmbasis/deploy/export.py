@@ -67,7 +67,7 @@ class Deployment:
         # MMDeploy ignores missing and unexpected keys
         compression.load_weights(self.model, content, checkpoint)
         self.model.eval()
-        if not _suppresses(self.model):
+        if not suppresses(self.model):
             # the whole graph is what others are before suppression
             self.deploy_cfg.pop('partition_config', None)
             self.deploy_cfg.codebase_config.model_type = 'end2end'
@@ -251,7 +251,7 @@ def _check_model_inputs(deploy_cfg: Config, name: str) -> None:
             'shapes of the inputs of each graph')
 
 
-def _suppresses(model: nn.Module) -> bool:
+def suppresses(model: nn.Module) -> bool:
     """Whether a detector has non-maximum suppression: DETR and its kin pick
     the best of their queries."""
     names = {cls.__name__ for cls in type(model).__mro__}

@@ -1,25 +1,60 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Graphs of lower precision beside an exported one, and what they cost."""
 import os.path as osp
+import tempfile
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
 from ..compression import read_checkpoint
 from ..models.int8 import InputScales
+from .agreement import PRECISIONS, chosen_tensors, judge
 from .compare import evaluate_onnx
-from .export import Deployment, calibration_images
+from .export import Deployment, calibration_images, suppresses
+from .graphs import keep_outputs, read_taps
 from .half import write_half
 from .int8 import quantize_onnx
 from .runs import open_onnx
 
-PRECISIONS = 'fp16', 'int8'
+#: modules that are plugins of MMDeploy in a graph, by class
+_PLUGINS = ('DeformConv2d', 'ModulatedDeformConv2d',
+            'MultiScaleDeformableAttention')
 
 
 def path_of(path: str, precision: str) -> str:
     """Where the graph of a precision lies: ``end2end-fp16.onnx``."""
     stem, extension = osp.splitext(path)
     return f'{stem}-{precision}{extension}'
+
+
+def check_precisions(deployment: Deployment,
+                     precisions: Sequence[str]) -> None:
+    """Refuse lower precision before the export, where the graph will hold
+    plugins: nothing here runs them, or knows the types of what they return.
+
+    Raises:
+        ValueError: Naming the first plugin, and what to do instead.
+    """
+    if not precisions:
+        return
+    wanted, model = ' and '.join(precisions), deployment.model
+    if (deployment.backend == 'tensorrt' and deployment.partition is None
+            and deployment.deploy_cfg.codebase_config.type == 'mmdet'
+            and suppresses(model)):
+        raise ValueError(
+            f'{wanted} of a whole graph for TensorRT: non-maximum suppression '
+            'is a plugin of MMDeploy in it (TRTBatchedNMS), which only fp32 '
+            'can go with here. Take '
+            'configs/deploy/detection-before-nms_tensorrt.py, whose graph '
+            'ends before it')
+    for name, module in model.named_modules():
+        kinds = [x.__name__ for x in type(module).__mro__]
+        plugin = next((x for x in kinds if x in _PLUGINS), None)
+        if plugin is not None:
+            raise ValueError(
+                f'{wanted} of a graph with plugins: {name} is a {plugin}, '
+                'which only fp32 can go with here. Leave out --precision; '
+                'TensorRT 8.5 lowers such a graph by trtexec --fp16')
 
 
 def write_precision(path: str, precision: str, backend: str,
@@ -48,40 +83,62 @@ def write_precision(path: str, precision: str, backend: str,
     return output
 
 
-def compare_precisions(path: str, other: str,
-                       images: Sequence[np.ndarray]) -> Dict[str, Any]:
-    """Differences of a graph from the fp32 one, on images. ONNX Runtime runs
-    them without its optimizer, which moves roundings. On a CPU it computes
-    fp16 in fp32, so values that overflow on the device do not show:
-    :func:`write_half` looks for them.
+def compare_precisions(path: str, other: str, images: Sequence[np.ndarray],
+                       precision: str = 'fp16') -> Dict[str, Dict[str, Any]]:
+    """Compare a graph with the fp32 one, on images: its outputs, and the raw
+    outputs of the heads, which both hold unless they were lost on the way.
+    ONNX Runtime runs them without its optimizer, which moves roundings. On a
+    CPU it computes fp16 in fp32, so values that overflow on the device do not
+    show: :func:`write_half` looks for them.
 
     Returns:
-        dict: For each output the ``largest`` difference and the ``relative``
-        one, ``|a - b| / |b|`` in the Euclidean norm.
+        dict[str, dict]: See :func:`mmbasis.deploy.agreement.judge`; the graph
+        agrees if all of them do.
 
     Raises:
-        ValueError: If an output is not finite.
+        ValueError: If an output is not finite, or none can be compared.
     """
-    outputs: List[List[np.ndarray]] = []
-    for file in (path, other):
-        session = _open_exactly(file)
-        name = session.get_inputs()[0].name
-        names = [x.name for x in session.get_outputs()]
-        runs = [session.run(None, {name: x}) for x in images]
-        outputs.append([np.concatenate([x.ravel() for x in same])
-                        .astype(np.float64) for same in zip(*runs)])
-    found: Dict[str, Any] = {}
-    for name, a, b in zip(names, *outputs):
-        if len(a) != len(b):  # detections after suppression
-            found[name] = dict(sizes=[len(a), len(b)])
-            continue
-        if not np.isfinite(b[np.isfinite(a)]).all():
-            raise ValueError(
-                f'{other}: the output {name} is not finite where that of fp32 '
-                'is: its values leave the range of the precision; use fp32')
-        scale = np.linalg.norm(a) or 1.
-        found[name] = dict(largest=float(abs(b - a).max(initial=0.)),
-                           relative=float(np.linalg.norm(b - a) / scale))
+    import onnx
+    models = onnx.load(other), onnx.load(path)
+    outputs = [x.name for x in models[1].graph.output]
+    made = {y for x in models[0].graph.node for y in x.output}.difference(
+        outputs)
+    names = {x: x for x in outputs}
+    names.update((name, tensor) for name, tensor in read_taps(
+        models[1]).items() if tensor in made and ':' in name)
+    ours, theirs = (_run(x, names, images) for x in models)
+    for run, expected in zip(ours, theirs):
+        for name, value in expected.items():
+            found = run[name]
+            wanted = (np.isfinite(value) if found.shape == value.shape
+                      else slice(None))
+            if not np.isfinite(found[wanted]).all():
+                raise ValueError(
+                    f'{other}: the output {name} is not finite where that of '
+                    'fp32 is: its values leave the range of the precision; '
+                    'use fp32')
+    chosen = chosen_tensors(models[1].graph)
+    verdict = judge(ours, theirs, {k for k, v in names.items()
+                                   if v in chosen}, precision)
+    if not verdict:
+        raise ValueError(f'{other}: none of its outputs ({[*names]}) can be '
+                         'compared with fp32')
+    return verdict
+
+
+def _run(model: Any, names: Dict[str, str],
+         images: Sequence[np.ndarray]) -> List[Dict[str, np.ndarray]]:
+    """Tensors of a graph by their names here, for each image."""
+    import onnx
+    with tempfile.TemporaryDirectory() as folder:
+        path = osp.join(folder, 'graph.onnx')
+        onnx.save(keep_outputs(model, names.values()), path)
+        session = _open_exactly(path)
+    source, tensors = session.get_inputs()[0].name, [*{*names.values()}]
+    found = []
+    for x in images:
+        values = dict(zip(tensors, session.run(tensors, {source: x})))
+        found.append({k: values[v] for k, v in names.items()})
     return found
 
 
@@ -118,8 +175,9 @@ def add_precisions(deployment: Deployment, files: Sequence[str],
 
     Returns:
         dict[str, dict]: By precision ``files`` with their sizes in bytes,
-        ``comparison`` or why there is none (``skipped``), ``scales`` of int8
-        (``'trained'`` or ``'calibrated'``) and ``metrics``.
+        ``comparison`` and whether it ``agrees``, or why there is none
+        (``skipped``), ``scales`` of int8 (``'trained'`` or
+        ``'calibrated'``) and ``metrics``.
     """
     inputs = [deployment.create_input(x)[1].numpy() for x in images]
     report: Dict[str, Dict[str, Any]] = {}
@@ -128,8 +186,9 @@ def add_precisions(deployment: Deployment, files: Sequence[str],
                                            inputs, num_calibration)
         written = [*entry['files']]
         if 'skipped' not in entry:
-            entry['comparison'] = compare_precisions(files[0], written[0],
-                                                     inputs)
+            entry['comparison'] = found = compare_precisions(
+                files[0], written[0], inputs, precision)
+            entry['agrees'] = all(x['agrees'] for x in found.values())
             if evaluate and deployment.partition is None:
                 entry['metrics'] = evaluate_onnx(deployment, written, work_dir)
     return report

@@ -51,9 +51,19 @@ def _print_engines(console: Console, report: dict) -> None:
 
 def _print_precisions(console: Console, report: dict) -> None:
     """Show the graphs of lower precision."""
+    table = Table('precision', 'what', 'error', 'limit', 'agrees')
     for precision, entry in report.items():
+        for what, found in entry.get('comparison', {}).items():
+            error = found.get('relative', found.get('unmatched'))
+            table.add_row(precision, what, f'{error:.1e}',
+                          f'{found["limit"]:.1e}',
+                          'yes' if found['agrees'] else 'NO')
         for key, value in entry.items():
-            console.print(f'{precision}, {key}: {value}', soft_wrap=True)
+            if key != 'comparison':
+                console.print(f'{precision}, {key}: {value}',
+                              soft_wrap=True)
+    if table.rows:
+        console.print(table)
 
 
 def print_report(report: dict) -> None:

@@ -13,9 +13,10 @@ from mmdeploy.mmcv.ops import multiclass_nms
 from mmdeploy.utils import IR, cfg_apply_marks
 from torch import Tensor
 
-from ..compat import repair_partition
+from ..compat import repair_partition, repair_roi_align
 
 repair_partition()
+repair_roi_align()
 # a plugin where the size of the image is free; the first rewriter wins
 FUNCTION_REWRITER._registry.remove_record(
     anchor.anchorgenerator__single_level_grid_priors__trt)

@@ -18,6 +18,7 @@ from ..optim import (
 )
 from ..registry import HOOKS
 from ..utils import find_resumable
+from ..utils.collectives import shared_errors, together
 from ..utils.io import to_plain
 from ..utils.strategy import check_strategy
 
@@ -113,14 +114,17 @@ class BasisCompressionHook(Hook):
                 runner.logger.warning(
                     'The model to be compressed has random weights: give the '
                     'trained ones as load_from')
-            with replaced_parameters(runner):
+            # the wrapper is built when all have compressed
+            with replaced_parameters(runner), shared_errors('compression'):
                 model.compress(
                     _calibration_batches(runner, self.recipe), self.recipe)
             if is_model_wrapper(runner.model) and not strategy_of(runner):
                 runner._maybe_compile('train_step')
         else:
             compression.pipeline.log_plan(model.plan)
-            self._find_teacher(runner, model)
+            with shared_errors('search for the teacher'):
+                self._find_teacher(runner, model)
+                _check_teachers(model)
         # whatever is loaded from now on was written by this run
         self._run = Run.RESUME
 
@@ -175,6 +179,17 @@ class BasisCompressionHook(Hook):
                 'distillation=False')
         runner.logger.warning('Training without a teacher: %s', found)
         model.distillation = None
+
+
+def _check_teachers(model: BasisModel) -> None:
+    """Refuse a teacher that only some of the processes have."""
+    found = together('search for the teacher', getattr(
+        model.distillation, 'teacher', None) is not None)
+    if len({*found}) > 1:
+        without = [rank for rank, has in enumerate(found) if not has]
+        raise RuntimeError(
+            f'the processes of rank {without} do not find the teacher that '
+            'others have: put its file where all of them can read it')
 
 
 def _check_flexible(runner: Any) -> None:
@@ -248,5 +263,7 @@ class ProgressiveTruncationHook(Hook):
             model = bare_model(runner)
             recipe = Recipe.of(
                 **dict(model.recipe.config, plan=None, planner=planner))
-            with replaced_parameters(runner, before=model.architecture):
+            with replaced_parameters(
+                    runner, before=model.architecture), shared_errors(
+                        'progressive truncation'):
                 model.truncate(_calibration_batches(runner, recipe), recipe)

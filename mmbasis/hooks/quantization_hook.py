@@ -15,6 +15,7 @@ from ..models.int8 import (
 )
 from ..optim import bare_model
 from ..registry import HOOKS
+from ..utils.collectives import shared_errors
 from .compression_hook import ProgressiveTruncationHook
 
 
@@ -73,10 +74,12 @@ class QuantizationHook(Hook):
                 'their inputs on the device are not those of training. '
                 'Compress with norm=False for int8')
         if self.scales is None:
-            batches, _ = take_batches(
-                calibration_dataloader(runner, runner.seed), self.num_batches)
-            self.scales = measure_scales(
-                unwrap(bare_model(runner)), batches)
+            with shared_errors('calibration of int8'):
+                batches, _ = take_batches(
+                    calibration_dataloader(runner, runner.seed),
+                    self.num_batches)
+                self.scales = measure_scales(
+                    unwrap(bare_model(runner)), batches)
         runner.logger.info('Int8: %d layers are trained with rounded inputs '
                            'and weights', len(self.scales.layers))
         self._begin(runner, self.scales)

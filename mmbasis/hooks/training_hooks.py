@@ -19,6 +19,7 @@ from ..models import unwrap
 from ..optim import bare_model
 from ..registry import HOOKS
 from ..running import adapter_of, evaluation, train_deterministically
+from ..utils.collectives import shared_errors, together
 
 
 class PeriodicHook(Hook):
@@ -130,12 +131,16 @@ class RecalibrationHook(Hook):
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Recalibrate after the last iteration."""
-        if not self.is_last_train_iter(runner):
-            return
+        if self.is_last_train_iter(runner):
+            self._recalibrate(runner)
+
+    @shared_errors('recalibration')
+    def _recalibrate(self, runner: Runner) -> None:
         batches, held_out = take_batches(
             calibration_dataloader(runner, runner.seed), self.num_batches,
             self.held_out)
-        if not held_out:
+        found = together('recalibration', (len(batches), len(held_out)))
+        if not min(found)[0] or not sum(count for _, count in found):
             runner.logger.warning(
                 'No recalibration: %d batches of training images leave none '
                 'to choose by', len(batches))
@@ -155,7 +160,8 @@ def losses_of(model: torch.nn.Module, batches: Sequence[Any]) -> Tensor:
     with evaluation(model):
         train_deterministically(model)
         torch.manual_seed(0)  # two-stage detectors draw among proposals
-        return torch.stack([adapter.loss(data) for data in batches]).cpu()
+        losses = [adapter.loss(data).cpu() for data in batches]
+    return torch.stack(losses) if losses else torch.zeros(0)
 
 
 @HOOKS.register_module()

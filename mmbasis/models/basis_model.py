@@ -19,6 +19,7 @@ from ..factorization import orthogonality_penalty
 from ..planning import CompressionPlan
 from ..quirks import repair
 from ..registry import MODELS
+from ..utils.collectives import shared_errors
 from .builder import pretrained_configs
 from .distillation import Distillation
 
@@ -281,6 +282,7 @@ def _mode(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call.arguments.get('mode')
 
 
+@shared_errors('compression')
 def _compress(model: nn.Module, recipe: Recipe,
               dataloader: Iterable) -> CompressionPlan:
     count = recipe.calibration.num_batches

@@ -14,10 +14,10 @@ from typing import Any, Iterable, Mapping
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce
 from torch import Tensor
 
 from ..running import adapter_of, evaluation
+from ..utils.collectives import sum_over_processes
 
 #: where :class:`InputScales` stand in ``checkpoint['meta']``
 INT8_KEY = 'mmbasis_int8'
@@ -92,7 +92,7 @@ def measure_scales(model: nn.Module, batches: Iterable[Any]) -> InputScales:
         for handle in handles:
             handle.remove()
     found = torch.stack([*largest.values(), weight.new_zeros(())])
-    all_reduce(found, 'max')
+    sum_over_processes('calibration of int8', found, op='max')
     return InputScales({name: float(x) / 127
                         for name, x in zip(largest, found.tolist()) if x > 0})
 

@@ -7,13 +7,13 @@ from typing import Any, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger
 from torch import Tensor
 
 from .. import running
 from ..factorization import spectrum_of_input
 from ..layers import observe
+from ..utils.collectives import sum_over_processes, together
 from . import samples as sampling
 from .layers import Layer
 from .statistics import Analysis, LayerStatistics, weight_matrix
@@ -92,10 +92,9 @@ class _Gradients:
 
     def finish(self) -> LayerStatistics:
         """Sum over processes: with a sensitivity if a gradient came."""
-        all_reduce(self.moment)
-        all_reduce(self.count)
-        if self.inputs is not None:
-            all_reduce(self.inputs)
+        inputs = [] if self.inputs is None else [self.inputs]
+        sum_over_processes(f'sensitivity of {self.layer.name}', self.moment,
+                           self.count, *inputs)
         # none came (no_grad, detach), or nothing but zeros or NaN
         if not (self.moment.any() and self.moment.isfinite().all()):
             return self.known
@@ -205,15 +204,29 @@ def measure_sensitivity(adapter: running.Adapter, analysis: Analysis,
             x.attach(stack)
         for y in importance:
             stack.callback(observe(y.layer.module, y.watch).remove)
-        for data in _backward(adapter, batches, classifies):
-            for y in importance:
-                y.end_batch(adapter.count_images(data))
+        _look(adapter, batches, classifies, importance)
     found = {x.layer.name: x.finish() for x in gradients}
     _warn_of_unknown(found)
     statistics = {**analysis.statistics, **found}
     statistics.update((y.layer.name, y.finish(statistics[y.layer.name]))
                       for y in importance)
     return replace(analysis, statistics=statistics)
+
+
+def _look(adapter: running.Adapter, batches: Sequence[Any], classifies: bool,
+          importance: Sequence[_Importance]) -> None:
+    """Take all gradients. The loss is unknown to all processes if it is to
+    one of them."""
+    unknown = None
+    try:
+        for data in _backward(adapter, batches, classifies):
+            for x in importance:
+                x.end_batch(adapter.count_images(data))
+    except running.UnknownLossError as error:
+        unknown = str(error)
+    for text in together('sensitivity', unknown):
+        if text is not None:
+            raise running.UnknownLossError(text)
 
 
 def _warn_of_unknown(found: Mapping[str, LayerStatistics]) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce, broadcast_object_list
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..factorization import (
     spectrum_of_moment,
 )
 from ..layers import first_argument, observe
+from ..utils.collectives import sum_over_processes, together
 from . import samples as sampling
 from .layers import FORMS, UNUSED, Layer, Selection, freeze
 
@@ -158,10 +158,9 @@ class LayerRecorder(ExitStack):
         self._watch = running.SumWatch()
         with self._watch, self._traffic:
             yield
-        shared = [tuple(running.Operation(*(x / images for x in operation))
-                        for operation in self._traffic.found)]
-        broadcast_object_list(shared)
-        self.between = shared[0]
+        between = tuple(running.Operation(*(x / images for x in operation))
+                        for operation in self._traffic.found)
+        self.between, *_ = together('calibration, first batch', between)
         self._table[:, 4] = torch.tensor(
             [x.name in self._watch.residual for x in self.layers])
         self._watch = None
@@ -207,8 +206,7 @@ class LayerRecorder(ExitStack):
             ValueError: If a layer returned NaN or infinite values.
         """
         seen = torch.tensor([self.images, self.passes], dtype=torch.float64)
-        all_reduce(seen)
-        all_reduce(self._table)
+        sum_over_processes('calibration', seen, self._table)
         images, passes = seen.tolist()
         if images == 0:
             raise RuntimeError('calibration saw no image: the dataloader is '
@@ -224,7 +222,7 @@ class LayerRecorder(ExitStack):
                 middle_positions=row[5] / images)
             moment = self.moments.pop(layer.name, None)
             if moment is not None:
-                all_reduce(moment)
+                sum_over_processes(f'calibration of {layer.name}', moment)
                 if known.weight_positions:
                     known = _with_spectrum(layer, known, moment)
             found[layer.name] = replace(
@@ -241,7 +239,7 @@ def _pop_covariance(moments: Dict[str, Tensor],
     moment = moments.pop(layer.name, None)
     if moment is None:
         return None
-    all_reduce(moment)
+    sum_over_processes(f'calibration of the inputs of {layer.name}', moment)
     ran = bool(moment[0, -1, -1])
     return _mean_and_covariance(moment)[1] if ran else None
 

@@ -14,11 +14,12 @@ from http.client import HTTPException
 from typing import Any, Callable, Iterator, List, Optional
 
 import torch
-from mmengine.dist import barrier, get_rank, get_world_size
+from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..compat import allow_mmengine_checkpoints
+from .collectives import together
 from .io import from_plain, sha256_of, whole_file
 
 #: OpenMMLab's host and the forks', with the same files under the same paths
@@ -58,7 +59,7 @@ def find_weights(name: str) -> str:
     if path is None or get_rank() == 0:
         found = _find(name, path, tried)
     if path is not None and get_world_size() > 1:
-        barrier()
+        together(f'download of {name}')
         # where the disk is not shared, each process downloads its own
         found = found or _find(name, path, tried)
     if found is None:

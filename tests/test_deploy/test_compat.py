@@ -52,3 +52,30 @@ def test_tracing_exporter_is_the_default(tmp_path):
     assert onnx.load(path).opset_import[0].version == 13
     assert 'args' in inspect.signature(torch.onnx.export).parameters
     assert compat.max_onnx_opset() >= 17
+
+
+def test_regions_are_cut_out_by_onnx(tmp_path):
+    """MMDeploy's RoIAlign for ONNX Runtime, whatever torch has dropped."""
+    onnx = pytest.importorskip('onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    core = pytest.importorskip('mmdeploy.core')
+    from mmcv.ops import RoIAlign
+    from mmengine.config import Config
+    compat.repair_roi_align()
+    layer = RoIAlign(4, spatial_scale=.5, sampling_ratio=2)
+    x, regions = torch.rand(1, 3, 16, 16), torch.tensor(
+        [[0, 2., 3, 20, 22], [0, 5, 1, 30, 9]])
+    path = str(tmp_path / 'roi.onnx')
+    config = Config(dict(
+        backend_config=dict(type='onnxruntime'),
+        onnx_config=dict(type='onnx', opset_version=13),
+        codebase_config=dict(type='mmdet', task='ObjectDetection')))
+    with core.RewriterContext(config, backend='onnxruntime', opset=13):
+        torch.onnx.export(
+            layer, (x, regions), path, input_names=['x', 'regions'],
+            opset_version=13)
+    kinds = [x.op_type for x in onnx.load(path).graph.node]
+    assert 'Cast' in kinds and 'RoiAlign' in kinds
+    found, = runtime.InferenceSession(path).run(
+        None, dict(x=x.numpy(), regions=regions.numpy()))
+    torch.testing.assert_close(torch.from_numpy(found), layer(x, regions))

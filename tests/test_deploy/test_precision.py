@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """Fp16 and int8 that the graph says itself."""
 import os
+import sys
 
 import cv2
 import numpy as np
@@ -15,10 +16,12 @@ from mmbasis.deploy import (
     Deployment,
     add_precisions,
     calibration_images,
+    check_precisions,
     compare_precisions,
     quantize_onnx,
     write_half,
 )
+from mmbasis.deploy.agreement import judge
 from mmbasis.deploy.precision import _open_exactly
 from mmbasis.models.int8 import (
     INT8_KEY,
@@ -319,9 +322,241 @@ def test_report_of_precisions(exported, deployment, calibrated, image_paths,
         (file, size), = entry['files'].items()
         assert file == path.replace('.onnx', f'-{precision}.onnx')
         assert size == os.path.getsize(file) < .6 * os.path.getsize(path)
-        assert 0 < entry['comparison']['output']['relative'] < .1
+        assert entry['agrees']
+        assert 0 < entry['comparison']['output']['relative'] < .3
         assert 'accuracy/top1' in entry['metrics']
     assert report['int8']['scales'] == 'trained'
+
+
+# ------------------------------------------------------------------ verdicts
+def changed(path, output, edit):
+    """The graph after ``edit(graph, weights)`` with its initializers."""
+    model = onnx.load(path)
+    weights = {x.name: numpy_helper.to_array(x).copy()
+               for x in model.graph.initializer}
+    edit(model.graph, weights)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(v, k) for k, v in weights.items())
+    onnx.save(model, str(output))
+    return str(output)
+
+
+def weight_of(graph, node, weights):
+    """The name of a node's weight, which may be rounded to int8 in front."""
+    made = {y: x for x in graph.node for y in x.output}
+    name = node.input[1]
+    while name not in weights:
+        name = made[name].input[0]
+    return name
+
+
+def layers_of(graph):
+    return [x for x in graph.node if x.op_type in ('Conv', 'Gemm')]
+
+
+def empty(graph, weights):
+    layers = layers_of(graph)
+    weights[weight_of(graph, layers[len(layers) // 2], weights)][:] = 0
+
+
+def mirrored(graph, weights):
+    layers = layers_of(graph)
+    name = weight_of(graph, layers[len(layers) // 3], weights)
+    weights[name] = weights[name][::-1].copy()
+
+
+def other_labels(graph, weights):
+    """Rows of the last layer, or of that of the detector's classes."""
+    node = [x for x in layers_of(graph)
+            if x.op_type == 'Gemm' or 'retina_cls' in x.name][-1]
+    for name in (weight_of(graph, node, weights), *node.input[2:]):
+        if name in weights:
+            weights[name] = weights[name][::-1].copy()
+
+
+def linear(graph, weights):
+    for node in graph.node:
+        if node.op_type == 'Relu':
+            node.op_type = 'Identity'
+
+
+BROKEN = [empty, mirrored, other_labels, linear]
+
+
+def agrees(path, other, images, precision):
+    found = compare_precisions(path, other, images, precision)
+    for one in found.values():
+        assert one['agrees'] is ('reason' not in one)
+    return all(x['agrees'] for x in found.values())
+
+
+@pytest.fixture(scope='module')
+def lowered(exported, tmp_path_factory):
+    """The classifier in both precisions, and images."""
+    return _lowered(*exported, tmp_path_factory.mktemp('lowered'))
+
+
+def _lowered(path, images, folder):
+    files = dict(fp16=str(folder / 'fp16.onnx'), int8=str(folder / 'i8.onnx'))
+    write_half(path, files['fp16'], images[:2])
+    quantize_onnx(path, files['int8'], images, 'tensorrt')
+    return path, files, images[:3]
+
+
+@pytest.mark.parametrize('precision', ['fp16', 'int8'])
+def test_verdicts_on_a_classifier(lowered, tmp_path, precision):
+    path, files, images = lowered
+    found = compare_precisions(path, files[precision], images, precision)
+    assert {'output', 'head[0]:0'} <= {*found}
+    assert agrees(path, files[precision], images, precision), found
+    # in the range of fp16, int8 is another network
+    assert agrees(path, files[precision], images, 'fp16') is (
+        precision == 'fp16')
+    for edit in BROKEN:
+        wrong = changed(files[precision], tmp_path / 'wrong.onnx', edit)
+        assert not agrees(path, wrong, images, precision), edit.__name__
+
+
+@pytest.fixture(scope='module')
+def small_detector(make_detector):
+    return make_detector('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 64,
+                         **{'model.bbox_head.num_classes': 3})
+
+
+@pytest.fixture(scope='module')
+def lowered_detector(small_detector, deploy_cfg, detector_images,
+                     tmp_path_factory):
+    folder = tmp_path_factory.mktemp('detector')
+    found = Deployment(deploy_cfg('detection-before-nms_onnxruntime', 64),
+                       small_detector.config, small_detector.checkpoint)
+    path, = found.export(detector_images[0], str(folder))
+    return _lowered(path, [found.create_input(x)[1].numpy()
+                           for x in detector_images], folder)
+
+
+@pytest.mark.parametrize('precision', ['fp16', 'int8'])
+def test_verdicts_on_a_detector(lowered_detector, tmp_path, precision):
+    path, files, images = lowered_detector
+    found = compare_precisions(path, files[precision], images, precision)
+    assert {'boxes', 'scores', 'bbox_head[0]:0'} <= {*found}
+    assert agrees(path, files[precision], images, precision), found
+    for edit in BROKEN:
+        wrong = changed(files[precision], tmp_path / 'wrong.onnx', edit)
+        assert not agrees(path, wrong, images, precision), edit.__name__
+
+
+def candidates(count=60):
+    random = np.random.RandomState(0)
+    corner = random.rand(count, 2) * 200
+    boxes = np.concatenate([corner, corner + 5 + 40 * random.rand(count, 2)],
+                           1)
+    return boxes[None], random.rand(1, count, 3)
+
+
+def verdict(boxes, scores, precision='fp16'):
+    theirs = dict(zip(('boxes', 'scores'), candidates()))
+    return judge([dict(boxes=boxes, scores=scores)], [theirs],
+                 {'boxes', 'scores'}, precision)['boxes']
+
+
+def test_candidates_may_swap_places():
+    boxes, scores = candidates()
+    assert verdict(boxes, scores)['unmatched'] == 0
+    order = np.random.RandomState(1).permutation(60)
+    assert verdict(boxes[:, order], scores[:, order])['agrees']
+    # cut off a little elsewhere, as TopK does
+    assert verdict(boxes[:, 1:], scores[:, 1:] + 1e-4)['compared'] > 100
+    assert verdict(boxes[:, 1:], scores[:, 1:] + 1e-4)['agrees']
+    assert verdict(boxes + .3, scores - .005)['agrees']
+    assert verdict(boxes + 4, scores, 'int8')['agrees']
+
+
+@pytest.mark.parametrize('change', [
+    lambda boxes, scores: (boxes + 4, scores),
+    lambda boxes, scores: (boxes, scores[..., ::-1]),
+    lambda boxes, scores: (boxes[:, ::-1], scores),
+    lambda boxes, scores: (boxes, scores * .5),
+    lambda boxes, scores: (boxes[:, :40], scores[:, :40]),
+    lambda boxes, scores: (boxes[:, :0], scores[:, :0]),
+])
+def test_candidates_that_are_others(change):
+    found = verdict(*change(*candidates()))
+    assert not found['agrees'] and 'have no partner' in found['reason']
+
+
+def test_detections_have_labels():
+    boxes, scores = candidates()
+    best = scores[0].argmax(1)[None]
+    dets = np.concatenate([boxes, scores.max(2)[..., None]], 2)
+    theirs = dict(dets=dets, labels=best)
+    for labels, right in ((best, True), ((best + 1) % 3, False)):
+        found = judge([dict(dets=dets, labels=labels)], [theirs],
+                      {'dets', 'labels'}, 'fp16')
+        assert [*found] == ['dets'] and found['dets']['agrees'] is right
+
+
+def test_a_constant_hides_no_error():
+    random = np.random.RandomState(0)
+    x = random.randn(1, 3, 4, 4)
+    for offset in (0, 50):
+        found = judge([dict(x=x * 1.1 + offset)], [dict(x=x + offset)],
+                      set(), 'fp16')['x']
+        assert not found['agrees'] and 'of its variation' in found['reason']
+    # what rounding takes from a large constant does not count
+    half = (x + 50).astype(np.float16)
+    assert judge([dict(x=half)], [dict(x=x + 50)], set(), 'fp16')['x'][
+        'agrees']
+
+
+def test_scores_are_judged_as_logits():
+    """A class that is certain does not hide the others."""
+    logits = np.array([[12., 1, 0, -1]])
+    wrong = np.array([[12., -1, 0, 1]])
+    found = [judge([dict(y=softmax(x))], [dict(y=softmax(logits))], set(),
+                   'fp16')['y'] for x in (logits * 1.01, wrong)]
+    assert [x['agrees'] for x in found] == [True, False]
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(1, keepdims=True)
+
+
+# ------------------------------------------------------ refused before export
+def test_plugins_are_refused_before_the_export(
+        small_detector, deployment, deploy_cfg, detector_images, repo_root,
+        monkeypatch, tmp_path):
+    from mmcv.ops import ModulatedDeformConv2dPack
+    whole = Deployment(deploy_cfg('detection_tensorrt', 64),
+                       small_detector.config, small_detector.checkpoint)
+    for precision in ('fp16', 'int8'):
+        with pytest.raises(ValueError, match='TRTBatchedNMS.*before-nms'):
+            check_precisions(whole, [precision])
+    check_precisions(whole, [])
+    for name in ('detection-before-nms_tensorrt', 'detection_onnxruntime'):
+        check_precisions(
+            Deployment(deploy_cfg(name, 64), small_detector.config,
+                       small_detector.checkpoint), ['fp16', 'int8'])
+    check_precisions(deployment, ['fp16', 'int8'])
+    try:
+        deployment.model.offsets = ModulatedDeformConv2dPack(3, 3, 3)
+        with pytest.raises(ValueError, match='offsets is a ModulatedDeform'):
+            check_precisions(deployment, ['int8'])
+    finally:
+        del deployment.model.offsets
+
+    monkeypatch.syspath_prepend(str(repo_root / 'tools'))
+    import deploy as tool
+    folder = tmp_path / 'new'
+    monkeypatch.setattr(sys, 'argv', [
+        'deploy.py', str(repo_root / 'configs/deploy/detection_tensorrt.py'),
+        small_detector.config, small_detector.checkpoint, detector_images[0],
+        '--input-shape', '64x64', '--cfg-options',
+        'test_pipeline.1.scale=(64,64)', '--work-dir', str(folder),
+        '--precision', 'fp16'])
+    with pytest.raises(SystemExit, match='--precision fp16 of a whole graph'):
+        tool.main()
+    assert not [*folder.glob('*.onnx')]
 
 
 # ---------------------------------------------------- rounding while training

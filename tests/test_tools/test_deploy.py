@@ -166,7 +166,7 @@ def test_deploy(repo_root, workspace, table, compressed, tmp_path):
     for precision, entry in report['precisions'].items():
         assert (tmp_path / f'end2end-{precision}.onnx').is_file()
         assert 'accuracy/top1' in entry['metrics']
-        assert entry['comparison']['output']['relative'] < .1
+        assert entry['agrees']
     assert [*report['precisions']] == ['fp16', 'int8']
     # sixteen channels never gain on a CPU
     assert isinstance(report['merged'], dict)
@@ -224,3 +224,35 @@ def test_difference_is_a_failure(repo_root, workspace, compressed, tmp_path):
     assert module.compare_all(deployment, files, [image])['agrees']
     deployment.model.head.fc.weight.data.mul_(3)
     assert not module.compare_all(deployment, files, [image])['agrees']
+
+
+def test_a_broken_precision_is_a_failure(repo_root, workspace, compressed,
+                                         tmp_path, monkeypatch, capsys):
+    """The fp16 graph lost a layer on the way."""
+    import onnx
+
+    from mmbasis.deploy import precision
+
+    def write(path, output, images):
+        model = onnx.load(path)
+        node = [x for x in model.graph.node if x.op_type == 'Conv'][3]
+        for x in model.graph.initializer:
+            if x.name == node.input[1]:
+                x.CopyFrom(onnx.numpy_helper.from_array(
+                    0 * onnx.numpy_helper.to_array(x), x.name))
+        onnx.save(model, output)
+
+    monkeypatch.setattr(precision, 'write_half', write)
+    monkeypatch.syspath_prepend(str(repo_root / 'tools'))
+    import deploy as module
+    config = repo_root / 'configs/deploy/classification_onnxruntime.py'
+    image = next((workspace / 'images' / 'a').iterdir())
+    monkeypatch.setattr(sys, 'argv', [
+        'deploy.py', str(config), str(compressed / 'compressed.py'),
+        str(compressed / 'compressed.pth'), str(image), '--work-dir',
+        str(tmp_path), '--precision', 'fp16'])
+    assert module.main() == 1
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['comparison']['agrees']
+    assert report['precisions']['fp16']['agrees'] is False
+    assert 'NO' in capsys.readouterr().out
