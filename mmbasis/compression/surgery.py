@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
+from math import prod
 from typing import Any, Iterator, Mapping, Tuple
 
 import torch
@@ -14,7 +15,12 @@ from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
-from ..planning import CompressionPlan, LayerPlan, find_layers
+from ..planning import (
+    CompressionPlan,
+    DensePlan,
+    LayerPlan,
+    find_layers,
+)
 from ..running import kept_random
 from .merging import keep_structure
 
@@ -108,8 +114,8 @@ def _shapes(model: nn.Module) -> frozenset:
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     modules = dict(model.named_modules())
-    problems = {name: _problem(modules.get(name), plan.layers.get(name))
-                for name in (*plan.layers, *plan.dense)}
+    problems = {name: _problem(modules.get(name), entry)
+                for name, entry in (*plan.layers.items(), *plan.dense.items())}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
         problems.update({x.name: 'not in the plan' for x in find_layers(model)
                          if x.name not in problems})
@@ -120,22 +126,22 @@ def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
             f'({"; ".join(wrong[:3])})')
 
 
-def _problem(module: nn.Module | None, entry: LayerPlan | None) -> str | None:
-    """Why an entry of a plan is not of a module, None if it is, or if the
-    layer stays dense."""
+def _problem(module: nn.Module | None,
+             entry: LayerPlan | DensePlan) -> str | None:
+    """Why an entry of a plan is not of a module, None if it is."""
     if module is None:
         return 'no such layer'
-    if entry is None:
-        return None
     if isinstance(module, BasisLayer):
         return 'compressed already'
-    kind = kind_of(module)
-    if kind is None or kind.name != entry.kind:
+    kind, weight = kind_of(module), getattr(module, 'weight', None)
+    if isinstance(entry, LayerPlan) and (
+            kind is None or kind.name != entry.kind):
         return f'a {type(module).__name__} is no {entry.kind}'
-    shape = list(module.weight.shape)
-    if shape != list(entry.shape):
-        return f'weights of shape {shape}, not {entry.shape}'
-    return why_not(module)
+    if weight is None or entry.bias and kind is None:
+        return f'a {type(module).__name__} is no such layer'
+    if not is_lazy(weight) and list(weight.shape) != list(entry.shape):
+        return f'weights of shape {list(weight.shape)}, not {entry.shape}'
+    return why_not(module) if isinstance(entry, LayerPlan) else None
 
 
 def apply_plan(model: nn.Module, plan: CompressionPlan,
@@ -194,7 +200,9 @@ def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
         # offset branches of basis layers are elsewhere now
         layer = model.get_submodule(name) if entry.bias else None
         if layer is not None and layer.bias is None:
-            channels = entry.params - layer.weight.numel()
+            kind = kind_of(layer)
+            assert kind is not None  # see _problem
+            channels = prod(kind.matrix_shape(layer)[:2])
             layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import heapq
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from mmengine.logging import MMLogger
 
 from ..registry import PLANNERS
+from ..utils.schema import BOOL, NONE, TEXT, Rule, list_of, one_of
 from .costs import Cost, Costs, DeviceCost, Form, Ranks
 from .devices import device_at_hand
 from .latency_table import LatencyTable
@@ -118,11 +119,21 @@ def _fastest(tables: Sequence[Options],
     return plans[min(good, key=lambda n: times[n])]
 
 
+def _names_table(value: Any) -> bool:
+    """Whether a value says which latency table, and perhaps of what."""
+    if not isinstance(value, Mapping):
+        return value is None or isinstance(value, str)
+    return {'path'} <= set(value) <= {
+        'path', 'backend', 'precision', 'device'} and all(
+            isinstance(x, str) or key != 'path' and x is None
+            for key, x in value.items())
+
+
 def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
-    """Require a list of forms that a cost knows; the ValueError says it."""
-    if isinstance(forms, str) or not set(forms) <= set(FORMS) or not forms:
-        raise ValueError(f'BudgetPlanner: forms is a list of '
-                         f'{", ".join(FORMS)}, but got {forms!r}')
+    """Require forms that a cost knows; the ValueError says which."""
+    if not forms:
+        raise ValueError(f'BudgetPlanner: forms must be a list of '
+                         f'{", ".join(FORMS)}, but it is empty')
     missing = [x for x in forms if x not in cost.forms]
     if missing:
         raise ValueError(
@@ -170,6 +181,11 @@ class BudgetPlanner(BasePlanner):
             ``data_aware`` is set and the model's loss is known.
         **kwargs: See :class:`BasePlanner`.
     """
+    RULES = dict(
+        table=Rule('a file, or dict(path=…, backend=…, precision=…, device=…)',
+                   _names_table), device=TEXT | NONE,
+        forms=list_of(f'a list of {", ".join(FORMS)}', one_of(*FORMS)) | NONE,
+        loss_aware=BOOL | NONE)
     ALIGNED = True
     why_dense = 'worth more dense than what it costs'
 

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, DenseKind, kind_of, why_not
 from ..running import Targets
+from ..utils.schema import matching
 
 #: what a layer may become
 FORMS = ('output', 'input', 'both', 'spatial')
@@ -189,12 +190,9 @@ def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
     """Require that each pattern matches some layer; the ValueError names
     ``key``, where they were given, the pattern and what there is."""
     for pattern in patterns:
-        try:
-            if any(layer.matches(pattern) for layer in layers):
-                continue
-        except re.error as error:
-            raise ValueError(f'{key}: {pattern!r} is not a regular '
-                             f'expression: {error}') from None
+        found = matching(pattern, [x.name for x in layers], key)
+        if found or any(pattern in x.types for x in layers):
+            continue
         shown = ', '.join([x.name for x in layers[:5]] +
                           ['…'] * (len(layers) > 5))
         raise ValueError(
