@@ -7,6 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mmbasis.hooks import IntegrityHook
 from mmbasis.quirks import repair
 from mmbasis.utils import check_load_from, init_cpu_dist, load_config
 
@@ -84,6 +85,8 @@ def main() -> None:
     runner = (
         RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
     repair(runner.model)
+    if not any(isinstance(x, IntegrityHook) for x in runner.hooks):
+        runner.register_hook(IntegrityHook())
     runner.train()
 
 

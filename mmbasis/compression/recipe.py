@@ -1,7 +1,16 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What a user wants: how to compress, and how to fine-tune."""
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Mapping,
+    Optional,
+    Tuple,
+    Type,
+    Union,
+)
 
 from ..planning import BasePlanner, CompressionPlan
 from ..registry import PLANNERS
@@ -26,7 +35,8 @@ def as_planner(planner: PlannerLike) -> BasePlanner:
     neither."""
     if isinstance(planner, BasePlanner):
         return planner
-    made, kind, problem = None, TypeError, ''
+    kind: Type[Exception] = TypeError
+    made, problem = None, ''
     if isinstance(planner, Mapping):
         try:
             # the default scope, say mmdet, knows no planners

@@ -239,7 +239,10 @@ class BudgetPlanner(BasePlanner):
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
         budget = self.cost.budget(self.budget, counted)
-        budget -= sum(of(x, ranks) for x, ranks in decided)
+        fixed = sum(of(x, ranks) for x, ranks in decided)
+        if fixed > budget * (1 + 1e-9):
+            raise ValueError(self._too_dear(budget, fixed, decided))
+        budget -= fixed
         tables = [self._options(x, lost) for x, lost in zip(free, _lost(free))]
         try:
             plans = [_spend(tables, budget, weight) for weight in self.weights]
@@ -248,6 +251,18 @@ class BudgetPlanner(BasePlanner):
                              f'cannot be met: {error}') from None
         best = _fastest(tables, plans)
         return [x.ranks[index] for x, index in zip(tables, best)]
+
+    def _too_dear(self, budget: float, fixed: float,
+                  decided: Decided) -> str:
+        """Why a budget cannot be met whatever becomes of the other layers."""
+        head = f'BudgetPlanner: {self.metric}={self.budget:g} cannot be met: '
+        if budget < 0:
+            return head + 'what is not compressed takes longer alone'
+        words = [f'{x.layer.name} ({(self._settle(x) or ("", ""))[1]})'
+                 for x, _ in decided[:3]]
+        return (f'{head}{len(decided)} layers whose ranks are decided already '
+                f'cost {fixed:.6g}, more than the budget of {budget:.6g}: '
+                f'{", ".join(words)}')
 
     def plan(self,
              analysis: Analysis,

@@ -8,42 +8,21 @@ from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..utils.schema import (
-    COUNT,
-    NONE,
-    POSITIVE,
-    SHAPE,
-    TEXT,
-    WEIGHT,
-    Rule,
-    check_all,
-    dict_of,
-    is_integer,
-    list_of,
-    of_type,
-    read_json,
-    shown,
-)
+from ..utils.schema import is_integer, of_type, read_json, shown
 from .costs import Cost, Costs, Ranks
+from .latency_entries import (
+    COMPRESSED_ID,
+    MODEL_ID,
+    check_entries,
+    read_ranks,
+    write_ranks,
+)
 from .layers import FORMS, Layer
 from .plan import CompressionPlan
 
 SCHEMA = 'mmbasis.latency_table'
 #: in version 1 all ranks are of the output form
 VERSIONS = (1, 2)
-#: ids of the entries that are no layer
-MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
-#: whether an entry of each form has a rank of the output and of the input
-SIDES = dict(dense=(False, False), output=(True, False), input=(False, True),
-             both=(True, True), spatial=(True, False))
-#: what an entry has in any case, and one of a layer
-_ENTRY: dict[str, Rule] = dict(id=TEXT, median_ms=POSITIVE)
-_LAYER: dict[str, Rule] = dict(
-    group=TEXT, carrier=TEXT, noise_ms=WEIGHT, weight_shape=SHAPE,
-    uses=dict_of('a dict of positive counts by layer', COUNT))
-_HEAD: dict[str, Rule] = dict(
-    device=of_type('a dict', dict), backend=TEXT, precision=TEXT,
-    entries=list_of('a list of dicts', of_type('', dict)))
 #: of the time alone, what a layer takes in a model at least
 LEAST_SCALE = .5
 
@@ -102,7 +81,7 @@ class LatencyTable(Cost):
     def __init__(self, path: str, data: dict[str, Any]) -> None:
         super().__init__('latency')
         version = data['version']
-        device, entries = data['device'], _entries(data)
+        device, entries = data['device'], check_entries(data)
         #: what it is of; :meth:`load` takes it
         self.target: dict[str, str] = dict(
             path=path,
@@ -134,7 +113,7 @@ class LatencyTable(Cost):
         given = compressed.get('ranks', {})
         of_type('a dict by layer', dict).check(
             f'{COMPRESSED_ID}: ranks', given)
-        read = {name: _read_ranks(x, version, f'{COMPRESSED_ID}: {name}')
+        read = {name: read_ranks(x, version, f'{COMPRESSED_ID}: {name}')
                 for name, x in given.items()}
         ranks = {name: x for name, x in read.items() if x is not None}
         basis = sum(
@@ -295,82 +274,36 @@ def _write_rank(ranks: Ranks) -> int:
     return ranks.output
 
 
-def write_ranks(ranks: Ranks | None) -> dict[str, Any]:
-    """What an entry says of a layer: its form, and its ranks as in a plan."""
-    if ranks is None:
-        return dict(form='dense', rank=None, input_rank=None)
-    return dict(form=ranks.form, rank=ranks.output, input_rank=ranks.input)
-
-
-def _read_ranks(entry: Any, version: int, name: str) -> Ranks | None:
-    """The ranks that an entry is of, None for the dense layer; the error
-    names the key that is missing, or what does not fit together."""
-    if version == 1:
-        rank = entry.get('rank') if isinstance(entry, dict) else entry
-        (COUNT | NONE).check(f'{name}: rank', rank)
-        return None if rank is None else Ranks(rank)
-    of_type('a dict', dict).check(name, entry)
-    _require(name, entry, 'form', 'rank', 'input_rank')
-    form, sides = entry['form'], (entry['rank'], entry['input_rank'])
-    known = SIDES.get(form) if isinstance(form, str) else None
-    if known != tuple(x is not None for x in sides) or not all(
-            COUNT.allows(x) for x in sides if x is not None):
-        raise ValueError(f'{name}: form={form!r}, rank={sides[0]!r} and '
-                         f'input_rank={sides[1]!r} do not fit together')
-    return None if form == 'dense' else Ranks(*sides, form == 'spatial')
-
-
-def _entries(data: dict[str, Any]) -> dict[str, dict]:
-    """The entries of a table by id, checked; the ValueError names the entry
-    and the key."""
-    _require('the table', data, *_HEAD)
-    check_all('', _HEAD, data)
-    entries: dict[str, dict] = {}
-    for number, entry in enumerate(data['entries']):
-        name = entry.get('id')
-        if not isinstance(name, str):
-            name = f'entries[{number}]'
-        for rules in (_ENTRY, _LAYER) if entry.get('role') == 'layer' else (
-                _ENTRY, ):
-            _require(name, entry, *rules)
-            check_all(f'{name}: ', rules, entry)
-        if entry['id'] in entries:
-            raise ValueError(f'{entry["id"]!r} is the id of two entries')
-        entries[entry['id']] = entry
-    for name, entry in entries.items():
-        carrier = entry.get('carrier')
-        if entry.get('role') == 'layer' and carrier not in entries:
-            raise ValueError(f'{name}: there is no carrier {carrier!r}')
-    return entries
-
-
-def _require(name: str, entry: Mapping[str, Any], *keys: str) -> None:
-    """Require keys; the ValueError names those that are missing."""
-    missing = [x for x in keys if x not in entry]
-    if missing:
-        raise ValueError(f'{name} has no {", ".join(map(repr, missing))}')
+def _uses(layers: Sequence[dict]) -> tuple[dict[str, dict], dict[str, list]]:
+    """How often each layer sees each input shape, by group, and the shape of
+    its weights."""
+    uses: dict[str, dict] = defaultdict(dict)
+    shapes: dict[str, list[int]] = {}
+    for entry in layers:
+        for name, count in entry['uses'].items():
+            uses[name][entry['group']] = count
+            shape = shapes.setdefault(name, entry['weight_shape'])
+            if shape != entry['weight_shape']:
+                raise ValueError(f'{entry["id"]}: weight_shape of {name} is '
+                                 f'{entry["weight_shape"]}, elsewhere {shape}')
+    return uses, shapes
 
 
 def _curves(entries: dict[str, dict], version: int) -> dict[str, Curve]:
     """By layer, the sums over all input shapes that it sees."""
     groups: dict[str, dict] = defaultdict(dict)
     noise: dict[str, float] = defaultdict(float)
-    uses: dict[str, dict] = defaultdict(dict)  # groups and counts by layer
-    shapes = {}
-    for entry in entries.values():
-        if entry.get('role') == 'layer':
-            # what feeds the layer is not the layer's
-            feed = entries[entry['carrier']]['median_ms']
-            key = entry['group']
-            ranks = _read_ranks(entry, version, entry['id'])
-            if ranks in groups[key]:
-                raise ValueError(f'{entry["id"]}: group {key!r} has an entry '
-                                 'of the same form and ranks')
-            groups[key][ranks] = max(entry['median_ms'] - feed, 1e-6)
-            noise[key] = max(noise[key], entry['noise_ms'])
-            for name, count in entry['uses'].items():
-                uses[name][key] = count
-                shapes[name] = entry['weight_shape']
+    layers = [x for x in entries.values() if x.get('role') == 'layer']
+    for entry in layers:
+        # what feeds the layer is not the layer's
+        feed = entries[entry['carrier']]['median_ms']
+        key, ranks = entry['group'], read_ranks(entry, version, entry['id'])
+        if ranks in groups[key]:
+            raise ValueError(f'{entry["id"]}: group {key!r} has an entry of '
+                             'the same form and ranks')
+        groups[key][ranks] = max(entry['median_ms'] - feed, 1e-6)
+        noise[key] = max(noise[key], entry['noise_ms'])
+    uses, shapes = _uses(layers)
     curves = {}
     for name, counts in uses.items():
         common = set.intersection(*(set(groups[key]) for key in counts))

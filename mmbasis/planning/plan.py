@@ -3,7 +3,7 @@
 import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Dict, List, Optional, Type
+from typing import Any, Dict, List, Optional
 
 from ..utils.io import write_atomically
 from ..utils.schema import (
@@ -236,7 +236,7 @@ class CompressionPlan:
             raise ValueError(f'{path}: {error}') from None
 
 
-def _entries(data: Any, key: str, cls: Type[Checked]) -> Dict[str, Any]:
+def _entries(data: Any, key: str, cls: Any) -> Dict[str, Any]:
     """The entries of layers by name; the error says which one is wrong."""
     if not isinstance(data, dict):
         raise ValueError(f'the plan: {key} must be a dict by layer, but got '

@@ -5,6 +5,7 @@ Recipes, plans, latency tables, planners and hooks name a :class:`Rule` for
 each of their fields. The error names the field, what it may be, and what was
 found.
 """
+import argparse
 import json
 import math
 import numbers
@@ -49,8 +50,12 @@ def shown(value: Any) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite real number, and no truth value."""
-    return (isinstance(value, numbers.Real) and not isinstance(value, bool)
-            and math.isfinite(value))
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer past all floats
+        return False
 
 
 def is_integer(value: Any) -> bool:
@@ -95,6 +100,7 @@ COUNT = integer(1)
 WHOLE = integer(0)
 WEIGHT = Rule('a number of at least 0', lambda x: is_number(x) and x >= 0)
 POSITIVE = Rule('a positive number', lambda x: is_number(x) and x > 0)
+FRACTION = Rule('a number in (0, 1]', lambda x: is_number(x) and 0 < x <= 1)
 SHARE = Rule('a number in [0, 1]', lambda x: is_number(x) and 0 <= x <= 1)
 SHAPE = list_of('a list of positive integers', COUNT)
 PATTERNS = list_of('a list of patterns', TEXT)
@@ -214,3 +220,21 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, left, interval)
         signal.signal(signal.SIGALRM, handler)
+
+
+def argument(convert: Callable[[str], Any],
+             rule: Rule) -> Callable[[str], Any]:
+    """The ``type`` of a command line's argument: argparse names the option,
+    and this what it may be."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = text
+        if not rule.allows(value):
+            raise argparse.ArgumentTypeError(
+                f'must be {rule.words}, but got {text!r}')
+        return value
+
+    return parse
