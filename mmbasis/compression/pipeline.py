@@ -193,12 +193,11 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
     """
     with all_or_nothing(model):
         analysis = analyze(model, recipe, batches)
-        plan = make_plan(recipe, analysis)
-        choose = (
-            recipe.recalibration == 'auto' and recipe.data_aware and held_out)
-        reference = model
-        if recipe.is_sequential or choose:
-            reference = copy_module(model)
+    plan = make_plan(recipe, analysis)
+    choose = recipe.recalibration == 'auto' and recipe.data_aware and held_out
+    reference = model
+    if recipe.is_sequential or choose:
+        reference = copy_module(model)
     with all_or_nothing(model, values=True):
         apply_plan(model, plan, bases_of(analysis))
         if recipe.is_sequential:

@@ -1,6 +1,7 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What a user wants: how to compress, and how to fine-tune."""
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import (
     Any,
     Callable,
@@ -37,12 +38,14 @@ def as_planner(planner: PlannerLike) -> BasePlanner:
         return planner
     kind: Type[Exception] = TypeError
     made, problem = None, ''
-    if isinstance(planner, Mapping):
+    name = planner.get('type') if isinstance(planner, Mapping) else ''
+    # MMEngine takes any other text for a module, and fails with it
+    if not isinstance(name, str) or re.fullmatch(r'\w+(\.\w+)*', name):
         try:
             # the default scope, say mmdet, knows no planners
             made = PLANNERS.build(dict(planner, _scope_=PLANNERS.scope))
         except (KeyError, TypeError) as error:
-            kind, problem = type(error), f': {error.args[0]}'
+            kind, problem = type(error), f': {(*error.args, "")[0]}'
     if isinstance(made, BasePlanner):
         return made
     raise kind("planner must be a config such as dict(type='BudgetPlanner', "
@@ -199,7 +202,9 @@ class Recipe(Checked):
         """
         if 'config' in config:
             raise ValueError('config is no field of a recipe')
-        given = {k: v for k, v in config.items() if v is not None}
+        names = {x.name for x in fields(cls)}
+        given = {k: v for k, v in config.items()
+                 if v is not None or k not in names}
         if 'planner' in given and 'plan' in given:
             raise ValueError('give a planner or a plan, not both')
         parsers: Dict[str, Callable] = dict(

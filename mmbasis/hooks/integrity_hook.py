@@ -40,7 +40,7 @@ class IntegrityHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the weights that are about to be loaded."""
-        owner = 'the checkpoint to be loaded'
+        owner = f'checkpoint {runner._load_from or "of this run"}'
         check_weights(
             unwrap(bare_model(runner)), weights_of(checkpoint, owner), owner,
             self._wants_all(runner))

@@ -48,7 +48,7 @@ def without(ending):
 def broken(key, value=NAN):
 
     def change(state):
-        state[key].view(-1)[0] = value
+        state[key][(0, ) * state[key].dim()] = value
 
     return change
 
@@ -178,7 +178,8 @@ class Poison(Hook):
 
     def after_train_iter(self, runner, *_, **__):
         if runner.iter == self.iteration:
-            next(runner.model.parameters()).data.view(-1)[0] = NAN
+            weight = next(runner.model.parameters()).data
+            weight[(0, ) * weight.dim()] = NAN
 
 
 @pytest.mark.parametrize('hooks', ['dense', 'compressed'])
@@ -253,13 +254,13 @@ def test_tools_refuse(workplace, compressed, tmp_path, change, words):
     tested = workplace.run('--work-dir', tmp_path, tool='test', config=config,
                            checkpoint=path)
     assert tested.returncode == 1
-    assert words in tested.stderr.splitlines()[-1]
+    assert words in tested.stderr
     command = [workplace.root / 'tools' / 'train.py', config, '--work-dir',
                tmp_path, '--cfg-options', f'load_from={path}']
     result = workplace.forks.run([str(x) for x in command],
                                  MMBASIS_DATA=str(workplace.data))
     assert result.returncode == 1
-    assert words in result.stderr.splitlines()[-1]
+    assert words in result.stderr
 
 
 def test_tools_refuse_a_dense_config(workplace, compressed, tmp_path):
