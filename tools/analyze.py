@@ -48,6 +48,7 @@ from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
+from mmbasis.utils.schema import COUNT, FRACTION, WHOLE, argument, read_json
 from mmbasis.visualization import (
     plot_curves,
     plot_losses,
@@ -77,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--budgets',
         nargs='+',
-        type=float,
+        type=argument(float, FRACTION),
         default=[.25, .36, .5, .7],
         help='fractions of the MACs to keep; energies, too, for the paper')
     parser.add_argument(
@@ -87,13 +88,13 @@ def parse_args() -> argparse.Namespace:
         default=['loss', 'energy', 'paper'])
     parser.add_argument(
         '--calib-batches',
-        type=int,
+        type=argument(int, COUNT),
         default=8,
         help='batches of the training loader for the statistics (default 8)')
     parser.add_argument(
         '--metric', help='what is drawn; default: the first of the evaluator')
     parser.add_argument('--work-dir', help='where the results go')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=argument(int, WHOLE), default=0)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     return parser.parse_args()
 
@@ -112,12 +113,11 @@ class Measurements:
         self.data: Dict[str, Any] = dict(
             settings=settings, layers=[], points=[])
         if osp.isfile(self.path):
-            with open(self.path, encoding='utf-8') as file:
-                found = json.load(file)
-            if found.get('settings') != settings:
-                raise ValueError(
-                    f'{self.path} is of {found.get("settings")}, not of '
-                    f'{settings}: give another --work-dir')
+            found = read_json(self.path)
+            of = found.get('settings') if isinstance(found, dict) else found
+            if of != settings:
+                raise ValueError(f'{self.path} is of {of}, not of {settings}: '
+                                 'give another --work-dir')
             self.data = found
 
     def save(self) -> None:
@@ -223,6 +223,10 @@ def main() -> None:
             metrics=evaluate(cfg, model, 'val'),
             latency_ms=forward_latency(model, example))
         found.save()
+    metrics = found.data['dense']['metrics']
+    metric = args.metric or next(iter(metrics), 'of none')
+    if metric not in metrics:
+        raise ValueError(f'--metric {metric}: there are {list(metrics)}')
     recipe = Recipe.of(
         planner=dict(type='BudgetPlanner', macs=args.budgets[0]))
     analysis = analyze(model, recipe, batches[0])
@@ -237,7 +241,6 @@ def main() -> None:
             if (name, budget) not in done]
     for name, budget in track(todo, 'Planners', console=Console()):
         found.measure_point(model, name, budget, batches, example)
-    metric = args.metric or next(iter(found.data['dense']['metrics']))
     draw_points(found, metric)
     show(found.data, metric)
     Console().print(f'Written to {cfg.work_dir}: analysis.json and pictures')

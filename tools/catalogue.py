@@ -55,6 +55,7 @@ from rich.progress import (
 
 import mmbasis
 from mmbasis.utils.io import write_atomically
+from mmbasis.utils.schema import COUNT, POSITIVE, WHOLE, argument
 
 VERSIONS = dict(
     mmbasis=mmbasis.__version__,
@@ -77,15 +78,16 @@ def parse_args() -> argparse.Namespace:
         help='write the report as OUT.json and OUT.md; models that are in '
         'it already, with the same versions, are not checked again')
     parser.add_argument(
-        '--jobs', type=int, default=1, help='models at a time (default 1)')
+        '--jobs', type=argument(int, COUNT), default=1,
+        help='models at a time (default 1)')
     parser.add_argument(
         '--memory',
-        type=float,
+        type=argument(float, POSITIVE),
         default=6,
         help='GB that each model may allocate (default 6)')
     parser.add_argument(
         '--timeout',
-        type=float,
+        type=argument(float, POSITIVE),
         default=600,
         help='CPU seconds that each model may take (default 600)')
     parser.add_argument(
@@ -95,14 +97,16 @@ def parse_args() -> argparse.Namespace:
         help='regular expressions, of which the name of a config '
         '(mmdet::ssd/ssd300_coco.py) must contain one')
     parser.add_argument(
-        '--limit', type=int, help='only so many, a sample by lot')
+        '--limit', type=argument(int, COUNT),
+        help='only so many, a sample by lot')
     parser.add_argument(
         '--families',
-        type=int,
+        type=argument(int, COUNT),
         help='only the smallest model, of those that passed before, of so '
         'many families (folders of configs), drawn by --seed')
     parser.add_argument(
-        '--seed', type=int, default=0, help='of --families (default 0)')
+        '--seed', type=argument(int, WHOLE), default=0,
+        help='of --families (default 0)')
     parser.add_argument(
         '--known',
         default='docs/results/catalogue',

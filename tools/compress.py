@@ -35,6 +35,7 @@ from mmbasis.utils import find_weights, load_config
 from mmbasis.utils.io import whole_set, write_atomically
 from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
+from mmbasis.utils.schema import COUNT, FRACTION, WHOLE, argument
 from mmbasis.visualization import plot_ranks, plot_spectra
 
 RECALIBRATION = dict(auto='auto', always=True, never=False)
@@ -48,17 +49,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config of the dense model')
     parser.add_argument('checkpoint', help='its weights')
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument('--macs', type=float, help='fraction of the MACs to keep')
+    share = argument(float, FRACTION)
+    how.add_argument('--macs', type=share, help='fraction of the MACs to keep')
     how.add_argument(
-        '--params', type=float, help='fraction of the parameters to keep')
+        '--params', type=share, help='fraction of the parameters to keep')
     how.add_argument(
         '--energy',
-        type=float,
+        type=share,
         help='fraction of the energy to keep in each layer (the rule of the '
         'paper: from the weights alone)')
     how.add_argument(
         '--latency',
-        type=float,
+        type=share,
         help='fraction of the latency to keep, by --table or --device')
     how.add_argument('--plan', help='a plan.json to follow')
     parser.add_argument(
@@ -73,12 +75,12 @@ def parse_args() -> argparse.Namespace:
         'has); not with --energy')
     parser.add_argument(
         '--calib-batches',
-        type=int,
+        type=argument(int, COUNT),
         default=8,
         help='batches of the training loader for the statistics (default 8)')
     parser.add_argument(
         '--round-to',
-        type=int,
+        type=argument(int, COUNT),
         help='ranks are multiples of this (default: 8 where a side has 64 '
         'channels or more, else 1; with --energy 1)')
     parser.add_argument(
@@ -99,14 +101,17 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='run the test evaluator before and after')
     parser.add_argument('--work-dir', help='where the results go')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=argument(int, WHOLE), default=0)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
-    if args.calib_batches < 1:
-        parser.error('--calib-batches must be at least 1')
+
     sources = [x for x in (args.table, args.device) if x is not None]
     if len(sources) != (args.latency is not None):
         parser.error('--latency and --table (or --device) belong together')
+    if args.forms and (args.energy or args.plan):
+        parser.error('--forms is not for --energy and --plan')
+    if args.round_to and args.plan:
+        parser.error('--round-to is not for --plan')
     return args
 
 

@@ -42,6 +42,7 @@ from mmbasis.deploy import (
 )
 from mmbasis.utils import find_weights, load_config
 from mmbasis.utils.io import write_atomically
+from mmbasis.utils.schema import COUNT, argument
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,7 +64,7 @@ def parse_args() -> argparse.Namespace:
         'of the first image); for TensorRT with --dynamic also three: '
         'smallest, best, largest')
     parser.add_argument(
-        '--batch', type=int, metavar='N',
+        '--batch', type=argument(int, COUNT), metavar='N',
         help='images at once (default 1); with --dynamic 1 to N in TensorRT')
     parser.add_argument(
         '--dynamic', action='store_true',
@@ -80,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--table', help='latency table, see latency_table.py')
     parser.add_argument(
         '--calib-images',
-        type=int,
+        type=argument(int, COUNT),
         default=64,
         metavar='N',
         help='training images for the scales of int8 (default 64)')

@@ -32,6 +32,7 @@ from mmbasis.planning import LatencyTable, refine
 from mmbasis.planning.layers import FORMS
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
+from mmbasis.utils.schema import COUNT, POSITIVE, WEIGHT, argument
 
 
 def _shape(text: str) -> tuple:
@@ -68,12 +69,12 @@ def parse_args() -> argparse.Namespace:
         help='what layers may become (default: all)')
     export.add_argument(
         '--ranks',
-        type=int,
+        type=argument(int, COUNT),
         default=8,
         help='at most, per layer and form (default 8)')
     export.add_argument(
         '--round-to',
-        type=int,
+        type=argument(int, COUNT),
         default=8,
         help='ranks are multiples of this (default 8)')
     export.add_argument(
@@ -87,12 +88,17 @@ def parse_args() -> argparse.Namespace:
     measure.add_argument('--backend', default='auto')
     measure.add_argument(
         '--precision', help='of TensorRT engines; default: that of the files')
-    measure.add_argument('--threads', type=int, help='of CPU back ends')
-    measure.add_argument('--rounds', type=int, default=3)
-    measure.add_argument('--seconds', type=float, default=.3, help='per round')
+    measure.add_argument(
+        '--threads', type=argument(int, COUNT), help='of CPU back ends')
+    measure.add_argument('--rounds', type=argument(int, COUNT), default=3)
+    measure.add_argument(
+        '--seconds',
+        type=argument(float, POSITIVE),
+        default=.3,
+        help='per round')
     measure.add_argument(
         '--max-wait',
-        type=float,
+        type=argument(float, WEIGHT),
         help='seconds per model for the full speed of a shared CPU; 0 does '
         'without (default 60)')
     refined = commands.add_parser(
@@ -101,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     refined.add_argument('checkpoint', help='the compressed network')
     refined.add_argument(
         '--measured',
-        type=float,
+        type=argument(float, POSITIVE),
         required=True,
         help='latency, as a fraction of the dense one in the same run')
     refined.add_argument('--out', required=True, help='the new table (JSON)')

@@ -11,6 +11,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmbasis.hooks import IntegrityHook
 from mmbasis.quirks import repair
 from mmbasis.utils import find_weights, init_cpu_dist, load_config
 
@@ -131,6 +132,8 @@ def main() -> None:
     runner = (
         RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
     repair(runner.model)
+    if not any(isinstance(x, IntegrityHook) for x in runner.hooks):
+        runner.register_hook(IntegrityHook())
     if args.out and not args.out.endswith('.json'):
         runner.test_evaluator.metrics.append(DumpResults(args.out))
     metrics = runner.test()

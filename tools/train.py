@@ -7,6 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmbasis.hooks import IntegrityHook
 from mmbasis.quirks import repair
 from mmbasis.utils import (
     check_load_from,
@@ -89,6 +90,8 @@ def main() -> None:
     runner = (
         RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
     repair(runner.model)
+    if not any(isinstance(x, IntegrityHook) for x in runner.hooks):
+        runner.register_hook(IntegrityHook())
     runner.train()
 
 

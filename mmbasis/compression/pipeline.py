@@ -14,6 +14,7 @@ from ..layers import copy_module
 from ..planning import Analysis, CompressionPlan, Layer, Selection
 from ..quirks import two_copies
 from ..utils.collectives import shared_errors, together
+from ..utils.schema import COUNT, NONE, of_type, shown
 from .recalibration import output_errors, recalibrate, recalibrate_if_better
 from .recipe import PlannerLike, Recipe, as_planner
 from .reconstruction import Reconstruction
@@ -44,6 +45,7 @@ def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
         ValueError: If the request cannot be met. Whatever is raised, the
             model is as before.
     """
+    of_type('a torch.nn.Module', nn.Module).check('model', model)
     if isinstance(planner, CompressionPlan):
         made = Recipe.of(plan=planner, **recipe)
     else:
@@ -63,7 +65,12 @@ def take_batches(dataloader: Iterable, num_batches: int | None = None,
             all; none is held out then.
         num_held_out (int): How many to hold out at most. Defaults to 1.
     """
-    batches = iter(dataloader)
+    (COUNT | NONE).check('num_batches', num_batches)
+    try:
+        batches = iter(dataloader)
+    except TypeError:
+        raise TypeError('dataloader must be an iterable of batches, but got '
+                        f'{shown(dataloader)}') from None
     if num_batches is None:
         return list(batches), []
     return (list(itertools.islice(batches, num_batches)),
@@ -94,7 +101,7 @@ def analyze(model: nn.Module, recipe: Recipe,
     if not batches:
         raise RuntimeError('calibration saw no image: the dataloader is empty')
     adapter, layers = running.adapter_of(model), planning.find_layers(model)
-    planning.check_finite(layers)
+    planning.check_finite(model)
     selection = _select(adapter, recipe, layers, batches[0])
     analysis = planning.measure(
         adapter, selection, batches, recipe.data_aware, recipe.forms)
@@ -185,7 +192,8 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         tuple[CompressionPlan, Analysis]: The plan that the model follows now,
         and what was known of the dense model.
     """
-    analysis = analyze(model, recipe, batches)
+    with all_or_nothing(model):
+        analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
     choose = recipe.recalibration == 'auto' and recipe.data_aware and any(
         together('choice of held-out images', bool(held_out)))
@@ -202,7 +210,7 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
                 lambda: output_errors(model, reference, held_out))
         if recipe.recalibration is True:
             recalibrate(model, batches)
-    log_plan(plan)
+        log_plan(plan)
     return plan, analysis
 
 

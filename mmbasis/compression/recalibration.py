@@ -18,27 +18,29 @@ from ..layers import BasisLayer, copy_module
 from ..planning import Analysis
 from ..running import adapter_of, evaluation
 from ..utils.collectives import sum_over_processes
-from .surgery import replace_modules
+from .surgery import all_or_nothing, replace_modules
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
     """Compute the statistics of all batch normalisations of a model again, in
     place: as the average over batches, as the model takes them, and
-    processes."""
+    processes. If an error is raised, for example because a batch has one
+    value per channel only, the model is as before."""
     norms, adapter = _norms(model), adapter_of(model)
     momenta = [norm.momentum for norm in norms]
-    with evaluation(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            # average instead of moving average
-            norm.momentum = None  # type: ignore[assignment]
-            norm.training = True
-        for data in batches:
-            adapter.predict(data)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-        sum_over_processes('recalibration', norm.running_mean,
-                           norm.running_var, op='mean')
+    with all_or_nothing(nn.ModuleList(norms), values=True):
+        with evaluation(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                # average instead of moving average
+                norm.momentum = None  # type: ignore[assignment]
+                norm.training = True
+            for data in batches:
+                adapter.predict(data)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            sum_over_processes('recalibration', norm.running_mean,
+                               norm.running_var, op='mean')
 
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
@@ -62,12 +64,13 @@ def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],
         return False
     before = errors()
     states = [copy.deepcopy(norm.state_dict()) for norm in norms]
-    recalibrate(model, batches)
-    change, margin = _change(before, errors())
-    kept = change < -margin
-    for norm, state in zip(norms, states):
-        if not kept:
-            norm.load_state_dict(state)
+    with all_or_nothing(nn.ModuleList(norms), values=True):
+        recalibrate(model, batches)
+        change, margin = _change(before, errors())
+        kept = change < -margin
+        for norm, state in zip(norms, states):
+            if not kept:
+                norm.load_state_dict(state)
     MMLogger.get_current_instance().info(
         'Recalibration of batch normalisations changes the error on held-out '
         'images by %.4g, with a margin of %.4g: %s', change, margin,

@@ -1,25 +1,55 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What a user wants: how to compress, and how to fine-tune."""
-import math
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+import re
+from dataclasses import dataclass, field, fields
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Mapping,
+    Optional,
+    Tuple,
+    Type,
+    Union,
+)
 
 from ..planning import BasePlanner, CompressionPlan
 from ..registry import PLANNERS
+from ..utils.schema import (
+    BOOL,
+    COUNT,
+    WEIGHT,
+    Checked,
+    Rule,
+    checked,
+    of_type,
+    one_of,
+    shown,
+)
 
 PlannerLike = Union[BasePlanner, Mapping[str, Any]]
 PlanLike = Union[str, Mapping[str, Any], CompressionPlan]
 
 
 def as_planner(planner: PlannerLike) -> BasePlanner:
-    """A planner from its config, or itself; a TypeError if it is neither."""
+    """A planner from its config, or itself; a TypeError or a KeyError if it is
+    neither."""
     if isinstance(planner, BasePlanner):
         return planner
-    if isinstance(planner, Mapping):
-        # the default scope, say mmdet, knows no planners
-        return PLANNERS.build(dict(planner, _scope_=PLANNERS.scope))
-    raise TypeError("planner must be a config such as dict(type='Budget"
-                    f"Planner', macs=0.5), but got {planner!r}")
+    kind: Type[Exception] = TypeError
+    made, problem = None, ''
+    name = planner.get('type') if isinstance(planner, Mapping) else ''
+    # MMEngine takes any other text for a module, and fails with it
+    if not isinstance(name, str) or re.fullmatch(r'\w+(\.\w+)*', name):
+        try:
+            # the default scope, say mmdet, knows no planners
+            made = PLANNERS.build(dict(planner, _scope_=PLANNERS.scope))
+        except (KeyError, TypeError) as error:
+            kind, problem = type(error), f': {(*error.args, "")[0]}'
+    if isinstance(made, BasePlanner):
+        return made
+    raise kind("planner must be a config such as dict(type='BudgetPlanner', "
+               f'macs=0.5), but got {shown(planner)}{problem}')
 
 
 def as_plan(plan: PlanLike) -> CompressionPlan:
@@ -31,56 +61,11 @@ def as_plan(plan: PlanLike) -> CompressionPlan:
     if isinstance(plan, Mapping):
         return CompressionPlan.from_dict(dict(plan))
     raise TypeError('plan must be the name of a JSON file, its content or a '
-                    f'CompressionPlan, but got {plan!r}')
-
-
-def _checked(words: str, allows: Callable[[Any], bool],
-             default: Any = MISSING) -> Any:
-    """A field: what it may be beside its default, in words and as a test."""
-    return field(default=default, metadata=dict(words=words, allows=allows))
-
-
-def _of_type(words: str, type_: Any, default: Any = MISSING) -> Any:
-    return _checked(words, lambda x: isinstance(x, type_), default)
-
-
-def _weight(default: Any = MISSING) -> Any:
-    return _checked(
-        'a number of at least 0', lambda x: isinstance(x, (int, float))
-        and not isinstance(x, bool) and 0 <= x < math.inf, default)
-
-
-class _Checked:
-    """A dataclass that names the first field with a wrong value."""
-    #: what stands before the names of fields
-    prefix = ''
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]
-            value, rule = getattr(self, entry.name), entry.metadata
-            if value is entry.default or not rule or rule['allows'](value):
-                continue
-            raise ValueError(f'{self.prefix}{entry.name} must be '
-                             f'{rule["words"]}, but got {value!r}')
-
-    @classmethod
-    def parse(cls, config: Any) -> Any:
-        """From its config; an instance is returned as it is."""
-        if isinstance(config, cls):
-            return config
-        key = cls.prefix.rstrip('.: ') or 'a recipe'
-        names = [x.name for x in fields(cls)]  # type: ignore[arg-type]
-        if not isinstance(config, Mapping) or set(config) - set(names):
-            raise ValueError(f'{key} must be dict(…) with some of '
-                             f'{", ".join(names)}, but got {config!r}')
-        try:
-            return cls(**config)
-        except TypeError as error:
-            raise ValueError(f'{key} is not complete: {error}') from None
+                    f'CompressionPlan, but got {shown(plan)}')
 
 
 @dataclass(frozen=True)
-class Calibration(_Checked):
+class Calibration(Checked):
     """The images that layers are calibrated with.
 
     Args:
@@ -89,22 +74,21 @@ class Calibration(_Checked):
             of training, reshuffled and with the transforms of testing.
     """
     prefix = 'calibration.'
-    num_batches: int = _checked('a positive integer',
-                                lambda x: type(x) is int and x > 0, 8)
-    dataloader: Optional[Mapping[str, Any]] = _of_type(
-        'the config of a data loader', Mapping, None)
+    num_batches: int = checked(COUNT, 8)
+    dataloader: Optional[Mapping[str, Any]] = checked(
+        of_type('the config of a data loader', Mapping), None)
 
 
 @dataclass(frozen=True)
-class Orthogonality(_Checked):
+class Orthogonality(Checked):
     """The penalty ``weight * sum ||F F^T - I||_F^2`` over basis layers, with
     a weight of at least 0."""
     prefix = 'orthogonality.'
-    weight: float = _weight()
+    weight: float = checked(WEIGHT)
 
 
 @dataclass(frozen=True)
-class Term(_Checked):
+class Term(Checked):
     """One comparison of the model with its teacher.
 
     Args:
@@ -115,10 +99,10 @@ class Term(_Checked):
         temperature (float): Only for ``'kl'``, positive. Defaults to 4.
     """
     prefix = 'a term of distillation: '
-    module: str = _of_type('the name of a module', str)
-    type: str = _checked("'kl' or 'mse'", ('kl', 'mse').__contains__)
-    weight: float = _weight(1.)
-    temperature: float = _weight(4.)
+    module: str = checked(of_type('the name of a module', str))
+    type: str = checked(one_of('kl', 'mse'))
+    weight: float = checked(WEIGHT, 1.)
+    temperature: float = checked(WEIGHT, 4.)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +114,7 @@ class Term(_Checked):
 
 
 @dataclass(frozen=True)
-class Teaching(_Checked):
+class Teaching(Checked):
     """How the teacher is compared with the model.
 
     Args:
@@ -143,10 +127,12 @@ class Teaching(_Checked):
             least 0. Defaults to 0.3 where logits are compared, else to 1.
     """
     prefix = 'distillation.'
-    checkpoint: Optional[str] = _of_type('the name of a file', str, None)
-    terms: Optional[Tuple[Term, ...]] = _of_type('a list of terms', tuple,
-                                                 None)
-    task_weight: Optional[float] = _weight(None)
+    checkpoint: Optional[str] = checked(of_type('the name of a file', str),
+                                        None)
+    terms: Optional[Tuple[Term, ...]] = checked(
+        Rule('a list of at least one term',
+             lambda x: isinstance(x, tuple) and bool(x)), None)
+    task_weight: Optional[float] = checked(WEIGHT, None)
 
     @classmethod
     def parse(cls, config: Any) -> Optional['Teaching']:
@@ -160,7 +146,7 @@ class Teaching(_Checked):
 
 
 @dataclass(frozen=True)
-class Recipe(_Checked):
+class Recipe(Checked):
     """The one description of a compression and of the fine-tuning after it.
     :meth:`of` makes it from the values that stand in configs.
 
@@ -188,12 +174,10 @@ class Recipe(_Checked):
     planner: Optional[BasePlanner] = None
     plan: Optional[CompressionPlan] = None
     calibration: Calibration = Calibration()
-    reconstruction: Optional[str] = _checked(
-        "'local' or 'sequential'", ('local', 'sequential').__contains__, None)
-    recalibration: Union[bool, str] = _checked(
-        "True, False or 'auto'",
-        lambda x: isinstance(x, bool) or x == 'auto', 'auto')
-    norm: bool = _of_type('True or False', bool, False)
+    reconstruction: Optional[str] = checked(
+        one_of('local', 'sequential'), None)
+    recalibration: Union[bool, str] = checked(BOOL | one_of('auto'), 'auto')
+    norm: bool = checked(BOOL, False)
     orthogonality: Optional[Orthogonality] = None
     distillation: Optional[Teaching] = Teaching()
     config: Mapping[str, Any] = field(
@@ -216,7 +200,11 @@ class Recipe(_Checked):
                 their fields. ``distillation``: True is a teacher with all
                 defaults, False none.
         """
-        given = {k: v for k, v in config.items() if v is not None}
+        if 'config' in config:
+            raise ValueError('config is no field of a recipe')
+        names = {x.name for x in fields(cls)}
+        given = {k: v for k, v in config.items()
+                 if v is not None or k not in names}
         if 'planner' in given and 'plan' in given:
             raise ValueError('give a planner or a plan, not both')
         parsers: Dict[str, Callable] = dict(

@@ -15,6 +15,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from ..planning import BasePlanner, CompressionPlan
 from ..utils import NotDataError, find_weights
 from ..utils.io import sha256_of, write_atomically
+from ..utils.schema import of_type
 from .recipe import Recipe
 
 #: where the plan stands in ``checkpoint['meta']``
@@ -52,13 +53,20 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return found if 'state_dict' in found else dict(state_dict=found)
 
 
+def meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself; a ValueError if that is no dict."""
+    meta = checkpoint.get('meta') or {}
+    of_type('a dict', dict).check('meta of the checkpoint', meta)
+    return meta
+
+
 def plan_of(checkpoint: dict[str, Any]) -> CompressionPlan | None:
     """The plan in a checkpoint, None if it is of a dense model.
 
     Raises:
         ValueError: If the plan is malformed or of a newer version.
     """
-    data = (checkpoint.get('meta') or {}).get(META_KEY)
+    data = meta_of(checkpoint).get(META_KEY)
     return None if data is None else CompressionPlan.from_dict(data)
 
 
@@ -136,7 +144,7 @@ class Source:
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> Source:
         """Of a checkpoint that was read; see :func:`plan_of` for errors."""
-        meta = checkpoint.get('meta') or {}
+        meta = meta_of(checkpoint)
         path = meta.get(TEACHER_KEY)
         teacher = None if path is None else TeacherFile(
             path, meta.get(TEACHER_HASH_KEY))

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
+from math import prod
 from typing import Any, Iterator, Mapping, Tuple
 
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseAveragedModel
-from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, copy_module, kind_of, why_not
-from ..planning import CompressionPlan, LayerPlan, find_layers
+from ..planning import (
+    CompressionPlan,
+    DensePlan,
+    LayerPlan,
+    find_layers,
+)
 from ..running import kept_random
 from .merging import keep_structure
 
@@ -57,10 +62,12 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 @contextmanager
 def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
     """Leave the modules of a model as they were if an error is raised; with
-    ``values`` also parameters and buffers, of which a copy is kept."""
+    ``values`` also what stands in parameters and buffers, of which a copy is
+    kept."""
     before = [(table, dict(table)) for module in model.modules()
               for table in (vars(module), *vars(module).values())
               if isinstance(table, dict)]
+    grads = [(x, x.requires_grad, x.grad) for x in model.parameters()]
     tensors = [*model.parameters(), *model.buffers()] if values else []
     kept = [(x, x.detach().clone()) for x in tensors if not is_lazy(x)]
     try:
@@ -69,6 +76,9 @@ def all_or_nothing(model: nn.Module, values: bool = False) -> Iterator[None]:
         for table, content in before:
             table.clear()
             table.update(content)
+        for parameter, requires_grad, grad in grads:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
@@ -108,8 +118,8 @@ def _shapes(model: nn.Module) -> frozenset:
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     modules = dict(model.named_modules())
-    problems = {name: _problem(modules.get(name), plan.layers.get(name))
-                for name in (*plan.layers, *plan.dense)}
+    problems = {name: _problem(modules.get(name), entry)
+                for name, entry in (*plan.layers.items(), *plan.dense.items())}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
         problems.update({x.name: 'not in the plan' for x in find_layers(model)
                          if x.name not in problems})
@@ -120,22 +130,22 @@ def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
             f'({"; ".join(wrong[:3])})')
 
 
-def _problem(module: nn.Module | None, entry: LayerPlan | None) -> str | None:
-    """Why an entry of a plan is not of a module, None if it is, or if the
-    layer stays dense."""
+def _problem(module: nn.Module | None,
+             entry: LayerPlan | DensePlan) -> str | None:
+    """Why an entry of a plan is not of a module, None if it is."""
     if module is None:
         return 'no such layer'
-    if entry is None:
-        return None
     if isinstance(module, BasisLayer):
         return 'compressed already'
-    kind = kind_of(module)
-    if kind is None or kind.name != entry.kind:
+    kind, weight = kind_of(module), getattr(module, 'weight', None)
+    if isinstance(entry, LayerPlan) and (
+            kind is None or kind.name != entry.kind):
         return f'a {type(module).__name__} is no {entry.kind}'
-    shape = list(module.weight.shape)
-    if shape != list(entry.shape):
-        return f'weights of shape {shape}, not {entry.shape}'
-    return why_not(module)
+    if weight is None or entry.bias and kind is None:
+        return f'a {type(module).__name__} is no such layer'
+    if not is_lazy(weight) and list(weight.shape) != list(entry.shape):
+        return f'weights of shape {list(weight.shape)}, not {entry.shape}'
+    return why_not(module) if isinstance(entry, LayerPlan) else None
 
 
 def apply_plan(model: nn.Module, plan: CompressionPlan,
@@ -194,7 +204,9 @@ def _add_biases(model: nn.Module, plan: CompressionPlan) -> None:
         # offset branches of basis layers are elsewhere now
         layer = model.get_submodule(name) if entry.bias else None
         if layer is not None and layer.bias is None:
-            channels = entry.params - layer.weight.numel()
+            kind = kind_of(layer)
+            assert kind is not None  # see _problem
+            channels = prod(kind.matrix_shape(layer)[:2])
             layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
 
 
@@ -294,36 +306,9 @@ def _structures(modules: dict[str, nn.Module], state_dict: dict,
         parts = {part: state_dict.get(f'{prefix}{name}.{part}.weight')
                  for part in _PARTS}
         if (basis and not rest and key.startswith(prefix)
-                and any(x is not None for x in parts.values())
+                and torch.is_tensor(value)
                 and (isinstance(modules.get(name), BasisLayer)
-                     or f'{name}.basis' not in modules)):
+                     or any(x is not None for x in parts.values())
+                     and f'{name}.basis' not in modules)):
             found[name] = _structure(value, parts)
     return found
-
-
-def load_weights(model: nn.Module, checkpoint: dict[str, Any],
-                 path: str) -> None:
-    """Load all weights of a model, or none.
-
-    Args:
-        model (nn.Module): Of the structure that the weights have.
-        checkpoint (dict): What :func:`read_checkpoint` returned.
-        path (str): Where it came from, for messages.
-
-    Raises:
-        RuntimeError: If weights of the model are missing in the checkpoint or
-            have another shape.
-    """
-    state_dict = checkpoint['state_dict']
-    check_state_dict(model, state_dict)
-    own = get_state_dict(model)
-    wrong = [f'{key}: missing' if key not in state_dict else
-             f'{key}: {tuple(state_dict[key].shape)}, not {tuple(x.shape)}'
-             for key, x in own.items() if 'num_batches_tracked' not in key and
-             (key not in state_dict or state_dict[key].shape != x.shape)]
-    if wrong:
-        raise RuntimeError(f'{path} does not fit the model: '
-                           f'{"; ".join(wrong[:3])} ({len(wrong)} of '
-                           f'{len(own)} weights)')
-    logger = MMLogger.get_current_instance()
-    load_state_dict(model, state_dict, strict=False, logger=logger)

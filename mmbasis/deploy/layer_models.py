@@ -27,7 +27,7 @@ import torch.nn as nn
 from ..compression.surgery import replace_modules
 from ..layers import BasisLayer, observe
 from ..planning import Costs, Layer, Ranks, find_layers
-from ..planning.latency_table import (
+from ..planning.latency_entries import (
     CARRIER,
     COMPRESSED_ID,
     MODEL_ID,

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 from .compression_hook import BasisCompressionHook, ProgressiveTruncationHook
+from .integrity_hook import IntegrityHook
 from .quantization_hook import QuantizationHook
 from .training_hooks import (
     EpochSeedHook,
@@ -9,7 +10,7 @@ from .training_hooks import (
 )
 
 __all__ = [
-    'BasisCompressionHook', 'EpochSeedHook', 'OrthogonalityHook',
-    'ProgressiveTruncationHook', 'QuantizationHook', 'RecalibrationHook',
-    'SpectrumHook'
+    'BasisCompressionHook', 'EpochSeedHook', 'IntegrityHook',
+    'OrthogonalityHook', 'ProgressiveTruncationHook', 'QuantizationHook',
+    'RecalibrationHook', 'SpectrumHook'
 ]

@@ -1,5 +1,5 @@
 # Copyright (c) mmbasis authors. All rights reserved.
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
@@ -20,11 +20,16 @@ from ..registry import HOOKS
 from ..utils import find_resumable
 from ..utils.collectives import shared_errors, together
 from ..utils.io import to_plain
+from ..utils.schema import is_integer, is_number, list_of, of_type, shown
 from ..utils.strategy import check_strategy
+from .integrity_hook import IntegrityHook
+
+#: what says how far a planner goes
+BUDGETS = ('macs', 'params', 'latency', 'ratio', 'threshold')
 
 
 @HOOKS.register_module()
-class BasisCompressionHook(Hook):
+class BasisCompressionHook(IntegrityHook):
     """Compress the model of a run before its first iteration, and keep it
     compressed through saving, loading and resuming.
 
@@ -104,6 +109,10 @@ class BasisCompressionHook(Hook):
             assert start.plan is not None
             with replaced_parameters(runner):
                 compression.surgery.restructure(model, start.plan)
+        super().after_load_checkpoint(runner, checkpoint)
+
+    def _wants_all(self, runner: Runner) -> bool:
+        return True
 
     def before_train(self, runner: Runner) -> None:
         """Compress the dense weights, unless the model is compressed."""
@@ -143,6 +152,7 @@ class BasisCompressionHook(Hook):
             checkpoint['state_dict'] = {
                 key[len('module.'):]: value
                 for key, value in checkpoint['state_dict'].items()}
+        super().before_save_checkpoint(runner, checkpoint)
         plan = get_plan(unwrap(model))
         if plan is not None:
             checkpoint['meta'][compression.META_KEY] = plan.to_dict()
@@ -215,6 +225,19 @@ def _calibration_batches(runner: Runner, recipe: Recipe) -> Any:
     return Runner.build_dataloader(to_plain(config), seed=runner.seed)
 
 
+def _check_budget(before: Mapping[str, Any], epoch: int,
+                  planner: Mapping[str, Any]) -> None:
+    """Require that a stage does not ask for more than what came before it, as
+    far as the same kind of budget says so."""
+    for key in BUDGETS:
+        old, new = before.get(key), planner.get(key)
+        if is_number(old) and is_number(new) and new > old:
+            raise ValueError(
+                f'ProgressiveTruncationHook: the stage of epoch {epoch} has '
+                f'{key}={new}, more than {key}={old} before it: ranks are '
+                'lowered, so budgets must not rise')
+
+
 @HOOKS.register_module()
 class ProgressiveTruncationHook(Hook):
     """Lower the ranks in stages while the model is fine-tuned.
@@ -227,25 +250,49 @@ class ProgressiveTruncationHook(Hook):
     Args:
         stages (Sequence[dict]): Each with ``epoch``, before which it is
             reached, counted from 0 and rising, and ``planner``, whose budget
-            is that of the dense model; or a ValueError is raised.
+            is that of the dense model and does not rise; or a ValueError is
+            raised.
     """
 
     # when the other hooks are done with the epoch before
     priority = 'VERY_LOW'
 
     def __init__(self, stages: Sequence[dict]) -> None:
+        list_of('a list of dict(epoch=N, planner=dict(…))', of_type(
+            '', Mapping)).check('ProgressiveTruncationHook: stages', stages)
         self.planners: Dict[int, dict] = {}
         for stage in stages:
             epoch, last = stage.get('epoch'), max(self.planners, default=0)
             if (set(stage) != {'epoch', 'planner'}
-                    or not isinstance(epoch, int) or epoch <= last):
+                    or not is_integer(epoch) or epoch <= last
+                    or not isinstance(stage['planner'], Mapping)):
                 raise ValueError(
                     'a stage of ProgressiveTruncationHook is dict(epoch=N, '
                     'planner=dict(…)); epochs are at least 1 (the first plan '
                     'is that of BasisCompressionHook) and must rise, but got '
-                    f'{dict(stage)} after epoch {last}')
+                    f'{shown(dict(stage))} after epoch {last}')
             Recipe.of(planner=stage['planner'])  # complains at once
+            _check_budget(self.planners.get(last, {}), epoch,
+                          stage['planner'])
             self.planners[epoch] = dict(stage['planner'])
+
+    def before_run(self, runner: Runner) -> None:
+        """Check that all stages are reached, and that the first one takes
+        something away."""
+        loop = runner._train_loop
+        if not isinstance(loop, EpochBasedTrainLoop) or not self.planners:
+            return
+        first, late = min(self.planners), max(self.planners)
+        if late >= loop.max_epochs:
+            raise ValueError(
+                f'ProgressiveTruncationHook: the stage of epoch {late} is '
+                f'never reached, training ends after {loop.max_epochs} epochs')
+        for hook in runner.hooks:
+            if isinstance(hook, BasisCompressionHook):
+                recipe = hook.recipe
+                before = (recipe.planner.config if recipe.planner else
+                          recipe.plan.planner if recipe.plan else {})
+                _check_budget(before, first, self.planners[first])
 
     def before_train(self, runner: Runner) -> None:
         """Check that the run compresses and counts epochs."""

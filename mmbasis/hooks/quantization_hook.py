@@ -16,6 +16,7 @@ from ..models.int8 import (
 from ..optim import bare_model
 from ..registry import HOOKS
 from ..utils.collectives import shared_errors
+from ..utils.schema import COUNT
 from .compression_hook import ProgressiveTruncationHook
 
 
@@ -48,9 +49,7 @@ class QuantizationHook(Hook):
     priority = 'LOW'
 
     def __init__(self, num_batches: int = 32) -> None:
-        if num_batches < 1:
-            raise ValueError(
-                f'num_batches must be positive, but got {num_batches}')
+        COUNT.check('QuantizationHook: num_batches', num_batches)
         self.num_batches = num_batches
         #: of the checkpoint, or calibrated; None before either
         self.scales: Optional[InputScales] = None

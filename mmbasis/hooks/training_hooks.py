@@ -20,6 +20,7 @@ from ..optim import bare_model
 from ..registry import HOOKS
 from ..running import adapter_of, evaluation, train_deterministically
 from ..utils.collectives import shared_errors, together
+from ..utils.schema import BOOL, COUNT, WHOLE
 
 
 class PeriodicHook(Hook):
@@ -32,6 +33,8 @@ class PeriodicHook(Hook):
     """
 
     def __init__(self, interval: int = 1, by_epoch: bool = True) -> None:
+        WHOLE.check(f'{type(self).__name__}: interval', interval)
+        BOOL.check(f'{type(self).__name__}: by_epoch', by_epoch)
         self.interval = interval
         self.by_epoch = by_epoch
 
@@ -123,9 +126,8 @@ class RecalibrationHook(Hook):
     priority = 'LOW'
 
     def __init__(self, num_batches: int = 32, held_out: int = 8) -> None:
-        if num_batches < 1 or held_out < 1:
-            raise ValueError('num_batches and held_out must be positive, but '
-                             f'got {num_batches} and {held_out}')
+        COUNT.check('RecalibrationHook: num_batches', num_batches)
+        COUNT.check('RecalibrationHook: held_out', held_out)
         self.num_batches = num_batches
         self.held_out = held_out
 
@@ -182,6 +184,7 @@ class EpochSeedHook(Hook):
     priority = 'VERY_LOW'
 
     def __init__(self, enabled: bool = True) -> None:
+        BOOL.check('EpochSeedHook: enabled', enabled)
         self.enabled = enabled
 
     def before_train(self, runner: Runner) -> None:

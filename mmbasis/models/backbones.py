@@ -11,6 +11,7 @@ from mmengine.model import Sequential
 from torch import Tensor
 
 from ..registry import MODELS
+from ..utils.schema import COUNT, is_integer
 
 #: initialisation of He et al., 2015, and BatchNorm scales of 1
 HE_NORMAL = [
@@ -34,6 +35,7 @@ class CifarBackbone(Sequential):
 
     def _repeats(self, depth: int, step: int, fixed: int) -> int:
         """How often a network of ``step * n + fixed`` layers repeats."""
+        COUNT.check(f'depth of {type(self).__name__}', depth)
         repeats, rest = divmod(depth - fixed, step)
         if repeats < 1 or rest:
             raise ValueError(
@@ -121,7 +123,7 @@ class CifarVGG(CifarBackbone):
     def __init__(self, depth: int = 16, in_channels: int = 3,
                  **kwargs) -> None:
         super().__init__(**kwargs)
-        if depth not in self.arch_settings:
+        if not is_integer(depth) or depth not in self.arch_settings:
             raise ValueError(f'depth of CifarVGG must be one of '
                              f'{sorted(self.arch_settings)}, but got {depth}')
         for i, channels in enumerate((64, 128, 256, 512, 512)):
@@ -175,6 +177,7 @@ class CifarDenseNet(CifarBackbone):
                  drop_rate: float = 0., in_channels: int = 3,
                  **kwargs) -> None:
         super().__init__(**kwargs)
+        COUNT.check('growth_rate of CifarDenseNet', growth_rate)
         repeats = self._repeats(depth, 3, 4)
         channels = 16
         self.conv1 = _conv3x3(in_channels, channels)

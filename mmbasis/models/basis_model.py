@@ -20,6 +20,7 @@ from ..planning import CompressionPlan
 from ..quirks import repair
 from ..registry import MODELS
 from ..utils.collectives import shared_errors
+from ..utils.schema import NONE, TEXT, shown
 from .builder import pretrained_configs
 from .distillation import Distillation
 
@@ -56,8 +57,14 @@ class BasisModel(BaseModel):
                  data_preprocessor: dict | None = None,
                  **recipe: Any) -> None:
         super().__init__()
+        (TEXT | NONE).check('checkpoint', checkpoint)
         self.recipe = Recipe.of(**recipe)
         if isinstance(architecture, dict):
+            kind = architecture.get('type')
+            if not isinstance(kind, str) and not callable(kind):
+                raise TypeError('architecture must be an MMEngine model, or '
+                                f'its config with a type, but got '
+                                f'{shown(architecture)}')
             if data_preprocessor is not None:
                 architecture = dict(architecture)
                 architecture.setdefault('data_preprocessor', data_preprocessor)
@@ -71,9 +78,10 @@ class BasisModel(BaseModel):
         self.source: str | None = None
         self._trains_itself = _trains_itself(architecture)
         self.distillation = self._teach(architecture)
-        self._adopt(repair(architecture))
-        compression.surgery.guard(architecture)
-        self._start_from(checkpoint)
+        with compression.surgery.all_or_nothing(architecture):
+            self._adopt(repair(architecture))
+            compression.surgery.guard(architecture)
+            self._start_from(checkpoint)
 
     def _adopt(self, architecture: nn.Module) -> None:
         """Share what the architecture holds, and its state dict's hooks."""
@@ -156,8 +164,16 @@ class BasisModel(BaseModel):
                  recipe: Recipe | None = None) -> CompressionPlan:
         """Compress the dense model, which becomes the teacher, by calibration
         batches and a recipe, by default its own."""
+        teaching = self.distillation
+        before = {} if teaching is None else dict(vars(teaching))
         self._take_teacher()
-        return _compress(self.architecture, recipe or self.recipe, dataloader)
+        try:
+            return _compress(self.architecture, recipe or self.recipe,
+                             dataloader)
+        except BaseException:
+            if teaching is not None:  # the next try may be of other weights
+                vars(teaching).update(before)
+            raise
 
     def truncate(self, dataloader: Iterable,
                  recipe: Recipe) -> CompressionPlan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import re
 from collections import Counter
 from functools import partial, reduce
 from typing import Any, Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from ..layers import BasisLayer, copy_module, kind_of
 from ..quirks import DETECTOR_PREFIXES
 from ..running import tensors, train_deterministically
 from ..utils import find_weights
+from ..utils.schema import matching
 
 
 class Distillation:
@@ -239,7 +239,7 @@ def _cast_weights(model: nn.Module) -> list[nn.Parameter]:
 def _find(module: str, names: Iterable[str]) -> list[str]:
     if module in names:
         return [module]
-    found = [name for name in names if re.fullmatch(module, name)]
+    found = matching(module, names, 'a term of distillation: module')
     if not found:
         raise ValueError(f'distillation: the model has no module {module!r}, '
                          'nor does it match a name as a regular expression')

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..compression.start import meta_of
 from ..running import adapter_of, evaluation
 from ..utils.collectives import sum_over_processes
 
@@ -49,7 +50,7 @@ class InputScales:
         Raises:
             ValueError: If they are malformed or of a newer version.
         """
-        data = (checkpoint.get('meta') or {}).get(INT8_KEY)
+        data = meta_of(checkpoint).get(INT8_KEY)
         if data is None:
             return None
         layers = data.get('layers') if isinstance(data, dict) else None

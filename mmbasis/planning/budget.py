@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import heapq
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from mmengine.logging import MMLogger
 
 from ..registry import PLANNERS
+from ..utils.schema import BOOL, NONE, TEXT, Rule, list_of, one_of
 from .costs import Cost, Costs, DeviceCost, Form, Ranks
 from .devices import device_at_hand
 from .latency_table import LatencyTable
@@ -118,11 +119,21 @@ def _fastest(tables: Sequence[Options],
     return plans[min(good, key=lambda n: times[n])]
 
 
+def _names_table(value: Any) -> bool:
+    """Whether a value says which latency table, and perhaps of what."""
+    if not isinstance(value, Mapping):
+        return value is None or isinstance(value, str)
+    return {'path'} <= set(value) <= {
+        'path', 'backend', 'precision', 'device'} and all(
+            isinstance(x, str) or key != 'path' and x is None
+            for key, x in value.items())
+
+
 def check_forms(forms: Sequence[str], cost: Cost) -> tuple[str, ...]:
-    """Require a list of forms that a cost knows; the ValueError says it."""
-    if isinstance(forms, str) or not set(forms) <= set(FORMS) or not forms:
-        raise ValueError(f'BudgetPlanner: forms is a list of '
-                         f'{", ".join(FORMS)}, but got {forms!r}')
+    """Require forms that a cost knows; the ValueError says which."""
+    if not forms:
+        raise ValueError(f'BudgetPlanner: forms must be a list of '
+                         f'{", ".join(FORMS)}, but it is empty')
     missing = [x for x in forms if x not in cost.forms]
     if missing:
         raise ValueError(
@@ -170,6 +181,11 @@ class BudgetPlanner(BasePlanner):
             ``data_aware`` is set and the model's loss is known.
         **kwargs: See :class:`BasePlanner`.
     """
+    RULES = dict(
+        table=Rule('a file, or dict(path=…, backend=…, precision=…, device=…)',
+                   _names_table), device=TEXT | NONE,
+        forms=list_of(f'a list of {", ".join(FORMS)}', one_of(*FORMS)) | NONE,
+        loss_aware=BOOL | NONE)
     ALIGNED = True
     why_dense = 'worth more dense than what it costs'
 
@@ -223,7 +239,10 @@ class BudgetPlanner(BasePlanner):
         of = self.cost.of
         counted = [*free, *(x for x, _ in decided)]
         budget = self.cost.budget(self.budget, counted)
-        budget -= sum(of(x, ranks) for x, ranks in decided)
+        fixed = sum(of(x, ranks) for x, ranks in decided)
+        if fixed > budget * (1 + 1e-9):
+            raise ValueError(self._too_dear(budget, fixed, decided))
+        budget -= fixed
         tables = [self._options(x, lost) for x, lost in zip(free, _lost(free))]
         try:
             plans = [_spend(tables, budget, weight) for weight in self.weights]
@@ -232,6 +251,18 @@ class BudgetPlanner(BasePlanner):
                              f'cannot be met: {error}') from None
         best = _fastest(tables, plans)
         return [x.ranks[index] for x, index in zip(tables, best)]
+
+    def _too_dear(self, budget: float, fixed: float,
+                  decided: Decided) -> str:
+        """Why a budget cannot be met whatever becomes of the other layers."""
+        head = f'BudgetPlanner: {self.metric}={self.budget:g} cannot be met: '
+        if budget < 0:
+            return head + 'what is not compressed takes longer alone'
+        words = [f'{x.layer.name} ({(self._settle(x) or ("", ""))[1]})'
+                 for x, _ in decided[:3]]
+        return (f'{head}{len(decided)} layers whose ranks are decided already '
+                f'cost {fixed:.6g}, more than the budget of {budget:.6g}: '
+                f'{", ".join(words)}')
 
     def plan(self,
              analysis: Analysis,

@@ -2,25 +2,27 @@
 """What layers cost by measured latencies of one model on one device."""
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from ..utils.schema import is_integer, of_type, read_json, shown
 from .costs import Cost, Costs, Ranks
+from .latency_entries import (
+    COMPRESSED_ID,
+    MODEL_ID,
+    check_entries,
+    read_ranks,
+    write_ranks,
+)
 from .layers import FORMS, Layer
 from .plan import CompressionPlan
 
 SCHEMA = 'mmbasis.latency_table'
 #: in version 1 all ranks are of the output form
 VERSIONS = (1, 2)
-#: ids of the entries that are no layer
-MODEL_ID, COMPRESSED_ID, CARRIER = 'model', 'model/compressed', 'carrier'
-#: whether an entry of each form has a rank of the output and of the input
-SIDES = dict(dense=(False, False), output=(True, False), input=(False, True),
-             both=(True, True), spatial=(True, False))
 #: of the time alone, what a layer takes in a model at least
 LEAST_SCALE = .5
 
@@ -78,8 +80,8 @@ class LatencyTable(Cost):
 
     def __init__(self, path: str, data: dict[str, Any]) -> None:
         super().__init__('latency')
-        device = data['device']
-        entries = {e['id']: e for e in data['entries']}
+        version = data['version']
+        device, entries = data['device'], check_entries(data)
         #: what it is of; :meth:`load` takes it
         self.target: dict[str, str] = dict(
             path=path,
@@ -87,7 +89,6 @@ class LatencyTable(Cost):
             backend=data['backend'],
             precision=data['precision'])
         self.record = dict(table=self.target)
-        version = data['version']
         self.curves = _curves(entries, version)
         self.forms = tuple(x for x in FORMS if x == FORMS[0] or any(
             curve.grids[x].choices for curve in self.curves.values()))
@@ -109,8 +110,11 @@ class LatencyTable(Cost):
             self._dense_scale = self._basis_scale = dense_ms / alone
         if compressed is None:
             return
-        read = {name: _read_ranks(x, version, COMPRESSED_ID)
-                for name, x in compressed.get('ranks', {}).items()}
+        given = compressed.get('ranks', {})
+        of_type('a dict by layer', dict).check(
+            f'{COMPRESSED_ID}: ranks', given)
+        read = {name: read_ranks(x, version, f'{COMPRESSED_ID}: {name}')
+                for name, x in given.items()}
         ranks = {name: x for name, x in read.items() if x is not None}
         basis = sum(
             self.cost(name, rank) for name, rank in ranks.items()
@@ -127,28 +131,24 @@ class LatencyTable(Cost):
             FileNotFoundError: If there is no such file.
             ValueError: If it is no complete table, or of another target.
         """
-        with open(path, encoding='utf-8') as file:
-            try:
-                data = json.load(file)
-            except ValueError as error:
-                raise ValueError(f'{path} is not JSON: {error}') from None
+        data = read_json(path)
         if not isinstance(data, dict) or data.get('schema') != SCHEMA:
             raise ValueError(f'{path} is no latency table: make one by '
                              'tools/latency_table.py')
         version = data.get('version')
-        if version not in VERSIONS:
+        if not is_integer(version) or version not in VERSIONS:
             raise ValueError(
-                f'{path} is a latency table of version {version!r}, this '
+                f'{path} is a latency table of version {shown(version)}, this '
                 f'mmbasis reads {" and ".join(map(str, VERSIONS))}')
         if data.get('status') != 'complete':
             raise ValueError(f'{path} is not complete: tools/latency_table.py '
                              'measure goes on where it stopped')
         try:
             table = cls(path, data)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f'{path} is malformed: {error!r} in its entries; '
-                             'was the index of tools/latency_table.py export '
-                             'measured?') from None
+        except ValueError as error:
+            raise ValueError(f'{path} is malformed: {error}; was the index of '
+                             'tools/latency_table.py export measured?'
+                             ) from None
         table.check(**target)
         return table
 
@@ -258,8 +258,7 @@ def refine(path: str, plan: CompressionPlan,
         raise ValueError(f'{path} is of another model than the plan: it lacks '
                          f'{", ".join(other[:4])} ({len(other)} layers in '
                          'all)')
-    with open(path, encoding='utf-8') as file:
-        data = json.load(file)
+    data = read_json(path)
     rows = [x for x in data['entries'] if x['id'] != COMPRESSED_ID]
     write = _write_rank if data['version'] == 1 else write_ranks
     rows.append(dict(
@@ -275,51 +274,45 @@ def _write_rank(ranks: Ranks) -> int:
     return ranks.output
 
 
-def write_ranks(ranks: Ranks | None) -> dict[str, Any]:
-    """What an entry says of a layer: its form, and its ranks as in a plan."""
-    if ranks is None:
-        return dict(form='dense', rank=None, input_rank=None)
-    return dict(form=ranks.form, rank=ranks.output, input_rank=ranks.input)
-
-
-def _read_ranks(entry: Any, version: int, name: str) -> Ranks | None:
-    """The ranks that an entry is of, None for the dense layer; the error
-    names the key that is missing, or what does not fit together."""
-    if version == 1:
-        rank = entry['rank'] if isinstance(entry, dict) else entry
-        return None if rank is None else Ranks(rank)
-    form, sides = entry['form'], (entry['rank'], entry['input_rank'])
-    if SIDES.get(form) != tuple(x is not None for x in sides) or not all(
-            isinstance(x, int) and x > 0 for x in sides if x is not None):
-        raise ValueError(f'{name}: form={form!r}, rank={sides[0]!r} and '
-                         f'input_rank={sides[1]!r} do not fit together')
-    return None if form == 'dense' else Ranks(*sides, form == 'spatial')
+def _uses(layers: Sequence[dict]) -> tuple[dict[str, dict], dict[str, list]]:
+    """How often each layer sees each input shape, by group, and the shape of
+    its weights."""
+    uses: dict[str, dict] = defaultdict(dict)
+    shapes: dict[str, list[int]] = {}
+    for entry in layers:
+        for name, count in entry['uses'].items():
+            uses[name][entry['group']] = count
+            shape = shapes.setdefault(name, entry['weight_shape'])
+            if shape != entry['weight_shape']:
+                raise ValueError(f'{entry["id"]}: weight_shape of {name} is '
+                                 f'{entry["weight_shape"]}, elsewhere {shape}')
+    return uses, shapes
 
 
 def _curves(entries: dict[str, dict], version: int) -> dict[str, Curve]:
     """By layer, the sums over all input shapes that it sees."""
     groups: dict[str, dict] = defaultdict(dict)
     noise: dict[str, float] = defaultdict(float)
-    uses: dict[str, dict] = defaultdict(dict)  # groups and counts by layer
-    shapes = {}
-    for entry in entries.values():
-        if entry.get('role') == 'layer':
-            # what feeds the layer is not the layer's
-            feed = entries[entry['carrier']]['median_ms']
-            key = entry['group']
-            ranks = _read_ranks(entry, version, entry['id'])
-            groups[key][ranks] = max(entry['median_ms'] - feed, 1e-6)
-            noise[key] = max(noise[key], entry['noise_ms'])
-            for name, count in entry['uses'].items():
-                uses[name][key] = count
-                shapes[name] = entry['weight_shape']
+    layers = [x for x in entries.values() if x.get('role') == 'layer']
+    for entry in layers:
+        # what feeds the layer is not the layer's
+        feed = entries[entry['carrier']]['median_ms']
+        key, ranks = entry['group'], read_ranks(entry, version, entry['id'])
+        if ranks in groups[key]:
+            raise ValueError(f'{entry["id"]}: group {key!r} has an entry of '
+                             'the same form and ranks')
+        groups[key][ranks] = max(entry['median_ms'] - feed, 1e-6)
+        noise[key] = max(noise[key], entry['noise_ms'])
+    uses, shapes = _uses(layers)
     curves = {}
     for name, counts in uses.items():
         common = set.intersection(*(set(groups[key]) for key in counts))
+        if None not in common:
+            raise ValueError(f'{name} has no entry of the dense layer')
         times = {
             ranks: sum(count * groups[key][ranks]
                        for key, count in counts.items())
-            for ranks in common | {None}
+            for ranks in common
         }
         dense = times[None]
         grids: dict[str, dict] = defaultdict(dict)

@@ -16,7 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from ..layers import BasisLayer, DenseKind, kind_of, why_not
 from ..running import Targets
+from ..utils.schema import matching
 
+#: what must be finite in a module
+CHECKED = ('weight', 'bias', 'running_mean', 'running_var')
 #: what a layer may become
 FORMS = ('output', 'input', 'both', 'spatial')
 
@@ -189,12 +192,9 @@ def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
     """Require that each pattern matches some layer; the ValueError names
     ``key``, where they were given, the pattern and what there is."""
     for pattern in patterns:
-        try:
-            if any(layer.matches(pattern) for layer in layers):
-                continue
-        except re.error as error:
-            raise ValueError(f'{key}: {pattern!r} is not a regular '
-                             f'expression: {error}') from None
+        found = matching(pattern, [x.name for x in layers], key)
+        if found or any(pattern in x.types for x in layers):
+            continue
         shown = ', '.join([x.name for x in layers[:5]] +
                           ['…'] * (len(layers) > 5))
         raise ValueError(
@@ -203,16 +203,19 @@ def check_patterns(layers: Sequence[Layer], patterns: Sequence[str],
             f'name or be a class name. Layers: {shown}')
 
 
-def check_finite(layers: Sequence[Layer]) -> None:
-    """Require finite weights and biases; the ValueError names layers."""
-    broken = [
-        layer.name for layer in layers
-        if not all(is_lazy(x) or bool(torch.isfinite(x).all())
-                   for x in layer.module.parameters(recurse=False))
-    ]
+def check_finite(model: nn.Module) -> None:
+    """Require finite weights and biases of all modules, and statistics of
+    normalisations; the ValueError names them."""
+    broken = []
+    for name, module in model.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        broken += [
+            f'{name}.{key}'.lstrip('.') for key in CHECKED
+            if tensors.get(key) is not None and not is_lazy(tensors[key])
+            and not bool(torch.isfinite(tensors[key]).all())]
     if broken:
         raise ValueError('weights are NaN or infinite in '
-                         f'{", ".join(broken[:5])} ({len(broken)} layers); '
+                         f'{", ".join(broken[:5])} ({len(broken)} tensors); '
                          'compress a checkpoint whose training converged')
 
 

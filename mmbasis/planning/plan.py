@@ -1,50 +1,72 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """What becomes of each layer of a model."""
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
 from typing import Any, Dict, List, Optional
 
 from ..utils.io import write_atomically
+from ..utils.schema import (
+    BOOL,
+    COUNT,
+    NONE,
+    POSITIVE,
+    SHAPE,
+    SHARE,
+    TEXT,
+    WEIGHT,
+    WHOLE,
+    Checked,
+    Rule,
+    check_all,
+    checked,
+    dict_of,
+    is_integer,
+    list_of,
+    read_json,
+    shown,
+)
 from ..version import __version__
 from .costs import Costs, Ranks
 
 #: Raised when a reader of an older version could misread a plan.
 PLAN_VERSION = 2
+_PAIR = list_of('a list of two numbers of at least 0', WEIGHT, 2)
+#: what stands beside the layers
+_HEAD: Dict[str, Rule] = dict(
+    norm=BOOL,
+    planner=dict_of('a dict', Rule('', lambda x: True)),
+    predicted_ms=dict_of(
+        'by device, positive numbers "before" and "after"', Rule(
+            '', lambda x: isinstance(x, dict) and all(
+                POSITIVE.allows(x.get(k)) for k in ('before', 'after')))))
+#: what is used of the planner's record
+_RECORD = dict(data_aware=BOOL, loss_aware=BOOL | NONE)
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(Checked):
     """How one layer is represented: basis filters per group (None for no
     coefficients), as many of them as lose nothing, name of the kind of layer,
     shape of the dense weights, whether it has a bias, fraction of its energy
     that is kept, multiply-accumulates of one image and parameters, each before
     and after, and input channels of the basis per group (None for no input
     basis); and whether the basis is k x 1 and the coefficients 1 x k."""
-    rank: Optional[int]
-    full_rank: int
-    kind: str
-    shape: List[int]
-    bias: bool
-    energy: float
-    macs: List[float]
-    params: List[int]
-    input_rank: Optional[int] = None
-    spatial: bool = False
+    rank: Optional[int] = checked(COUNT | NONE)
+    full_rank: int = checked(COUNT)
+    kind: str = checked(TEXT)
+    shape: List[int] = checked(SHAPE)
+    bias: bool = checked(BOOL)
+    energy: float = checked(SHARE)
+    macs: List[float] = checked(_PAIR)
+    params: List[int] = checked(_PAIR)
+    input_rank: Optional[int] = checked(COUNT, None)
+    spatial: bool = checked(BOOL, False)
 
     def __post_init__(self) -> None:
-        given = [x for x in self.ranks[:2] if x is not None] or [self.rank]
-        for rank in given:
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError('the plan has a layer whose rank is no '
-                                 f'positive integer: {rank!r}')
-        if not isinstance(self.spatial, bool):
-            raise ValueError('the plan has a layer whose spatial is neither '
-                             f'true nor false: {self.spatial!r}')
-        for key in ('shape', 'macs', 'params'):
-            if not isinstance(getattr(self, key), (list, tuple)):
-                raise ValueError(f'the plan has a layer whose {key} is no '
-                                 f'list: {getattr(self, key)!r}')
+        super().__post_init__()
+        if self.rank is None and (self.input_rank is None or self.spatial):
+            raise ValueError('rank must be a positive integer, but got None')
 
     @property
     def ranks(self) -> Ranks:
@@ -69,18 +91,18 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class DensePlan:
+class DensePlan(Checked):
     """A layer that stays as it is: why, whether it was the planner's choice
     (such layers count towards the budget), shape of the weights,
     multiply-accumulates of one image, parameters, and whether it got a bias
     that the architecture does not give it (it was merged from a basis layer
     that had one)."""
-    reason: str
-    compressible: bool
-    shape: List[int]
-    macs: float
-    params: int
-    bias: bool = False
+    reason: str = checked(TEXT)
+    compressible: bool = checked(BOOL)
+    shape: List[int] = checked(SHAPE)
+    macs: float = checked(WEIGHT)
+    params: int = checked(WHOLE)
+    bias: bool = checked(BOOL, False)
 
     @classmethod
     def of(cls, costs: Costs, reason: str, compressible: bool) -> 'DensePlan':
@@ -160,20 +182,27 @@ class CompressionPlan:
             raise ValueError('this is not a compression plan: a mapping with '
                              '"version" and "layers" is expected')
         version = data.get('version')
-        if not isinstance(version, int) or version > PLAN_VERSION:
+        if not is_integer(version) or not 1 <= version <= PLAN_VERSION:
             raise ValueError(
                 f'the plan has version {version!r}, this mmbasis '
                 f'({__version__}) reads up to {PLAN_VERSION}: upgrade mmbasis')
+        check_all('the plan: ', _HEAD, data)
+        layers = _entries(data['layers'], 'layers', LayerPlan)
+        dense = _entries(data.get('dense', {}), 'dense', DensePlan)
+        both = sorted(layers.keys() & dense.keys())
+        if both:
+            raise ValueError(f'the plan has {both[0]!r} in layers and in '
+                             f'dense ({len(both)} in all)')
         try:
-            layers = {k: LayerPlan(**v) for k, v in data['layers'].items()}
-            dense = data.get('dense', {}).items()
-            return cls(layers, {k: DensePlan(**v) for k, v in dense},
-                       bool(data.get('norm', False)),
-                       dict(data.get('planner', {})),
-                       _times(data.get('predicted_ms', {})))
-        except (AttributeError, TypeError) as error:
+            planner = deepcopy(dict(data.get('planner', {})))
+        except RecursionError:
             raise ValueError(
-                f'the plan has a malformed layer: {error}') from None
+                'the plan: planner is nested too deeply') from None
+        check_all('the plan: planner.', _RECORD, planner)
+        times = data.get('predicted_ms', {})
+        return cls(layers, dense, data.get('norm', False), planner, {
+            name: {k: float(row[k]) for k in ('before', 'after')}
+            for name, row in times.items()})
 
     def dumps(self) -> str:
         """JSON with one line per layer, so that plans can be read and compared
@@ -200,23 +229,28 @@ class CompressionPlan:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no plan, or one of a newer version.
         """
+        data = read_json(path)
         try:
-            with open(path, encoding='utf-8') as file:
-                return cls.from_dict(json.load(file))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f'{path} is not JSON: {error}') from None
+            return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None
 
 
-def _times(data: Any) -> Dict[str, Dict[str, float]]:
-    """The predicted times of a plan, as plain types."""
-    try:
-        times = {name: {k: float(row[k]) for k in ('before', 'after')}
-                 for name, row in data.items()}
-        if all(0 < x < inf for row in times.values() for x in row.values()):
-            return times
-    except (AttributeError, LookupError, TypeError, ValueError):
-        pass
-    raise ValueError('the plan has predicted_ms that are not, by device, '
-                     f'positive numbers "before" and "after": {data!r}')
+def _entries(data: Any, key: str, cls: Any) -> Dict[str, Any]:
+    """The entries of layers by name; the error says which one is wrong."""
+    if not isinstance(data, dict):
+        raise ValueError(f'the plan: {key} must be a dict by layer, but got '
+                         f'{shown(data)}')
+    entries = {}
+    for name, row in data.items():
+        where = f'the plan has a malformed layer, {key}[{shown(name)}]'
+        if not isinstance(name, str) or not isinstance(row, dict):
+            raise ValueError(f'{where}: {shown(row)}')
+        try:
+            entry = entries[name] = cls(**row)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{where}: {error}') from None
+        rank = getattr(entry, 'rank', None) or 1
+        if rank > getattr(entry, 'full_rank', rank):
+            raise ValueError(f'{where}: rank {rank} is above full_rank')
+    return entries

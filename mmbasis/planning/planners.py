@@ -5,12 +5,23 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 from ..registry import PLANNERS
 from ..running import Targets
 from ..utils.io import to_json
+from ..utils.schema import (
+    BOOL,
+    COUNT,
+    NONE,
+    PATTERNS,
+    Rule,
+    check_all,
+    dict_of,
+    is_integer,
+    is_number,
+    shown,
+)
 from .costs import Cost, Costs, Form, Ranks, predicted_ms
 from .layers import Exclusion, Layer, Reason, Rules, Selection, check_patterns
 from .plan import CompressionPlan, DensePlan, LayerPlan
@@ -19,6 +30,8 @@ from .statistics import Analysis
 #: what hardware wants channels to be multiples of (tensor cores in half
 #: precision, blocks of a CPU), and channels from which that is worth the loss
 ALIGNMENT, WIDE = 8, 64
+#: ranks by pattern; :func:`check_ranks` looks at the ranks
+BY_PATTERN = dict_of('a dict of ranks by pattern', Rule('', lambda x: True))
 #: layers that are decided already, with their rank or None for dense
 Decided = Sequence[Tuple[Costs, Optional[Ranks]]]
 #: what :meth:`BasePlanner.choose` returns
@@ -27,23 +40,21 @@ Choice = Sequence[Union[None, int, Ranks]]
 
 def check_fraction(key: str, value: float) -> float:
     """Require a number in ``(0, 1]``; the error names the key."""
-    if (not isinstance(value, (int, float)) or isinstance(value, bool)
-            or not 0 < value <= 1):
-        raise ValueError(f'{key} must be in (0, 1], but got {value!r}')
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f'{key} must be in (0, 1], but got {shown(value)}')
     return float(value)
 
 
 def is_rank(value: Any) -> bool:
     """Whether a value is a positive integer."""
-    return (isinstance(value, Integral) and not isinstance(value, bool)
-            and int(value) >= 1)
+    return is_integer(value) and value >= 1
 
 
 def check_ranks(key: str, ranks: Mapping[str, int | str],
                 word: str) -> dict[str, int | str]:
     """Require, by pattern, positive ranks or a word; a copy."""
     for pattern, rank in ranks.items():
-        if rank != word and not is_rank(rank):
+        if not is_rank(rank) and not (isinstance(rank, str) and rank == word):
             raise ValueError(f'{key}[{pattern!r}] must be a positive rank or '
                              f'"{word}", but got {rank!r}')
     return dict(ranks)
@@ -108,6 +119,10 @@ class BasePlanner(ABC):
             layer's outputs on calibration images instead of from its weights
             alone. The default depends on the planner.
     """
+    #: what arguments may be; classes that derive from it add their own
+    RULES: Mapping[str, Rule] = dict(
+        include=PATTERNS, exclude=PATTERNS, overrides=BY_PATTERN | NONE,
+        prediction_layers=BOOL, round_to=COUNT | NONE, data_aware=BOOL | NONE)
     #: default of ``data_aware``
     DATA_AWARE = True
     #: whether ranks are by default aligned to what hardware wants
@@ -126,8 +141,10 @@ class BasePlanner(ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> BasePlanner:
         planner = super().__new__(cls)
         names = list(inspect.signature(cls.__init__).parameters)[1:]
-        planner.config = to_json(
-            dict(type=cls.__name__, **dict(zip(names, args)), **kwargs))
+        given = dict(zip(names, args), **kwargs)
+        for base in cls.__mro__:
+            check_all(f'{cls.__name__}: ', vars(base).get('RULES', {}), given)
+        planner.config = to_json(dict(type=cls.__name__, **given))
         return planner
 
     def __init__(self,
@@ -137,12 +154,6 @@ class BasePlanner(ABC):
                  prediction_layers: bool = False,
                  round_to: int | None = None,
                  data_aware: bool | None = None) -> None:
-        if isinstance(include, str) or isinstance(exclude, str):
-            raise ValueError('include and exclude are lists of patterns, but '
-                             'one of them is a single string')
-        if round_to is not None and not is_rank(round_to):
-            raise ValueError(f'round_to must be a positive integer, but got '
-                             f'{round_to!r}')
         self.overrides = check_ranks('overrides', overrides or {}, 'dense')
         #: patterns that ranks are given to
         self.named = {k for k, v in self.overrides.items() if v != 'dense'}
@@ -326,6 +337,8 @@ class FixedPlanner(BasePlanner):
             layer costs more than it does dense. Defaults to False.
         **kwargs: See :class:`BasePlanner`.
     """
+
+    RULES = dict(ranks=BY_PATTERN, allow_costlier=BOOL)
 
     def __init__(self,
                  ranks: dict[str, int | str],

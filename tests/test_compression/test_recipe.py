@@ -75,6 +75,9 @@ nan = float('nan')
     (dict(distillation=dict(chekpoint='a')), 'distillation must be'),
     (dict(distillation=dict(task_weight=-1.)), 'distillation.task_weight'),
     (dict(distillation=dict(terms='head')), 'distillation.terms'),
+    (dict(distillation=dict(terms=[])), 'at least one term'),
+    (dict(config=dict(norm=True)), 'config is no field'),
+    (dict(norm=0), 'norm must be True or False, but got 0'),
     (dict(distillation=dict(terms=[dict(module='x')])), 'not complete'),
     (dict(distillation=dict(terms=[dict(module='x', type='l1')])), "'kl' or"),
     (dict(distillation=dict(

@@ -183,10 +183,26 @@ def test_bias_keeps_its_state_when_it_moves(first, second):
     ([dict(epoch=2, planner=budget(.5)),
       dict(epoch=1, planner=budget(.4))], 'must rise'),
     ([dict(epoch=1, planner=budget(2))], 'in \\(0, 1\\]'),
+    ([dict(epoch=1, planner=budget(.3)),
+      dict(epoch=2, planner=budget(.4))], r'macs=0.4, more than macs=0.3'),
+    ([dict(epoch=True, planner=budget(.5))], 'at least 1'),
+    ([dict(epoch=1, planner='BudgetPlanner')], 'planner=dict'),
+    (dict(epoch=1, planner=budget(.5)), 'stages must be a list'),
+    (3, 'stages must be a list'),
 ])
 def test_bad_stages(stages, message):
     with pytest.raises(ValueError, match=message):
         ProgressiveTruncationHook(stages)
+
+
+@pytest.mark.parametrize('stage, message', [
+    (dict(epoch=9, planner=budget(.2)), 'epoch 9 is never reached, .* 4 ep'),
+    (dict(epoch=1, planner=budget(.9)), 'has macs=0.9, more than macs='),
+])
+def test_stages_that_make_no_sense_in_a_run(cfg, stage, message):
+    cfg.custom_hooks[2].stages = [stage]
+    with pytest.raises(ValueError, match=message):
+        run(cfg)
 
 
 def test_needs_a_run_that_compresses(cfg):

@@ -122,7 +122,7 @@ def test_pointwise_layers_have_one_side():
 
 @pytest.mark.parametrize('forms', ['both', [], ['sideways']])
 def test_wrong_forms_are_named(forms):
-    with pytest.raises(ValueError, match='forms is a list of output, input'):
+    with pytest.raises(ValueError, match='forms must be a list of output'):
         BudgetPlanner(macs=.5, forms=forms)
 
 

@@ -87,11 +87,22 @@ def test_basis_layers_are_not_looked_into():
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_broken_weights_are_named(value):
     model = Net()
-    check_finite(find_layers(model))
+    check_finite(model)
     with torch.no_grad():
         model.blocks[1].weight[3, 2] = value
-    with pytest.raises(ValueError, match=r'NaN or infinite in blocks\.1'):
-        check_finite(find_layers(model))
+    with pytest.raises(ValueError, match=r'infinite in blocks\.1\.weight \('):
+        check_finite(model)
+
+
+@pytest.mark.parametrize('key', ['weight', 'bias', 'running_mean',
+                                 'running_var'])
+def test_broken_statistics_are_named(key):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    check_finite(model)
+    with torch.no_grad():
+        getattr(model[1], key)[2] = float('nan')
+    with pytest.raises(ValueError, match=rf'infinite in 1\.{key} \(1 tensors'):
+        check_finite(model)
 
 
 def test_weights_of_a_class_of_their_own_are_not_lazy():
@@ -109,7 +120,7 @@ def test_weights_of_a_class_of_their_own_are_not_lazy():
 def test_lazy_layers_do_no_harm():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LazyConv2d(6, 3))
     layers = find_layers(model)
-    check_finite(layers)
+    check_finite(model)
     assert 'lazy' in layers[1].obstacle.words
 
 

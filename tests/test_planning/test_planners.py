@@ -138,8 +138,12 @@ def test_unknown_planner():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(include='conv1'), 'lists of patterns'),
-    (dict(exclude='conv1'), 'lists of patterns'),
+    (dict(include='conv1'), 'include must be a list of patterns'),
+    (dict(exclude='conv1'), 'exclude must be a list of patterns'),
+    (dict(include=5), 'include must be a list of patterns, but got 5'),
+    (dict(overrides=['a']), 'overrides must be a dict of ranks by pattern'),
+    (dict(prediction_layers='no'), 'prediction_layers must be True or False'),
+    (dict(data_aware=1), 'data_aware must be True or False'),
     (dict(round_to=0), 'round_to must be a positive integer'),
     (dict(round_to=1.5), 'round_to must be a positive integer'),
     (dict(overrides={'a': 0}), "overrides\\['a'\\]"),

@@ -1,0 +1,128 @@
+# Copyright (c) mmbasis authors. All rights reserved.
+"""Whether weights are all there, of the right shape, and numbers."""
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Iterable, Mapping
+
+import torch
+import torch.nn as nn
+from mmengine.logging import MMLogger
+from mmengine.runner.checkpoint import get_state_dict, load_state_dict
+from torch.nn.parameter import is_lazy
+
+from ..utils.schema import shown
+from .surgery import check_state_dict
+
+#: buffers that a model cannot do without
+_STATISTICS = ('running_mean', 'running_var')
+
+
+def essential(model: nn.Module) -> set[str]:
+    """What a model must have to be the one that was trained, as keys of its
+    state dict: its parameters, and the statistics of its normalisations.
+    Other buffers it can make itself."""
+    buffers = {k for k, _ in model.named_buffers(remove_duplicate=False)}
+    return {k for k in model.state_dict()
+            if k not in buffers or k.rpartition('.')[2] in _STATISTICS}
+
+
+def not_finite(weights: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of some keys whose tensors are NaN or infinite somewhere."""
+    return [
+        key for key in keys if torch.is_tensor(weights.get(key))
+        and not is_lazy(weights[key])
+        and not bool(torch.isfinite(weights[key]).all())]
+
+
+def weights_of(checkpoint: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """The weights in a checkpoint; a ValueError if it holds none. As MMEngine
+    does, it forgets the distributed wrapper in their names."""
+    weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, dict) or not all(
+            isinstance(key, str) for key in weights) or not any(
+                map(torch.is_tensor, weights.values())):
+        raise ValueError(
+            f'{owner} has no weights: state_dict must be a dict of tensors by '
+            f'name, but got {shown(weights)}')
+    if not any(key.startswith('module.') for key in weights):
+        return weights
+    found = OrderedDict(
+        (k[len('module.'):] if k.startswith('module.') else k, x)
+        for k, x in weights.items())
+    vars(found)['_metadata'] = getattr(weights, '_metadata', OrderedDict())
+    return found
+
+
+def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
+                  complete: bool = True) -> None:
+    """Refuse weights that are not those of a model.
+
+    Args:
+        model (nn.Module): Of the structure that the weights should have; it
+            takes them, if they are to be complete.
+        weights (dict[str, Tensor]): By name, see :func:`weights_of`.
+        owner (str): Where they come from, for messages.
+        complete (bool): Whether all must be there, as for a test; a dense
+            model may be trained from some of them. Defaults to True.
+
+    Raises:
+        RuntimeError: If they are of another structure, incomplete, or of
+            other shapes.
+        ValueError: If some are NaN or infinite.
+    """
+    check_state_dict(model, weights)
+    keys = essential(model)
+    broken = not_finite(weights, sorted(keys))
+    if broken:
+        raise ValueError(f'{owner}: NaN or infinite in {_names(broken)}')
+    if not complete:
+        return
+    try:
+        # models rename what older versions wrote, as they load it
+        found = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f'{owner} does not fit the model: {error}') from None
+    missing = [x for x in found.missing_keys if x in keys]
+    if missing:
+        raise RuntimeError(f'{owner} does not fit the model: it lacks '
+                           f'{_names(missing)}')
+
+
+def _names(keys: list[str]) -> str:
+    return f'{", ".join(keys[:3])} ({len(keys)} in all)'
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any],
+                 path: str) -> None:
+    """Load all weights of a model, or none.
+
+    Args:
+        model (nn.Module): Of the structure that the weights have.
+        checkpoint (dict): What :func:`read_checkpoint` returned.
+        path (str): Where it came from, for messages.
+
+    Raises:
+        RuntimeError: If weights of the model are missing in the checkpoint or
+            have another shape.
+        ValueError: If there are none, or some are NaN or infinite.
+    """
+    weights = weights_of(checkpoint, path)
+    check_state_dict(model, weights)
+    own = get_state_dict(model)
+    shapes = {k: tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
+              for k, x in weights.items()}
+    wrong = [f'{key}: missing' if key not in shapes else
+             f'{key}: {shapes[key]}, not {tuple(x.shape)}'
+             for key, x in own.items() if 'num_batches_tracked' not in key
+             and torch.is_tensor(x) and shapes.get(key) != tuple(x.shape)]
+    if wrong:
+        raise RuntimeError(f'{path} does not fit the model: '
+                           f'{"; ".join(wrong[:3])} ({len(wrong)} of '
+                           f'{len(own)} weights)')
+    broken = not_finite(weights, sorted(essential(model)))
+    if broken:
+        raise ValueError(f'{path}: NaN or infinite in {_names(broken)}')
+    logger = MMLogger.get_current_instance()
+    load_state_dict(model, weights, strict=False, logger=logger)
