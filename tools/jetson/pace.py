@@ -13,9 +13,10 @@ from .util import now
 
 #: times the best product so far that counts as full speed
 TOLERANCE = 1.2
-#: seconds before a product: threads of ONNX Runtime spin for a tenth of one
-#: after a run, and a product beside them takes twice as long
-REST = .2
+#: seconds before and after a product. Threads of ONNX Runtime spin for a tenth
+#: of one after a run, those of the product for some hundredths; what comes next
+#: shares the cores with them, and takes twice as long or 4 ms longer
+BEFORE, AFTER = .2, .1
 
 
 class Pace:
@@ -31,13 +32,14 @@ class Pace:
         self.best_ms = best_ms
 
     def probe(self):
-        """Returns the median time of five products after a rest, ms."""
-        time.sleep(REST)
+        """Returns the median time of five products, with rests around, ms."""
+        time.sleep(BEFORE)
         times = []
         for _ in range(5):
             start = now()
             self._matrix.dot(self._matrix)
             times.append((now() - start) * 1e3)
+        time.sleep(AFTER)
         found = quantile(sorted(times), .5)
         self.best_ms = min(found, self.best_ms or found)
         return found
