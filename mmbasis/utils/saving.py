@@ -308,7 +308,8 @@ def _problem_of(file: str) -> Optional[str]:
         return None if {'epoch', 'iter'} <= set(meta) else (
             'it is not a checkpoint of a run')
     except Exception as error:
-        return f'{type(error).__name__}: {error}'.partition('\n')[0]
+        reason = f'{type(error).__name__}: {error}'.partition('\n')[0]
+        return f'it cannot be read, it may be truncated ({reason})'
 
 
 def _complete_mmengine() -> None:

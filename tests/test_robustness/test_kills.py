@@ -79,7 +79,9 @@ def newest(folder):
 
 def cut(path):
     content = path.read_bytes()
+    age = path.stat().st_mtime
     path.write_bytes(content[:len(content) // 2])
+    os.utime(path, (age, age))
 
 
 def test_last_checkpoint_decides(work_dir):
@@ -101,7 +103,7 @@ def test_a_checkpoint_that_was_not_named_yet(work_dir, content):
 
 def test_damaged_checkpoints_are_passed_over(work_dir):
     cut(work_dir / 'epoch_3.pth')
-    (work_dir / 'epoch_2.pth').write_bytes(b'')
+    cut(work_dir / 'epoch_2.pth')
     (work_dir / 'epoch_4.pth.tmp12').write_bytes(b'half')
     assert newest(work_dir) == 'epoch_1.pth'
     assert not (work_dir / 'epoch_4.pth.tmp12').exists()
