@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mmengine.logging import MMLogger
 
 import mmbasis
 import tests.toy  # noqa: F401
@@ -724,6 +725,7 @@ def attack(inputs, surfaces=tuple(SURFACES)):
     """
     counts, examples, seen = defaultdict(Counter), [], set()
     schema.PATTERN_SECONDS = .2
+    MMLogger.get_current_instance()  # or its stream would be one of ours
     sys.path.insert(0, str(ROOT / 'tools'))
     for surface in surfaces:
 
@@ -768,6 +770,7 @@ def main():
     parser.add_argument('--out', help='JSON')
     args = parser.parse_args()
     start = time.time()
+    MMLogger.get_current_instance().setLevel('ERROR')
     counts, examples = attack(args.inputs, args.surfaces)
     print('\n'.join(examples))
     print(report(counts))
