@@ -727,12 +727,12 @@ def attack(inputs, surfaces=tuple(SURFACES)):
     schema.PATTERN_SECONDS = .2
     MMLogger.get_current_instance()  # or its stream would be one of ours
     sys.path.insert(0, str(ROOT / 'tools'))
-    for surface in surfaces:
+    for name in surfaces:
 
         @settings(max_examples=inputs, deadline=None, database=None,
                   derandomize=True, phases=[Phase.generate],
                   suppress_health_check=list(HealthCheck))
-        @given(SURFACES[surface][0]())
+        @given(SURFACES[name][0]())
         def give(case):
             key = repr((case.surface, case.value))
             if key in seen:
@@ -741,9 +741,9 @@ def attack(inputs, surfaces=tuple(SURFACES)):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 result, why = outcome(case)
-            counts[surface][result] += 1
+            counts[case.surface][result] += 1
             if result != 'clear error':
-                examples.append(f'{surface}: {result}: '
+                examples.append(f'{case.surface}: {result}: '
                                 f'{str(case.value)[-200:]} '
                                 f'{str(case.words)[:80]} {why}')
 
