@@ -44,11 +44,10 @@ from mmbasis.datasets import calibration_dataloader
 from mmbasis.models import build_dense
 from mmbasis.planning import Analysis, CompressionPlan
 from mmbasis.running import model_complexity
-from mmbasis.utils import load_config
+from mmbasis.utils import load_config, schema
 from mmbasis.utils.io import write_atomically
 from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
-from mmbasis.utils.schema import COUNT, FRACTION, WHOLE, argument, read_json
 from mmbasis.visualization import (
     plot_curves,
     plot_losses,
@@ -78,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--budgets',
         nargs='+',
-        type=argument(float, FRACTION),
+        type=schema.argument(float, schema.FRACTION),
         default=[.25, .36, .5, .7],
         help='fractions of the MACs to keep; energies, too, for the paper')
     parser.add_argument(
@@ -88,15 +87,16 @@ def parse_args() -> argparse.Namespace:
         default=['loss', 'energy', 'paper'])
     parser.add_argument(
         '--calib-batches',
-        type=argument(int, COUNT),
+        type=schema.argument(int, schema.COUNT),
         default=8,
         help='batches of the training loader for the statistics (default 8)')
     parser.add_argument(
         '--metric', help='what is drawn; default: the first of the evaluator')
     parser.add_argument('--work-dir', help='where the results go')
-    parser.add_argument('--seed', type=argument(int, WHOLE), default=0)
+    parser.add_argument(
+        '--seed', type=schema.argument(int, schema.WHOLE), default=0)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    return parser.parse_args()
+    return schema.parse_arguments(parser)
 
 
 class Measurements:
@@ -113,7 +113,7 @@ class Measurements:
         self.data: Dict[str, Any] = dict(
             settings=settings, layers=[], points=[])
         if osp.isfile(self.path):
-            found = read_json(self.path)
+            found = schema.read_json(self.path)
             of = found.get('settings') if isinstance(found, dict) else found
             if of != settings:
                 raise ValueError(f'{self.path} is of {of}, not of {settings}: '

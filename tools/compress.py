@@ -35,7 +35,13 @@ from mmbasis.utils import find_weights, load_config
 from mmbasis.utils.io import whole_set, write_atomically
 from mmbasis.utils.libraries import check_library
 from mmbasis.utils.runner import check_evaluation, evaluate, example_batch
-from mmbasis.utils.schema import COUNT, FRACTION, WHOLE, argument
+from mmbasis.utils.schema import (
+    COUNT,
+    FRACTION,
+    WHOLE,
+    argument,
+    parse_arguments,
+)
 from mmbasis.visualization import plot_ranks, plot_spectra
 
 RECALIBRATION = dict(auto='auto', always=True, never=False)
@@ -103,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', help='where the results go')
     parser.add_argument('--seed', type=argument(int, WHOLE), default=0)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    args = parser.parse_args()
+    args = parse_arguments(parser)
 
     sources = [x for x in (args.table, args.device) if x is not None]
     if len(sources) != (args.latency is not None):

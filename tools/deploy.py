@@ -42,7 +42,7 @@ from mmbasis.deploy import (
 )
 from mmbasis.utils import find_weights, load_config
 from mmbasis.utils.io import write_atomically
-from mmbasis.utils.schema import COUNT, argument
+from mmbasis.utils.schema import COUNT, argument, parse_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,7 +100,7 @@ def parse_args() -> argparse.Namespace:
         'the files and, for comparison, of the dense model')
     parser.add_argument('--compute-capability', default='8.6')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     if (args.merge is None) != (args.table is None):
         parser.error('--merge auto and --table belong together')
     return args

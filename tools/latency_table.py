@@ -32,7 +32,13 @@ from mmbasis.planning import LatencyTable, refine
 from mmbasis.planning.layers import FORMS
 from mmbasis.utils import load_config
 from mmbasis.utils.io import write_atomically
-from mmbasis.utils.schema import COUNT, POSITIVE, WEIGHT, argument
+from mmbasis.utils.schema import (
+    COUNT,
+    POSITIVE,
+    WEIGHT,
+    argument,
+    parse_arguments,
+)
 
 
 def _shape(text: str) -> tuple:
@@ -113,7 +119,7 @@ def parse_args() -> argparse.Namespace:
     refined.add_argument('--out', required=True, help='the new table (JSON)')
     show = commands.add_parser('show', help='print a table')
     show.add_argument('table')
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def samples_for(cfg, shape: tuple):

@@ -66,11 +66,11 @@ def take_batches(dataloader: Iterable, num_batches: int | None = None,
         num_held_out (int): How many to hold out at most. Defaults to 1.
     """
     (COUNT | NONE).check('num_batches', num_batches)
-    try:
-        batches = iter(dataloader)
-    except TypeError:
+    if not hasattr(dataloader, '__iter__') and not hasattr(
+            dataloader, '__getitem__'):
         raise TypeError('dataloader must be an iterable of batches, but got '
-                        f'{shown(dataloader)}') from None
+                        f'{shown(dataloader)}')
+    batches = iter(dataloader)
     if num_batches is None:
         return list(batches), []
     return (list(itertools.islice(batches, num_batches)),

@@ -118,8 +118,9 @@ def _shapes(model: nn.Module) -> frozenset:
 
 def _check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     modules = dict(model.named_modules())
+    entries: dict[str, Any] = {**plan.layers, **plan.dense}
     problems = {name: _problem(modules.get(name), entry)
-                for name, entry in (*plan.layers.items(), *plan.dense.items())}
+                for name, entry in entries.items()}
     if plan.dense:  # it speaks of all layers, unless it is written by hand
         problems.update({x.name: 'not in the plan' for x in find_layers(model)
                          if x.name not in problems})

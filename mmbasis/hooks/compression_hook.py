@@ -230,7 +230,8 @@ def _check_budget(before: Mapping[str, Any], epoch: int,
     """Require that a stage does not ask for more than what came before it, as
     far as the same kind of budget says so."""
     for key in BUDGETS:
-        old, new = before.get(key), planner.get(key)
+        old: Any = before.get(key)
+        new: Any = planner.get(key)
         if is_number(old) and is_number(new) and new > old:
             raise ValueError(
                 f'ProgressiveTruncationHook: the stage of epoch {epoch} has '
@@ -262,7 +263,8 @@ class ProgressiveTruncationHook(Hook):
             '', Mapping)).check('ProgressiveTruncationHook: stages', stages)
         self.planners: Dict[int, dict] = {}
         for stage in stages:
-            epoch, last = stage.get('epoch'), max(self.planners, default=0)
+            epoch: Any = stage.get('epoch')
+            last = max(self.planners, default=0)
             if (set(stage) != {'epoch', 'planner'}
                     or not is_integer(epoch) or epoch <= last
                     or not isinstance(stage['planner'], Mapping)):

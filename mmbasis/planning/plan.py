@@ -181,7 +181,7 @@ class CompressionPlan:
         if not isinstance(data, dict) or 'layers' not in data:
             raise ValueError('this is not a compression plan: a mapping with '
                              '"version" and "layers" is expected')
-        version = data.get('version')
+        version: Any = data.get('version')
         if not is_integer(version) or not 1 <= version <= PLAN_VERSION:
             raise ValueError(
                 f'the plan has version {version!r}, this mmbasis '

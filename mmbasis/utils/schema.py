@@ -11,6 +11,7 @@ import math
 import numbers
 import re
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -238,3 +239,12 @@ def argument(convert: Callable[[str], Any],
         return value
 
     return parse
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line; of ``--option=--``, argparse would make an empty
+    list, past the type and the choices of the option."""
+    for text in sys.argv[1:]:
+        if text.startswith('--') and text.endswith('=--'):
+            parser.error(f'argument {text[:-3]}: expected a value')
+    return parser.parse_args()

@@ -200,7 +200,7 @@ def test_bad_stages(stages, message):
     (dict(epoch=1, planner=budget(.9)), 'has macs=0.9, more than macs='),
 ])
 def test_stages_that_make_no_sense_in_a_run(cfg, stage, message):
-    cfg.custom_hooks[2].stages = [stage]
+    cfg.custom_hooks[2]['stages'] = [stage]
     with pytest.raises(ValueError, match=message):
         run(cfg)
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mmengine.logging import MMLogger
 
 import mmbasis
 import tests.toy  # noqa: F401
@@ -724,13 +725,14 @@ def attack(inputs, surfaces=tuple(SURFACES)):
     """
     counts, examples, seen = defaultdict(Counter), [], set()
     schema.PATTERN_SECONDS = .2
+    MMLogger.get_current_instance()  # or its stream would be one of ours
     sys.path.insert(0, str(ROOT / 'tools'))
-    for surface in surfaces:
+    for name in surfaces:
 
         @settings(max_examples=inputs, deadline=None, database=None,
                   derandomize=True, phases=[Phase.generate],
                   suppress_health_check=list(HealthCheck))
-        @given(SURFACES[surface][0]())
+        @given(SURFACES[name][0]())
         def give(case):
             key = repr((case.surface, case.value))
             if key in seen:
@@ -739,9 +741,9 @@ def attack(inputs, surfaces=tuple(SURFACES)):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 result, why = outcome(case)
-            counts[surface][result] += 1
+            counts[case.surface][result] += 1
             if result != 'clear error':
-                examples.append(f'{surface}: {result}: '
+                examples.append(f'{case.surface}: {result}: '
                                 f'{str(case.value)[-200:]} '
                                 f'{str(case.words)[:80]} {why}')
 
@@ -768,6 +770,7 @@ def main():
     parser.add_argument('--out', help='JSON')
     args = parser.parse_args()
     start = time.time()
+    MMLogger.get_current_instance().setLevel('ERROR')
     counts, examples = attack(args.inputs, args.surfaces)
     print('\n'.join(examples))
     print(report(counts))

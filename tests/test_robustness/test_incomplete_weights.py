@@ -29,7 +29,8 @@ def dense(tmp_path_factory):
 def trained(tmp_path_factory, dense):
     """Config and last checkpoint of a short run."""
     folder = tmp_path_factory.mktemp('trained')
-    cfg = toy_cfg(folder, dense, epochs=1)
+    planner = dict(type='BudgetPlanner', macs=.5, forms=['output'])
+    cfg = toy_cfg(folder, dense, dict(planner=planner), epochs=1)
     run(cfg)
     return cfg, folder / 'epoch_1.pth'
 
