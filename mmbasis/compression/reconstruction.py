@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Sequence
 
-import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from torch import Tensor

@@ -1,5 +1,6 @@
 # Copyright (c) mmbasis authors. All rights reserved.
 """From a compressed model to what runs on the device; needs MMDeploy."""
+from .agreement import PRECISIONS
 from .calibration import write_calibration
 from .compare import compare, evaluate_onnx, match_boxes
 from .configs import complete, parse_size
@@ -13,7 +14,6 @@ from .half import write_half
 from .int8 import quantize_onnx
 from .operators import check_tensorrt
 from .precision import (
-    PRECISIONS,
     add_precisions,
     check_precisions,
     compare_precisions,

@@ -101,8 +101,9 @@ def _judge_values(pairs: Sequence[Tuple[np.ndarray, np.ndarray]],
     scale = np.linalg.norm(varying) or size or 1.
     relative = float(np.linalg.norm(ours - theirs) / scale)
     limit = float(limits.error + limits.rounding * size / scale)
-    found = dict(relative=relative, limit=limit, agrees=relative <= limit,
-                 largest=float(np.abs(ours - theirs).max(initial=0.)))
+    found: Dict[str, Any] = dict(
+        relative=relative, limit=limit, agrees=relative <= limit,
+        largest=float(np.abs(ours - theirs).max(initial=0.)))
     if not found['agrees']:
         found['reason'] = (f'its error is {relative:.2g} of its variation, '
                            f'and may be {limit:.2g}')
@@ -130,7 +131,7 @@ def _detections(run: Mapping[str, np.ndarray],
     name of the boxes: candidates, whose scores are another output, or
     detections, which have a label."""
     named = {k: x for k, x in run.items() if k in chosen}
-    found = {}
+    found: Dict[str, Tuple[np.ndarray, ...]] = {}
     for name, boxes in named.items():
         if (boxes.ndim != 3 or boxes.shape[2] not in (4, 5)
                 or name.endswith('scores')):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..compression import read_checkpoint
 from ..models.int8 import InputScales
-from .agreement import PRECISIONS, chosen_tensors, judge
+from .agreement import chosen_tensors, judge
 from .compare import evaluate_onnx
 from .export import Deployment, calibration_images, suppresses
 from .graphs import keep_outputs, read_taps
@@ -165,7 +165,7 @@ def add_precisions(deployment: Deployment, files: Sequence[str],
     Args:
         deployment (Deployment): What was exported.
         files (Sequence[str]): The fp32 graphs.
-        precisions (Sequence[str]): Some of :data:`PRECISIONS`.
+        precisions (Sequence[str]): Some of ``PRECISIONS``.
         images (Sequence): To compare on, as for :func:`compare`.
         work_dir (str): Gets the log of the evaluation.
         num_calibration (int): Training images for int8. Defaults to 64.

@@ -9,7 +9,7 @@ on every step, and leaves no kernel behind on a GPU.
 import math
 import os
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional
 
@@ -141,10 +141,8 @@ def shared_errors(step: str) -> Iterator[None]:
 def _tell(step: str, error: Exception) -> None:
     """Let the others know of an error, which is raised in any case."""
     failed = f'{type(error).__name__}: {error}'
-    try:
+    with suppress(ProcessError):  # they failed, too, or are gone
         _exchange(_Note(step, None, failed))
-    except ProcessError:
-        pass  # they failed, too, or are gone
 
 
 def _exchange(note: _Note) -> List[_Note]:

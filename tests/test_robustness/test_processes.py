@@ -206,11 +206,11 @@ def ways(rank):
     with pytest.raises(collectives.ProcessError) as caught:
         collectives.together('left' if rank else 'right')
     found['errors'].append(str(caught.value))
-    with pytest.raises((collectives.ProcessError, KeyError)) as caught:
-        with collectives.shared_errors('inner'):
-            with collectives.shared_errors('nested'):
-                if rank == world - 1:
-                    raise KeyError('lost')
+    with pytest.raises((collectives.ProcessError, KeyError)) as caught, (
+            collectives.shared_errors('inner')), (
+                collectives.shared_errors('nested')):
+        if rank == world - 1:
+            raise KeyError('lost')
     found['errors'].append(str(caught.value))
     return found
 
