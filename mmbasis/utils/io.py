@@ -39,27 +39,28 @@ def whole_set(folder: str) -> Iterator[str]:
     """Name a temporary folder inside of one, whose files take their places
     there at the end: all of them, or all stay as they were. No moment mixes
     files of two sets."""
-    with TemporaryDirectory(prefix='.new', dir=folder) as new:
-        with TemporaryDirectory(prefix='.old', dir=folder) as old:
-            try:
-                yield new
-            except OSError as error:  # it shall name where files go
-                path = str(error.filename or '')
-                if osp.dirname(path) == new:
-                    error.filename = osp.join(folder, osp.basename(path))
-                raise
-            names = os.listdir(new)
-            for name in names:
-                _write_through(osp.join(new, name))
-            try:
-                _move(names, folder, old)
-                _move(names, new, folder)
-            except BaseException:
-                _move([x for x in names if not osp.exists(osp.join(new, x))],
-                      folder, new)
-                _move(names, old, folder)
-                raise
-            _write_through(folder)
+    with TemporaryDirectory(
+            prefix='.new', dir=folder) as new, TemporaryDirectory(
+                prefix='.old', dir=folder) as old:
+        try:
+            yield new
+        except OSError as error:  # it shall name where files go
+            path = str(error.filename or '')
+            if osp.dirname(path) == new:
+                error.filename = osp.join(folder, osp.basename(path))
+            raise
+        names = os.listdir(new)
+        for name in names:
+            _write_through(osp.join(new, name))
+        try:
+            _move(names, folder, old)
+            _move(names, new, folder)
+        except BaseException:
+            _move([x for x in names if not osp.exists(osp.join(new, x))],
+                  folder, new)
+            _move(names, old, folder)
+            raise
+        _write_through(folder)
 
 
 def _move(names: Iterable[str], source: str, target: str) -> None:

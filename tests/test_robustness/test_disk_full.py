@@ -55,9 +55,9 @@ def test_one_file(tmp_path, write, old):
 
 
 def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(OSError, match='^timed out$'):
-        with whole_file(str(tmp_path / 'file')):
-            raise OSError('timed out')
+    with pytest.raises(OSError, match='^timed out$'), whole_file(
+            str(tmp_path / 'file')):
+        raise OSError('timed out')
     assert content_of(tmp_path) == {}
 
 
@@ -107,6 +107,23 @@ def test_a_first_set_of_which_one_fails(tmp_path):
     assert content_of(tmp_path) == {}
 
 
+def die_at(step, folder):
+    """End this process before one of its renames."""
+    replace, left = os.replace, [step]
+
+    def last(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(3)
+        replace(*args)
+
+    os.replace = last
+    try:
+        write_set(folder, 'new')
+    finally:
+        os._exit(4)
+
+
 def test_a_killed_process_does_not_mix_sets(tmp_path):
     for step in range(1, 10):
         folder = tmp_path / str(step)
@@ -114,19 +131,7 @@ def test_a_killed_process_does_not_mix_sets(tmp_path):
         write_set(folder, 'old')
         pid = os.fork()
         if pid == 0:
-            replace, left = os.replace, [step]
-
-            def last(*args):
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(3)
-                replace(*args)
-
-            os.replace = last
-            try:
-                write_set(folder, 'new')
-            finally:
-                os._exit(4)
+            die_at(step, folder)
         assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 3
         found = {x.read_text() for x in folder.iterdir() if x.is_file()}
         assert len(found) <= 1, step
