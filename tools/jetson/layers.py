@@ -28,8 +28,8 @@ table is written after every entry; a second call does only what is missing.
 
 On a CPU that is shared with others, windows are timed while it runs at its
 full speed (``pace.py``): ``product_ms`` has the longest time of the matrix
-product beside those of an entry. Entries for which that was too long are measured again, and a
-flag counts those that stay so.
+product beside those of an entry. Entries for which that was too long are
+measured again, and a flag counts those that stay so.
 """
 import os
 

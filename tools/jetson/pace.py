@@ -14,8 +14,8 @@ from .util import now
 #: times the best product so far that counts as full speed
 TOLERANCE = 1.2
 #: seconds before and after a product. Threads of ONNX Runtime spin for a tenth
-#: of one after a run, those of the product for some hundredths; what comes next
-#: shares the cores with them, and takes twice as long or 4 ms longer
+#: of one after a run, those of the product for some hundredths; what comes
+#: next shares the cores with them, and takes twice as long or 4 ms longer
 BEFORE, AFTER = .2, .1
 
 
