@@ -39,8 +39,9 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
                 adapter.predict(data)
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
-            sum_over_processes('recalibration', norm.running_mean,
-                               norm.running_var, op='mean')
+            statistics = [x for x in (norm.running_mean, norm.running_var)
+                          if x is not None]
+            sum_over_processes('recalibration', *statistics, op='mean')
 
 
 def recalibrate_if_better(model: nn.Module, batches: Sequence[Any],

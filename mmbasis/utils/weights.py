@@ -221,7 +221,8 @@ def _is_program(filename: str) -> bool:
         reader = torch._C.PyTorchFileReader(filename)
     except RuntimeError:  # it is truncated, which torch.load says
         return False
-    return 'constants.pkl' in reader.get_all_records()
+    records = reader.get_all_records()  # type: ignore[attr-defined]
+    return 'constants.pkl' in records
 
 
 def _not_data(file: str, error: Exception) -> NotDataError:
