@@ -363,11 +363,10 @@ def test_mmdeploys_api_takes_what_was_written(deploy, classifier, image_paths,
 
 
 def test_what_the_pipeline_cannot_make(deploy, classifier, image_paths,
-                                       tmp_path):
+                                       tmp_path, capsys):
     for args, text in (
         (('--input-shape', '64x64'), 'makes images of 32x32.*for 64x64'),
         (('--input-shape', 'small'), "'small' is no size"),
-        (('--batch', 0), 'batch is 0'),
     ):
         with pytest.raises(SystemExit, match=f'^error: .*{text}'):
             deploy('classification_onnxruntime', classifier, image_paths[:1],
@@ -375,6 +374,10 @@ def test_what_the_pipeline_cannot_make(deploy, classifier, image_paths,
     with pytest.raises(SystemExit, match='--evaluate and int8 take images'):
         deploy('classification_onnxruntime', classifier, image_paths[:1],
                '--batch', 2, '--evaluate')
+    with pytest.raises(SystemExit):
+        deploy('classification_onnxruntime', classifier, image_paths[:1],
+               '--batch', 0)
+    assert 'argument --batch: must be a positive' in capsys.readouterr().err
     # nothing half-written
     assert not list(tmp_path.iterdir())
 
