@@ -20,10 +20,12 @@ TOOLS = {
     'deploy': ('deploy.py', 'export through MMDeploy, check and compare'),
     'bench': ('jetson_bench.py', 'speed, power and energy on the device'),
     'latency-table': ('latency_table.py', 'what each layer costs by rank'),
+    'convert-checkpoint': ('convert_checkpoint.py',
+                           'make data of an older checkpoint of yours'),
 }
 USAGE = '\n'.join([
     'usage: mmbasis COMMAND ...', '',
-    *(f'  {name:<14} {text}' for name, (_, text) in TOOLS.items()), '',
+    *(f'  {name:<18} {text}' for name, (_, text) in TOOLS.items()), '',
     'mmbasis COMMAND --help shows the arguments; mmbasis --version'
 ])
 

@@ -235,7 +235,8 @@ def _not_data(file: str, error: Exception) -> NotDataError:
         f'{file} cannot be read as data: {reason.strip()}. Either it is '
         'damaged, or it holds objects, and reading these can run any code. If '
         'you trust who made it, convert it once: python '
-        f'tools/convert_checkpoint.py {file} NEW_FILE')
+        f'tools/convert_checkpoint.py {file} NEW_FILE (or: mmbasis '
+        'convert-checkpoint)')
 
 
 def _disarm(checkpoint: Any) -> Any:
