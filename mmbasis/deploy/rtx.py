@@ -87,8 +87,7 @@ def build_engine(path: str, compute_capability: str = '8.6',
     Raises:
         ModuleNotFoundError: Without the extra ``trt-check``.
         FileNotFoundError: Without the file.
-        ValueError: For another compute capability, or a shape that is not one
-            of the input.
+        ValueError: For a compute capability or a shape that cannot be.
     """
     target = check_capability(compute_capability)
     if not osp.isfile(path):
