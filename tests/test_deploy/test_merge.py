@@ -54,7 +54,8 @@ def test_slow_layers_are_merged(classifier, deploy_cfg, tmp_path):
     cfg, checkpoint, merged = merge_slow_layers(
         deploy_cfg(CLS), classifier.cfg, classifier.checkpoint, table,
         str(tmp_path))
-    assert list(merged) == slow and merged[slow[0]]['basis_ms'] == 2.
+    assert list(merged) == slow and merged[
+        slow[0]]['basis_ms'] == pytest.approx(2)
     plan = plan_of(read_checkpoint(checkpoint))
     assert not set(slow) & set(plan.layers)
     assert 'merged' in plan.dense[slow[0]].reason
@@ -92,7 +93,7 @@ def test_slow_layers_of_all_forms_are_merged(classifier, deploy_cfg, tmp_path):
     assert set(merged) == set(slow.values())
     for form, name in slow.items():
         assert merged[name]['form'] == form
-        assert merged[name]['basis_ms'] == 2.
+        assert merged[name]['basis_ms'] == pytest.approx(2)
     assert not set(merged) & set(plan_of(read_checkpoint(checkpoint)).layers)
 
 
