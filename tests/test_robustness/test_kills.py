@@ -34,8 +34,8 @@ def kill(folder, *args):
 
 
 def test_killed_runs_go_on(tmp_path):
-    found = kill(tmp_path, '--steps', '7', '--random', '2')
-    assert found['killed_at_steps'] == 7
+    found = kill(tmp_path, '--steps', '3', '--random', '1')
+    assert found['killed_at_steps'] == 3
     assert found['problems'] == {}
 
 
