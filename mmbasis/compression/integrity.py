@@ -2,6 +2,7 @@
 """Whether weights are all there, of the right shape, and numbers."""
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any, Iterable, Mapping
 
@@ -12,7 +13,7 @@ from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch.nn.parameter import is_lazy
 
 from ..utils.schema import shown
-from .surgery import check_state_dict
+from .surgery import basis_layers, check_state_dict
 
 #: buffers that a model cannot do without
 _STATISTICS = ('running_mean', 'running_var')
@@ -55,7 +56,7 @@ def weights_of(checkpoint: Mapping[str, Any], owner: str) -> dict[str, Any]:
 
 
 def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
-                  complete: bool = True) -> None:
+                  complete: bool = True, other_outputs: bool = False) -> None:
     """Refuse weights that are not those of a model.
 
     Args:
@@ -65,6 +66,9 @@ def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
         owner (str): Where they come from, for messages.
         complete (bool): Whether all must be there, as for a test; a dense
             model may be trained from some of them. Defaults to True.
+        other_outputs (bool): Whether layers that are dense may have another
+            number of outputs, as when a model is trained for other classes.
+            Defaults to False.
 
     Raises:
         RuntimeError: If they are of another structure, incomplete, or of
@@ -78,6 +82,12 @@ def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
         raise ValueError(f'{owner}: NaN or infinite in {_names(broken)}')
     if not complete:
         return
+    if other_outputs:
+        replaced = _other_outputs(model, weights)
+        keys -= replaced
+        weights = copy.copy(weights)  # with what it knows of versions
+        for key in replaced & set(weights):
+            del weights[key]
     try:
         # models rename what older versions wrote, as they load it
         found = model.load_state_dict(weights, strict=False)
@@ -88,6 +98,23 @@ def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
     if missing:
         raise RuntimeError(f'{owner} does not fit the model: it lacks '
                            f'{_names(missing)}')
+
+
+def _other_outputs(model: nn.Module, weights: Mapping[str, Any]) -> set[str]:
+    """Keys of the dense layers whose weights have another number of outputs
+    than those of the model."""
+    within = tuple(f'{name}.' for name, _ in basis_layers(model))
+    layers = []
+    for name, module in model.named_modules():
+        own, given = getattr(module, 'weight', None), weights.get(
+            f'{name}.weight')
+        if (torch.is_tensor(own) and torch.is_tensor(given)
+                and not is_lazy(own) and not f'{name}.'.startswith(within)
+                and own.dim() == given.dim() > 1
+                and own.shape[1:] == given.shape[1:]
+                and own.shape != given.shape):
+            layers.append(f'{name}.')
+    return {x for x in model.state_dict() if x.startswith(tuple(layers))}
 
 
 def _names(keys: list[str]) -> str:

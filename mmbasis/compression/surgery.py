@@ -138,6 +138,8 @@ def _problem(module: nn.Module | None,
         return 'no such layer'
     if isinstance(module, BasisLayer):
         return 'compressed already'
+    if isinstance(entry, DensePlan) and not entry.bias:
+        return None  # fine-tuned for other classes, say
     kind, weight = kind_of(module), getattr(module, 'weight', None)
     if isinstance(entry, LayerPlan) and (
             kind is None or kind.name != entry.kind):

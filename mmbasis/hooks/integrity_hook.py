@@ -43,10 +43,16 @@ class IntegrityHook(Hook):
         owner = f'checkpoint {runner._load_from or "of this run"}'
         check_weights(
             unwrap(bare_model(runner)), weights_of(checkpoint, owner), owner,
-            self._wants_all(runner))
+            self._wants_all(runner), not self._goes_on(runner))
 
     def _wants_all(self, runner: Runner) -> bool:
         """Whether all weights must be there."""
+        return self._goes_on(runner)
+
+    @staticmethod
+    def _goes_on(runner: Runner) -> bool:
+        """Whether the run is a test, or resumed; not a training that starts,
+        which may be for other classes."""
         return bool(runner._resume) or not isinstance(
             runner._train_loop, BaseLoop)
 

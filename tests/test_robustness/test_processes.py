@@ -151,7 +151,7 @@ def broken(batches):
 
 
 FAULTS = dict(
-    weights='ValueError: weights are NaN or infinite in 3 ',
+    weights='ValueError: weights are NaN or infinite in 3.weight',
     loader='OSError: image_7.jpg cannot be read',
     empty='saw no image',
     request='x.*match',
