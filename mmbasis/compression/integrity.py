@@ -82,9 +82,18 @@ def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
         raise ValueError(f'{owner}: NaN or infinite in {_names(broken)}')
     if not complete:
         return
+    missing = _missing(model, weights, owner, keys, other_outputs)
+    if missing:
+        raise RuntimeError(f'{owner} does not fit the model: it lacks '
+                           f'{_names(missing)}')
+
+
+def _missing(model: nn.Module, weights: dict[str, Any], owner: str,
+             keys: set[str], other_outputs: bool) -> list[str]:
+    """Those of some keys that a model does not find, as it loads weights."""
     if other_outputs:
         replaced = _other_outputs(model, weights)
-        keys -= replaced
+        keys = keys - replaced
         weights = copy.copy(weights)  # with what it knows of versions
         for key in replaced & set(weights):
             del weights[key]
@@ -94,10 +103,7 @@ def check_weights(model: nn.Module, weights: dict[str, Any], owner: str,
     except RuntimeError as error:
         raise RuntimeError(
             f'{owner} does not fit the model: {error}') from None
-    missing = [x for x in found.missing_keys if x in keys]
-    if missing:
-        raise RuntimeError(f'{owner} does not fit the model: it lacks '
-                           f'{_names(missing)}')
+    return [x for x in found.missing_keys if x in keys]
 
 
 def _other_outputs(model: nn.Module, weights: Mapping[str, Any]) -> set[str]:
@@ -105,15 +111,15 @@ def _other_outputs(model: nn.Module, weights: Mapping[str, Any]) -> set[str]:
     than those of the model."""
     within = tuple(f'{name}.' for name, _ in basis_layers(model))
     layers = []
-    for name, module in model.named_modules():
-        own, given = getattr(module, 'weight', None), weights.get(
-            f'{name}.weight')
-        if (torch.is_tensor(own) and torch.is_tensor(given)
-                and not is_lazy(own) and not f'{name}.'.startswith(within)
+    for key, own in model.state_dict().items():
+        layer, _, name = key.rpartition('.')
+        given: Any = weights.get(key)
+        if (name == 'weight' and not f'{layer}.'.startswith(within)
+                and torch.is_tensor(given) and not is_lazy(own)
                 and own.dim() == given.dim() > 1
                 and own.shape[1:] == given.shape[1:]
                 and own.shape != given.shape):
-            layers.append(f'{name}.')
+            layers.append(f'{layer}.')
     return {x for x in model.state_dict() if x.startswith(tuple(layers))}
 
 
