@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch.nn as nn
 from mmengine.logging import MMLogger
@@ -21,7 +22,6 @@ from .reconstruction import Reconstruction
 from .surgery import all_or_nothing, apply_plan, get_plan
 
 
-@shared_errors('compression')
 def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
              dataloader: Iterable, num_batches: int | None = None,
              **recipe: Any) -> CompressionPlan:
@@ -46,12 +46,21 @@ def compress(model: nn.Module, planner: PlannerLike | CompressionPlan,
             model is as before.
     """
     of_type('a torch.nn.Module', nn.Module).check('model', model)
-    if isinstance(planner, CompressionPlan):
-        made = Recipe.of(plan=planner, **recipe)
-    else:
-        made = Recipe.of(planner=as_planner(planner), **recipe)
-    batches = take_batches(dataloader, num_batches)
-    return run_recipe(model, made, *batches)[0]
+    with _as_a_whole(model):
+        if isinstance(planner, CompressionPlan):
+            made = Recipe.of(plan=planner, **recipe)
+        else:
+            made = Recipe.of(planner=as_planner(planner), **recipe)
+        batches = take_batches(dataloader, num_batches)
+        return _run_recipe(model, made, *batches)[0]
+
+
+@contextmanager
+def _as_a_whole(model: nn.Module) -> Iterator[None]:
+    """Compress in all processes or in none: what fails in one, also as they
+    meet at the end, leaves the model as before in all."""
+    with all_or_nothing(model, values=True), shared_errors('compression'):
+        yield
 
 
 def take_batches(dataloader: Iterable, num_batches: int | None = None,
@@ -176,7 +185,6 @@ def _follow(plan: CompressionPlan, selection: Selection) -> Selection:
         for x in selection.layers if x.name not in chosen})
 
 
-@shared_errors('compression')
 def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
                held_out: Sequence[Any]) -> tuple[CompressionPlan, Analysis]:
     """Compress a model in place, as a recipe says.
@@ -192,25 +200,30 @@ def run_recipe(model: nn.Module, recipe: Recipe, batches: Sequence[Any],
         tuple[CompressionPlan, Analysis]: The plan that the model follows now,
         and what was known of the dense model.
     """
-    with all_or_nothing(model):
-        analysis = analyze(model, recipe, batches)
+    with _as_a_whole(model):
+        return _run_recipe(model, recipe, batches, held_out)
+
+
+def _run_recipe(
+        model: nn.Module, recipe: Recipe, batches: Sequence[Any],
+        held_out: Sequence[Any]) -> tuple[CompressionPlan, Analysis]:
+    analysis = analyze(model, recipe, batches)
     plan = make_plan(recipe, analysis)
     choose = recipe.recalibration == 'auto' and recipe.data_aware and any(
         together('choice of held-out images', bool(held_out)))
     reference = model
     if recipe.is_sequential or choose:
         reference = copy_module(model)
-    with all_or_nothing(model, values=True):
-        apply_plan(model, plan, bases_of(analysis))
-        if recipe.is_sequential:
-            Reconstruction(model, reference, analysis).run(batches)
-        if choose:
-            recalibrate_if_better(
-                model, batches,
-                lambda: output_errors(model, reference, held_out))
-        if recipe.recalibration is True:
-            recalibrate(model, batches)
-        log_plan(plan)
+    apply_plan(model, plan, bases_of(analysis))
+    if recipe.is_sequential:
+        Reconstruction(model, reference, analysis).run(batches)
+    if choose:
+        recalibrate_if_better(
+            model, batches,
+            lambda: output_errors(model, reference, held_out))
+    if recipe.recalibration is True:
+        recalibrate(model, batches)
+    log_plan(plan)
     return plan, analysis
 
 
