@@ -223,7 +223,8 @@ class BudgetPlanner(BasePlanner):
         #: of plans that are about as good, the fastest by this is taken
         self.time, self.weights = self.cost, WEIGHTS[:1]
         if macs is not None:
-            self.time, self.weights = DeviceCost(device or 'cpu'), WEIGHTS
+            self.time = DeviceCost('cpu' if device is None else device)
+            self.weights = WEIGHTS
         if forms is None:
             forms = self.cost.forms if self.data_aware else FORMS[:1]
         self.forms = check_forms(forms, self.cost)

@@ -215,7 +215,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError
 
     handler = signal.signal(signal.SIGALRM, end) or signal.SIG_DFL
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # again and again: what collects garbage swallows an error
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, .5)
     try:
         yield
     finally:
