@@ -132,3 +132,13 @@ def autocast_is_left():
     if torch is not None:
         torch.autocast_increment_nesting()
         assert torch.autocast_decrement_nesting() == 0
+
+
+@pytest.fixture(scope='module')
+def workplace(tmp_path_factory, repo_root):
+    """A folder in which tools run as users call them."""
+    from tests.test_tools.workplace import Forks, Workplace
+    workplace = Workplace(tmp_path_factory.mktemp('workplace'), repo_root)
+    workplace.forks = Forks()
+    yield workplace
+    workplace.forks.close()

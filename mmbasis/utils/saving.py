@@ -281,7 +281,7 @@ def _candidates(work_dir: str) -> List[str]:
             with suppress(FileNotFoundError):
                 os.remove(path)
     order = sorted(ages, key=lambda x: ages[x], reverse=True)
-    if named:  # a run that began anew leaves higher numbers of the old one
+    if named:  # a new run in an old folder: the old one may have gone further
         now = ages.get(named, (float('inf'), 0))
         later = [x for x in order
                  if ages[x][0] >= now[0] and ages[x][1] > now[1]]

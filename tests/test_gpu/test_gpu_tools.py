@@ -10,15 +10,6 @@ pytest.importorskip('mmpretrain')
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
-@pytest.fixture(scope='module')
-def workplace(tmp_path_factory, repo_root):
-    from tests.test_tools.workplace import Forks, Workplace
-    workplace = Workplace(tmp_path_factory.mktemp('workplace'), repo_root)
-    workplace.forks = Forks()
-    yield workplace
-    workplace.forks.close()
-
-
 def test_compress_train_and_test(workplace, device, monkeypatch):
     folder = workplace.folder / 'small'
     result = workplace.run('--macs', .5, '--calib-batches', 2, '--evaluate',

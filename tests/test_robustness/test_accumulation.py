@@ -91,7 +91,7 @@ def test_refused(trained, tmp_path):
 
 
 def test_a_start_does_not_take_them(trained, tmp_path):
-    """Who starts from a checkpoint without resuming begins anew."""
+    """Who starts from a checkpoint without resuming begins a new run."""
     cfg = config(trained, 'started', dict(type='SGD', lr=.05, momentum=.9))
     cfg.load_from = str(trained / 'whole' / 'epoch_1.pth')
     started = run(cfg).model.state_dict()

@@ -13,7 +13,6 @@ from mmengine.runner import Runner
 import mmbasis
 from mmbasis.compression import load_weights
 from mmbasis.hooks import IntegrityHook
-from tests.test_tools.workplace import Forks, Workplace
 from tests.toy import ToyNet, dense_checkpoint, run, toy_cfg
 
 NAN = float('nan')
@@ -227,14 +226,6 @@ def test_a_loss_scaler_skips_some_steps():
 
 
 # ----------------------------------------------------------------- the tools
-@pytest.fixture(scope='module')
-def workplace(tmp_path_factory, repo_root):
-    workplace = Workplace(tmp_path_factory.mktemp('workplace'), repo_root)
-    workplace.forks = Forks()
-    yield workplace
-    workplace.forks.close()
-
-
 @pytest.fixture(scope='module')
 def compressed(workplace):
     folder = workplace.folder / 'compressed'

@@ -86,7 +86,7 @@ def cut(path):
 
 def test_last_checkpoint_decides(work_dir):
     assert newest(work_dir) == 'epoch_3.pth'
-    # a run that began anew, where another one had gone further
+    # a new run, where another one had gone further
     for number, age in ((1, 4), (2, 5)):
         os.utime(work_dir / f'epoch_{number}.pth', (age, age))
     (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_2.pth'))
